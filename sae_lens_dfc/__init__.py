@@ -1,0 +1,29 @@
+"""Crosscoders between two language models, as SAELens training targets."""
+
+from sae_lens import register_sae_class, register_sae_training_class
+
+from sae_lens_dfc.crosscoders.batchtopk import (
+    BatchTopKTrainingCrosscoder,
+    BatchTopKTrainingCrosscoderConfig,
+)
+from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoder, DFCTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig, load_crosscoder
+from sae_lens_dfc.crosscoders.partition import Partition
+
+__all__ = [
+    "BatchTopKTrainingCrosscoder",
+    "BatchTopKTrainingCrosscoderConfig",
+    "Crosscoder",
+    "CrosscoderConfig",
+    "DFCTrainingCrosscoder",
+    "DFCTrainingCrosscoderConfig",
+    "Partition",
+    "load_crosscoder",
+]
+
+for _config, _crosscoder in (
+    (BatchTopKTrainingCrosscoderConfig, BatchTopKTrainingCrosscoder),
+    (DFCTrainingCrosscoderConfig, DFCTrainingCrosscoder),
+):
+    register_sae_training_class(_config.architecture(), _crosscoder, _config)
+register_sae_class(CrosscoderConfig.architecture(), Crosscoder, CrosscoderConfig)

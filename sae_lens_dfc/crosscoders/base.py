@@ -1,0 +1,370 @@
+"""What every crosscoder in training does: join two models, scale each, select, and fold it all at the end."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from jaxtyping import Float
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.sae import (
+    SAEConfig,
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from torch import Tensor, nn
+from typing_extensions import override
+
+from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
+from sae_lens_dfc.crosscoders.losses import (
+    dead_latent_loss,
+    explained_variances,
+    reconstruction_losses,
+)
+from sae_lens_dfc.crosscoders.partition import (
+    Partition,
+    decode_blocks,
+    decoder_norms,
+    encode_blocks,
+    zero_forbidden_,
+)
+
+# A latent whose decoder vanished must not turn the scores into NaN.
+MIN_DECODER_NORM = 1e-8
+
+
+@dataclass(kw_only=True)
+class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
+    """What all crosscoders in training share.
+
+    Raises:
+        ValueError: A width, `k` or a partition does not fit; the message names the field.
+    """
+
+    d_sae: int
+    """Number of latents."""
+    d_a: int = 0
+    """Width of model A's activations; 0 lets `CrosscoderTrainingRunner` take it from the model."""
+    d_b: int = 0
+    """Width of model B's activations; 0 likewise."""
+    d_in: int = 0
+    """Width of the joined activations: always d_a + d_b, filled in when left at 0."""
+    k: float = 100.0
+    """Latents active for each pair, on average over the batch."""
+    decoder_init_norm: float | None = 0.4
+    """Norm, in each model, of a fresh decoder row (0.4 in arXiv 2602.11729, table 2)."""
+    normalization: Literal["variance", "median_norm", "none"] = "variance"
+    """Scale of each model's input. variance: subtract the mean, then one scalar makes the total variance (d_a + d_b) / 2.
+    median_norm: one scalar makes the median L2 norm sqrt((d_a + d_b) / 2), no centring (arXiv 2602.11729, appendix B.1)."""
+    decoder_norm: Literal["sum", "l2"] = "sum"
+    """Norm by which a latent's activation is multiplied to compete. sum: of its two decoder norms (Lindsey 2024).
+    l2: of its joined decoder row, whose square is what the latent adds to the reconstruction."""
+    aux_loss_coefficient: float = 1 / 32
+    """Weight of the loss by which dead latents rebuild the residual (Gao et al. 2024)."""
+    dtype: str = "float32"
+    """Number format of the weights: float32 or float64."""
+    device: str = "cpu"
+    """Device on which the weights are made; a runner moves them to its own."""
+    topk_threshold_lr: float = 0.01
+    """Step of the moving average of the smallest selected score, the threshold of the saved crosscoder."""
+
+    @override
+    def __post_init__(self) -> None:
+        if self.d_a < 0 or self.d_b < 0:
+            raise ValueError(f"d_a and d_b must be at least 1, got {self.d_a} and {self.d_b}.")
+        if self.d_in not in (0, self.d_a + self.d_b):
+            raise ValueError(
+                f"d_in={self.d_in}, but d_a + d_b = {self.d_a + self.d_b}. Set d_a and d_b to the models' "
+                "widths; d_in follows from them."
+            )
+        self.d_in = self.d_a + self.d_b
+        if self.normalize_activations != "none":
+            raise ValueError(
+                f"normalize_activations={self.normalize_activations!r} puts one scale on both models. "
+                "Leave it at 'none' and choose `normalization`, which scales each model by itself."
+            )
+        if not self.apply_b_dec_to_input or self.reshape_activations != "none":
+            raise ValueError(
+                "A crosscoder subtracts its decoder bias from its input and takes flat activations: leave "
+                "apply_b_dec_to_input at True and reshape_activations at 'none'."
+            )
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(
+                f"A crosscoder's dtype must be float32 or float64, got {self.dtype!r}: raw activations lose their mean "
+                "in less. For speed set autocast in the runner."
+            )
+        if self.d_sae < 1:
+            raise ValueError(f"d_sae must be at least 1, got {self.d_sae}.")
+        if not 0 < self.k <= self.d_sae:
+            raise ValueError(
+                f"k must be above 0 and at most d_sae, got k={self.k:g} and d_sae={self.d_sae}."
+            )
+        _ = self.partition  # raises when the sizes do not fit
+        super().__post_init__()
+
+    @property
+    def n_a_exclusive(self) -> int:
+        """Number of latents only model A may use."""
+        return 0
+
+    @property
+    def n_b_exclusive(self) -> int:
+        """Number of latents only model B may use."""
+        return 0
+
+    @property
+    def partition(self) -> Partition:
+        return Partition.of(self.d_a, self.d_b, self.d_sae, self.n_a_exclusive, self.n_b_exclusive)
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return CrosscoderConfig
+
+
+T_CONFIG = TypeVar("T_CONFIG", bound=CrosscoderTrainingConfig)
+
+
+class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
+    """A SAELens `TrainingSAE` on the two models' activations joined on the last axis, `(batch, d_a + d_b)`.
+
+    It takes raw activations. While it trains, it keeps one mean and one scale for each model
+    (fitted on the first batch it sees, or before by `fit_normalization`); the inference form that
+    `save_inference_model` writes has them folded into its weights. In training mode latents are
+    selected over the batch; in eval mode by the threshold that the inference form uses.
+    """
+
+    b_enc: nn.Parameter
+    input_mean: Float[Tensor, " d_in"]
+    input_scale: Float[Tensor, "2"]
+    topk_threshold: Float[Tensor, " groups"]
+
+    def __init__(self, cfg: T_CONFIG, use_error_term: bool = False):
+        if cfg.d_in != cfg.d_a + cfg.d_b or min(cfg.d_a, cfg.d_b) < 1:
+            raise ValueError(
+                f"A crosscoder needs both widths, and d_in is their sum; got d_in={cfg.d_in}, d_a={cfg.d_a}, "
+                f"d_b={cfg.d_b}. Set d_a and d_b to the widths of the two models' activations."
+            )
+        super().__init__(cfg, use_error_term)
+        device = self.W_dec.device
+        self.register_buffer("input_mean", torch.zeros(cfg.d_in, device=device))
+        self.register_buffer("input_scale", torch.zeros(2, device=device))
+        self.register_buffer(
+            "topk_threshold",
+            torch.zeros(len(self.budgets()), dtype=torch.double, device=device),
+        )
+
+    @abstractmethod
+    def budgets(self) -> list[tuple[slice, float]]:
+        """The groups of latents that compete among themselves, each with its share of `k`."""
+
+    @property
+    def partition(self) -> Partition:
+        return self.cfg.partition
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        with torch.no_grad():
+            if self.cfg.decoder_init_norm is not None:
+                for inputs in self.partition.models.values():
+                    part = self.W_dec.data[:, inputs]
+                    part *= self.cfg.decoder_init_norm / part.norm(dim=-1, keepdim=True)
+            self.W_enc.data = self.W_dec.data.T.clone().contiguous()
+            zero_forbidden_(self.W_enc.data, self.W_dec.data, self.partition)
+        self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device))
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {}
+
+    # --- scales of the two models ---
+
+    @torch.no_grad()
+    def fit_normalization(self, acts: Float[Tensor, "n d_in"]) -> None:
+        """Set each model's mean and scale from raw activations."""
+        target = self.cfg.d_in / 2
+        acts = acts.float()
+        for i, inputs in enumerate(self.partition.models.values()):
+            x = acts[:, inputs]
+            if self.cfg.normalization == "variance":
+                self.input_mean[inputs] = x.mean(dim=0)
+                power = (x - x.mean(dim=0)).pow(2).sum(dim=-1).mean()
+            elif self.cfg.normalization == "median_norm":
+                power = x.norm(dim=-1).median().pow(2)
+            else:
+                power = x.new_tensor(target)
+            self.input_scale[i] = math.sqrt(target) / power.sqrt().clamp(min=1e-12)
+        self.b_dec.data = self._normalize(acts).mean(dim=0).to(self.dtype)
+
+    @property
+    def is_normalization_fitted(self) -> bool:
+        return bool((self.input_scale > 0).all())
+
+    def _scales(self) -> Float[Tensor, " d_in"]:
+        if not self.is_normalization_fitted:
+            return torch.ones_like(self.input_mean)
+        d_a, d_b = self.cfg.d_a, self.cfg.d_b
+        return torch.cat([self.input_scale[:1].expand(d_a), self.input_scale[1:].expand(d_b)])
+
+    def _normalize(self, acts: Tensor) -> Tensor:
+        return ((acts - self.input_mean) * self._scales()).to(self.dtype)
+
+    def _denormalize(self, acts: Tensor) -> Tensor:
+        return acts / self._scales() + self.input_mean
+
+    @override
+    def _setup_activation_normalization(self) -> None:
+        self.run_time_activation_norm_fn_in = self._normalize
+        self.run_time_activation_norm_fn_out = self._denormalize
+
+    # --- encode and decode ---
+
+    def competing_norms(self) -> Float[Tensor, " d_sae"]:
+        """The factor that puts a latent's activation in the units in which latents compete."""
+        norms = decoder_norms(self.W_dec, self.partition)
+        joined = norms.sum(dim=0) if self.cfg.decoder_norm == "sum" else norms.norm(dim=0)
+        return joined.clamp(min=MIN_DECODER_NORM)
+
+    @override
+    def encode_with_hidden_pre(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
+        """Feature activations and scores, both in units of one decoder norm."""
+        pre = encode_blocks(self.process_sae_in(x), self.W_enc, self.partition) + self.b_enc
+        scores = self.hook_sae_acts_pre(pre) * self.competing_norms()
+        return self.hook_sae_acts_post(self._select(scores)), scores
+
+    def _select(self, scores: Tensor) -> Tensor:
+        if not self.training:
+            return scores.relu() * (scores > self.latent_thresholds())
+        return torch.cat(
+            [BatchTopK(k)(scores[..., latents]) for latents, k in self.budgets()], dim=-1
+        )
+
+    def latent_thresholds(self) -> Float[Tensor, " d_sae"]:
+        """Each latent's threshold on its score: that of the group it competes in."""
+        thresholds = self.topk_threshold.to(self.W_dec.dtype)
+        return torch.cat(
+            [
+                thresholds[i].expand(latents.stop - latents.start)
+                for i, (latents, _) in enumerate(self.budgets())
+            ]
+        )
+
+    def _decode_normalized(self, feature_acts: Tensor) -> Tensor:
+        feature_acts = feature_acts / self.competing_norms()
+        return decode_blocks(feature_acts, self.W_dec, self.partition) + self.b_dec
+
+    @override
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction of the raw activations."""
+        reconstruction = self.hook_sae_recons(self._decode_normalized(feature_acts))
+        return self.run_time_activation_norm_fn_out(reconstruction)
+
+    # --- training ---
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One step's losses, each model's own, on the normalised activations."""
+        if not self.is_normalization_fitted:
+            self.fit_normalization(step_input.sae_in)
+        feature_acts, scores = self.encode_with_hidden_pre(step_input.sae_in)
+        acts = self._normalize(step_input.sae_in.to(self.dtype))
+        reconstruction = self._decode_normalized(feature_acts)
+        losses = reconstruction_losses(acts, reconstruction, self.partition)
+        losses |= self.calculate_aux_loss(step_input, feature_acts, scores, reconstruction - acts)
+        self._update_thresholds(feature_acts)
+        return TrainStepOutput(
+            sae_in=acts,
+            sae_out=reconstruction,
+            feature_acts=feature_acts,
+            hidden_pre=scores,
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+            metrics=(
+                self._step_metrics(acts, reconstruction, feature_acts)
+                if step_input.is_logging_step
+                else {}
+            ),
+        )
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The dead-latent loss; `sae_out` is the error of the reconstruction."""
+        if step_input.dead_neuron_mask is None:
+            return {}
+        loss = dead_latent_loss(
+            residual=-sae_out.detach(),
+            scores=hidden_pre,
+            W_dec_unit=self.W_dec / self.competing_norms()[:, None],
+            dead=step_input.dead_neuron_mask,
+            partition=self.partition,
+        )
+        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
+
+    @torch.no_grad()
+    def _update_thresholds(self, feature_acts: Tensor) -> None:
+        lr = self.cfg.topk_threshold_lr
+        for i, (latents, _) in enumerate(self.budgets()):
+            positive = feature_acts[..., latents]
+            positive = positive[positive > 0]
+            if positive.numel() == 0:
+                continue
+            smallest = positive.min().to(self.topk_threshold.dtype)
+            # The first value replaces the unset 0: an average from 0 would let too many latents pass in a short run.
+            step = lr if self.topk_threshold[i] > 0 else 1.0
+            self.topk_threshold[i] += step * (smallest - self.topk_threshold[i])
+
+    @torch.no_grad()
+    def _step_metrics(
+        self, acts: Tensor, reconstruction: Tensor, feature_acts: Tensor
+    ) -> dict[str, Any]:
+        explained = explained_variances(acts, reconstruction, self.partition)
+        metrics = {f"explained_variance/{model}": value for model, value in explained.items()}
+        for name, latents in self.partition.slices.items():
+            metrics[f"l0/{name}"] = (feature_acts[..., latents] > 0).sum(dim=-1).float().mean()
+        return metrics
+
+    # --- saving ---
+
+    @torch.no_grad()
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """Replace the training state by the weights of a `Crosscoder` on raw activations.
+
+        Decoder norms are folded first and the models' scales after, so that the scores, and with
+        them the selection, do not change.
+        """
+        norms, scales = self.competing_norms(), self._scales()
+        W_enc = self.W_enc * norms * scales[:, None]
+        W_dec = self.W_dec / norms[:, None] / scales
+        zero_forbidden_(W_enc, W_dec, self.partition)
+        state_dict.clear()
+        state_dict["W_enc"] = W_enc.to(self.dtype).contiguous()
+        state_dict["b_enc"] = (self.b_enc * norms).to(self.dtype)
+        state_dict["W_dec"] = W_dec.to(self.dtype).contiguous()
+        state_dict["b_dec"] = self._denormalize(self.b_dec).to(self.dtype)
+        state_dict["threshold"] = self.latent_thresholds().contiguous()
+        fitted = (
+            self.input_scale if self.is_normalization_fitted else torch.ones_like(self.input_scale)
+        )
+        state_dict["input_scale"] = fitted.to(self.dtype)
+
+    @torch.no_grad()
+    def to_inference(self) -> Crosscoder:
+        """The crosscoder that `save_inference_model` would write, without the disk."""
+        crosscoder = Crosscoder(CrosscoderConfig.from_dict(self.cfg.get_inference_sae_cfg_dict()))
+        state_dict = self.state_dict()
+        self.process_state_dict_for_saving_inference(state_dict)
+        crosscoder.load_state_dict(state_dict)
+        return crosscoder.to(self.device)

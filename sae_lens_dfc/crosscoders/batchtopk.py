@@ -1,0 +1,29 @@
+"""The BatchTopK crosscoder: every latent is shared, all compete in one pool."""
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
+
+
+@dataclass(kw_only=True)
+class BatchTopKTrainingCrosscoderConfig(CrosscoderTrainingConfig):
+    """Settings of a BatchTopK crosscoder (Minder et al., arXiv 2504.02922).
+
+    >>> BatchTopKTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, k=4).d_in
+    40
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "batchtopk_crosscoder"
+
+
+class BatchTopKTrainingCrosscoder(TrainingCrosscoder[BatchTopKTrainingCrosscoderConfig]):
+    """Keeps the `k * batch` largest scores of the batch, whichever latent and pair they belong to."""
+
+    @override
+    def budgets(self) -> list[tuple[slice, float]]:
+        return [(slice(0, self.cfg.d_sae), self.cfg.k)]

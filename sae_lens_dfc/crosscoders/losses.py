@@ -1,0 +1,73 @@
+"""The terms of a crosscoder's loss, as pure functions."""
+
+from jaxtyping import Bool, Float
+from sae_lens.saes.topk_sae import calculate_topk_aux_acts
+from torch import Tensor
+
+from sae_lens_dfc.crosscoders.partition import Partition, decode_blocks
+
+
+def reconstruction_losses(
+    acts: Float[Tensor, "batch d_in"],
+    reconstruction: Float[Tensor, "batch d_in"],
+    partition: Partition,
+) -> dict[str, Float[Tensor, ""]]:
+    """Squared L2 error of each model, summed over its dimensions and averaged over the batch.
+
+    arXiv 2602.11729, equation 2: squared, weight 1 for each model.
+
+    >>> import torch
+    >>> partition = Partition(d_a=1, d_b=2, n_a_exclusive=0, n_b_exclusive=0, n_shared=4)
+    >>> losses = reconstruction_losses(torch.ones(5, 3), torch.zeros(5, 3), partition)
+    >>> {name: loss.item() for name, loss in losses.items()}
+    {'mse_loss_a': 1.0, 'mse_loss_b': 2.0}
+    """
+    squared_error = (reconstruction - acts).pow(2)
+    return {
+        f"mse_loss_{model}": squared_error[:, inputs].sum(dim=-1).mean()
+        for model, inputs in partition.models.items()
+    }
+
+
+def dead_latent_loss(
+    residual: Float[Tensor, "batch d_in"],
+    scores: Float[Tensor, "batch d_sae"],
+    W_dec_unit: Float[Tensor, "d_sae d_in"],
+    dead: Bool[Tensor, " d_sae"],
+    partition: Partition,
+) -> Float[Tensor, ""]:
+    """How badly the dead latents alone rebuild what the living ones left (AuxK of Gao et al. 2024).
+
+    Each row's `(d_a + d_b) / 4` strongest dead latents (arXiv 2602.11729, table 3) decode, without
+    bias, towards the residual. An exclusive latent decodes to its own model only, so the other
+    model's residual gives it no gradient. The loss shrinks in proportion when fewer latents are
+    dead, as in SAELens.
+
+    Args:
+        residual: What the living latents did not explain, detached.
+        scores: Pre-activations in the units in which latents compete.
+        W_dec_unit: Decoder that belongs to those units.
+        dead: Which latents count as dead.
+        partition: Which latents may use which model.
+    """
+    n_dead = int(dead.sum())
+    if n_dead == 0:
+        return residual.new_zeros(())
+    k_aux = max(1, partition.d_in // 4)
+    acts = calculate_topk_aux_acts(min(k_aux, n_dead), scores, dead).relu()
+    error = decode_blocks(acts, W_dec_unit, partition) - residual
+    return min(n_dead / k_aux, 1.0) * error.pow(2).sum(dim=-1).mean()
+
+
+def explained_variances(
+    acts: Float[Tensor, "batch d_in"],
+    reconstruction: Float[Tensor, "batch d_in"],
+    partition: Partition,
+) -> dict[str, Float[Tensor, ""]]:
+    """Share of each model's variance over the batch that its reconstruction explains."""
+    explained: dict[str, Tensor] = {}
+    for model, inputs in partition.models.items():
+        x = acts[:, inputs]
+        error = (x - reconstruction[:, inputs]).pow(2).sum()
+        explained[model] = 1 - error / (x - x.mean(dim=0)).pow(2).sum()
+    return explained

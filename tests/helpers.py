@@ -1,0 +1,71 @@
+from typing import Any, TypeVar
+
+import torch
+from sae_lens.saes.sae import TrainStepInput
+from torch import Tensor
+
+from sae_lens_dfc import (
+    BatchTopKTrainingCrosscoder,
+    BatchTopKTrainingCrosscoderConfig,
+    DFCTrainingCrosscoder,
+    DFCTrainingCrosscoderConfig,
+)
+from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+
+T = TypeVar("T", bound=TrainingCrosscoder[Any])
+
+
+def dfc_config(**overrides: Any) -> DFCTrainingCrosscoderConfig:
+    defaults: dict[str, Any] = {
+        "d_a": 5,
+        "d_b": 7,
+        "d_sae": 24,
+        "k": 6,
+        "a_exclusive_fraction": 0.25,
+        "b_exclusive_fraction": 0.17,
+    }
+    return DFCTrainingCrosscoderConfig(**{**defaults, **overrides})
+
+
+def make_dfc(**overrides: Any) -> DFCTrainingCrosscoder:
+    return randomised(DFCTrainingCrosscoder(dfc_config(**overrides)))
+
+
+def make_batchtopk(**overrides: Any) -> BatchTopKTrainingCrosscoder:
+    defaults: dict[str, Any] = {"d_a": 5, "d_b": 7, "d_sae": 24, "k": 6}
+    config = BatchTopKTrainingCrosscoderConfig(**{**defaults, **overrides})
+    return randomised(BatchTopKTrainingCrosscoder(config))
+
+
+@torch.no_grad()
+def randomised(crosscoder: T) -> T:
+    """Every weight random, the forbidden ones too: a crosscoder must not depend on their being zero."""
+    for parameter in crosscoder.parameters():
+        parameter.copy_(torch.randn_like(parameter) / 3)
+    return crosscoder
+
+
+def make_acts(n: int, d_in: int) -> Tensor:
+    """Raw activations with a mean and unequal sizes, as real ones have."""
+    return torch.randn(n, d_in) * torch.linspace(1, 20, d_in) + torch.linspace(-30, 60, d_in)
+
+
+def step_input(acts: Tensor, dead: Tensor | None = None) -> TrainStepInput:
+    return TrainStepInput(
+        sae_in=acts,
+        coefficients={},
+        dead_neuron_mask=dead,
+        n_training_steps=0,
+        is_logging_step=True,
+    )
+
+
+def train_steps(crosscoder: T, acts: Tensor, n: int = 3, **optimizer: Any) -> T:
+    """Some optimizer steps, with some latents dead so that the auxiliary loss takes part."""
+    adam = torch.optim.AdamW(crosscoder.parameters(), lr=1e-2, **optimizer)
+    dead = torch.arange(crosscoder.cfg.d_sae) % 3 == 0
+    for _ in range(n):
+        crosscoder.training_forward_pass(step_input(acts, dead)).loss.backward()
+        adam.step()
+        adam.zero_grad()
+    return crosscoder
