@@ -9,6 +9,8 @@ from sae_lens_dfc.crosscoders.batchtopk import (
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoder, DFCTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig, load_crosscoder
 from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.models import HookedModel, ModelConfig
+from sae_lens_dfc.pair import ModelPair
 
 __all__ = [
     "BatchTopKTrainingCrosscoder",
@@ -17,6 +19,9 @@ __all__ = [
     "CrosscoderConfig",
     "DFCTrainingCrosscoder",
     "DFCTrainingCrosscoderConfig",
+    "HookedModel",
+    "ModelConfig",
+    "ModelPair",
     "Partition",
     "load_crosscoder",
 ]

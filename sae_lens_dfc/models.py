@@ -1,0 +1,287 @@
+"""One hooked model: how to open it, where it is read, and what it says when something does not fit."""
+
+import difflib
+import hashlib
+import json
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, str_to_dtype
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens import loading_from_pretrained as tl_loading
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from sae_lens_dfc.texts import first_line
+from sae_lens_dfc.tokens import load_tokenizer
+
+LanguageModel = HookedTransformer | TransformerBridge
+
+
+@dataclass
+class ModelConfig:
+    """Where one of the two models comes from and where it is read."""
+
+    model_name: str = ""
+    """Hub name, folder, or .gguf file."""
+    hook_name: str = ""
+    """TransformerLens hook whose activations are read, e.g. blocks.9.hook_resid_post; empty for the middle block's output."""
+    model_class_name: Literal["TransformerBridge", "HookedTransformer"] = "TransformerBridge"
+    """TransformerLens class that runs the model; it removes HookedTransformer in 4.0."""
+    dtype: str = "float32"
+    """Number format in which the model runs."""
+    device: str = "cpu"
+    """Device on which the model runs."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    prepend_bos: bool = True
+    """Whether each context starts with the tokenizer's beginning-of-sequence token, where it has one."""
+
+
+@dataclass
+class HookedModel:
+    """A language model, the hook at which it is read, and its tokenizer.
+
+    Raises:
+        ValueError: The hook is not in the model, is not one vector for each token, or the model has no tokenizer.
+    """
+
+    model: LanguageModel
+    """The model, already loaded."""
+    hook_name: str = ""
+    """TransformerLens hook whose activations are read; the middle block's output when empty."""
+    name: str = ""
+    """What to call the model; its own name when empty."""
+    prepend_bos: bool = True
+    """Whether each context starts with the beginning-of-sequence token."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        self.name = self.name or str(self.model.cfg.model_name)
+        self.hook_name = self.hook_name or f"blocks.{self.n_layers // 2}.hook_resid_post"
+        if self.model.tokenizer is None:
+            raise ValueError(
+                f"Model {self.name!r} has no tokenizer. Load it with one, e.g. "
+                "TransformerBridge.boot_transformers(name, tokenizer=AutoTokenizer.from_pretrained(name))."
+            )
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"The tokenizer of model {self.name!r} cannot map tokens back to characters (it is not a fast "
+                "tokenizer). Load the model with a fast one."
+            )
+        self._check_hook()
+
+    def _check_hook(self) -> None:
+        hooks = set(self.model.hook_dict)
+        if self.hook_name not in hooks:
+            close = difflib.get_close_matches(self.hook_name, hooks, n=3)
+            raise ValueError(
+                f"Hook {self.hook_name!r} is not in model {self.name!r} ({self.n_layers} layers: blocks.0 to "
+                f"blocks.{self.n_layers - 1}). {'Close: ' + ', '.join(sorted(close)) + '.' if close else ''}"
+                f"The output of a middle block is blocks.{self.n_layers // 2}.hook_resid_post."
+            )
+        _ = self.d_model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.model.tokenizer  # type: ignore[return-value]
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.model.cfg.n_layers)
+
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens the model can read at once."""
+        return int(self.model.cfg.n_ctx)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """The token that starts each context, or none."""
+        bos = self.tokenizer.bos_token_id
+        # TransformerLens gives a tokenizer without one a new token, which the model has no embedding for.
+        known = bos is not None and int(bos) < self.model.cfg.d_vocab  # type: ignore[arg-type]
+        return (int(bos),) if self.prepend_bos and known else ()  # type: ignore[arg-type]
+
+    @cached_property
+    def d_model(self) -> int:
+        """Width of the activations at the hook, measured on three tokens."""
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        acts = self._run(ids, torch.ones_like(ids))
+        if acts.ndim not in (3, 4) or acts.shape[:2] != ids.shape:
+            raise ValueError(
+                f"Hook {self.hook_name!r} of model {self.name!r} gives shape {tuple(acts.shape)} for 3 tokens, "
+                "not one vector for each token. Choose a hook such as hook_resid_post, hook_mlp_out or hook_z."
+            )
+        return acts[0, 0].numel()
+
+    @property
+    def weight_processing(self) -> str:
+        """What TransformerLens did to the weights; activations before and after it do not compare."""
+        if isinstance(self.model, TransformerBridge):
+            return "compatibility_mode" if self.model.compatibility_mode else "none"
+        return "folded" if str(self.model.cfg.normalization_type).endswith("Pre") else "none"
+
+    @torch.no_grad()
+    def activations(
+        self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Activations at the hook; the forward pass stops there.
+
+        Args:
+            ids: Token ids, padded on the right.
+            mask: 1 for a token, 0 for padding.
+        """
+        return self._run(ids, mask).flatten(start_dim=2)
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
+        _, cache = self.model.run_with_cache(
+            ids.to(self.device),
+            names_filter=[self.hook_name],
+            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(self.hook_name),
+            # Explicit: left to itself TransformerLens guesses padding from the tokenizer's padding side.
+            attention_mask=mask.to(self.device),
+            return_cache_object=False,
+        )
+        return cache[self.hook_name]
+
+    def describe(self) -> dict[str, Any]:
+        """What a crosscoder keeps of the model it was trained on, to recognise it later."""
+        return {
+            "model_name": self.name,
+            "revision": self.revision,
+            "model_class_name": type(self.model).__name__,
+            "hook_name": self.hook_name,
+            "d_model": self.d_model,
+            "n_layers": self.n_layers,
+            "prepend_bos": self.prepend_bos,
+            "weight_processing": self.weight_processing,
+            "tokenizer_sha256": self._tokenizer_sha256,
+            "weights_sha256": self._weights_sha256(),
+        }
+
+    @cached_property
+    def _tokenizer_sha256(self) -> str:
+        return tokenizer_sha256(self.tokenizer)  # a large vocabulary takes a second
+
+    def _weights_sha256(self) -> str:
+        # 64 values of each tensor tell two models apart without reading gigabytes; in bfloat16, so that a model
+        # loaded in float32 or bfloat16 is the same (in float16 it is not: that rounds in between).
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.named_parameters()):
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64]
+            digest.update(name.encode())
+            digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Fingerprint of how a tokenizer cuts text: its vocabulary and rules, not its settings for padding."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    relevant = {k: state[k] for k in ("added_tokens", "model", "normalizer", "pre_tokenizer")}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+def load_model(cfg: ModelConfig) -> HookedModel:
+    """Open a model by hub name, folder or GGUF file.
+
+    Raises:
+        ValueError: It cannot be opened, or does not fit; the message says what to give instead.
+    """
+    if not cfg.model_name:
+        raise ValueError("A model has no name. Set model_a.model_name and model_b.model_name.")
+    tokenizer = load_tokenizer(cfg.model_name, cfg.revision)
+    # Asked before TransformerLens gets the tokenizer: it invents such a token where there is none.
+    has_bos = tokenizer.bos_token_id is not None
+    wrap = _to_bridge if cfg.model_class_name == "TransformerBridge" else _to_hooked_transformer
+    try:
+        model = wrap(_load_hf_model(cfg).to(cfg.device), tokenizer, cfg)  # type: ignore[arg-type]
+    except Exception as error:
+        raise ValueError(
+            f"Could not load model {cfg.model_name!r} as {cfg.model_class_name} on {cfg.device!r}: "
+            f"{type(error).__name__}: {first_line(error)} "
+            "Give a hub name, a folder with config.json and weights, or a .gguf file."
+        ) from error
+    return HookedModel(
+        model=model,
+        hook_name=cfg.hook_name,
+        name=Path(cfg.model_name).name if Path(cfg.model_name).exists() else cfg.model_name,
+        prepend_bos=cfg.prepend_bos and has_bos,
+        revision=cfg.revision,
+    )
+
+
+def _load_hf_model(cfg: ModelConfig) -> PreTrainedModel:
+    path = Path(cfg.model_name)
+    # eager: TransformerBridge runs attention this way, and another kernel differs by 1e-3.
+    kwargs: dict[str, Any] = {"dtype": str_to_dtype(cfg.dtype), "attn_implementation": "eager"}
+    if path.suffix == ".gguf" and path.is_file():
+        return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(cfg.model_name, revision=cfg.revision, **kwargs)
+
+
+def _to_bridge(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cfg: ModelConfig
+) -> TransformerBridge:
+    return TransformerBridge.boot_transformers(
+        cfg.model_name,
+        hf_model=hf_model,
+        tokenizer=tokenizer,
+        device=cfg.device,
+        dtype=str_to_dtype(cfg.dtype),
+    )
+
+
+def _to_hooked_transformer(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cfg: ModelConfig
+) -> HookedTransformer:
+    if not Path(cfg.model_name).exists():
+        with redirect_stdout(sys.stderr):  # it prints what it loaded, among what a command answers
+            return HookedTransformer.from_pretrained_no_processing(
+                cfg.model_name,
+                hf_model=hf_model,
+                tokenizer=tokenizer,
+                device=cfg.device,
+                dtype=str_to_dtype(cfg.dtype),
+            )
+    # HookedTransformer.from_pretrained refuses paths; its own conversion, called step by step, does not.
+    with tempfile.TemporaryDirectory() as folder:
+        # A GGUF file does not name it, and TransformerLens chooses its conversion by it.
+        hf_model.config.architectures = [type(hf_model).__name__]
+        hf_model.config.save_pretrained(folder)
+        try:
+            tl_cfg = tl_loading.get_pretrained_model_config(
+                folder, device=cfg.device, dtype=str_to_dtype(cfg.dtype)
+            )
+        except NotImplementedError as error:
+            raise ValueError(
+                f"HookedTransformer cannot open {cfg.model_name!r} from disk: {error} "
+                "Use model_class_name='TransformerBridge'."
+            ) from error
+        state_dict = tl_loading.get_pretrained_state_dict(folder, tl_cfg, hf_model)
+    tl_cfg.tokenizer_name = cfg.model_name
+    model = HookedTransformer(tl_cfg, tokenizer=tokenizer)
+    model.load_and_process_state_dict(
+        state_dict,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model

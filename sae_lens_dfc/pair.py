@@ -1,0 +1,144 @@
+"""Two hooked models read as one: the same text in, their activations side by side out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lens_dfc.alignment import Coverage, Segment, align
+from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
+from sae_lens_dfc.texts import clean
+from sae_lens_dfc.tokens import tokenize
+
+
+@dataclass
+class ModelPair:
+    """Model A and model B, which may differ in architecture, width, depth and tokenizer.
+
+    It also stands in for one model in SAELens' `LanguageModelSAETrainingRunner(override_model=…)`:
+    its "tokens" are then segments of text on which both tokenizers agree, numbered as they are met,
+    and its activation at a segment is that of both models side by side, `d_a + d_b` wide.
+    """
+
+    a: HookedModel
+    """Model A."""
+    b: HookedModel
+    """Model B."""
+    _numbers: dict[Segment, int] = field(default_factory=dict, repr=False)
+    _segments: list[Segment] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def load(cls, model_a: ModelConfig, model_b: ModelConfig) -> "ModelPair":
+        """Open both models; one model given twice is opened once."""
+        a = load_model(model_a)
+        return cls(a, a if model_a == model_b else load_model(model_b))
+
+    @property
+    def d_a(self) -> int:
+        return self.a.d_model
+
+    @property
+    def d_b(self) -> int:
+        return self.b.d_model
+
+    def segments(self, text: str) -> tuple[list[Segment], Coverage]:
+        """One text cut where both models have read the same of it."""
+        text = clean(text)
+        tokens_a = tokenize(self.a.tokenizer, text)
+        tokens_b = tokens_a if self.a is self.b else tokenize(self.b.tokenizer, text)
+        return align(tokens_a, tokens_b)
+
+    def activations(
+        self, contexts: Sequence[Sequence[Segment]]
+    ) -> list[Float[Tensor, "n_segments d_in"]]:
+        """Both models' activations at the end of each segment, context by context.
+
+        A context is read from its first segment on; the caller decides whether that is a
+        beginning-of-sequence segment (`bos_segment`).
+        """
+        acts_a = self._one_model(self.a, [[s.ids_a for s in context] for context in contexts])
+        if self.a is self.b:
+            acts_b = acts_a
+        else:
+            acts_b = self._one_model(self.b, [[s.ids_b for s in context] for context in contexts])
+        return [
+            torch.cat([a.float(), b.to(a.device).float()], dim=-1)
+            for a, b in zip(acts_a, acts_b, strict=True)
+        ]
+
+    @staticmethod
+    def _one_model(
+        model: HookedModel, contexts: Sequence[Sequence[tuple[int, ...]]]
+    ) -> list[Tensor]:
+        rows = [[i for ids in context for i in ids] for context in contexts]
+        longest = max(map(len, rows))
+        if longest > model.n_ctx:
+            raise ValueError(
+                f"A context of {longest} tokens is more than model {model.name!r} can read ({model.n_ctx}). "
+                "Lower context_size; in SAELens' own runner it counts segments of one or more tokens."
+            )
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        acts = model.activations(ids, mask)
+        return [acts[i, segment_ends(context)] for i, context in enumerate(contexts)]
+
+    @property
+    def bos_segment(self) -> Segment:
+        """The segment that starts a context: each model's own beginning-of-sequence token, where it has one."""
+        return Segment(self.a.bos_ids, self.b.bos_ids)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What a crosscoder keeps of the two models it was trained on."""
+        return {"model_a": self.a.describe(), "model_b": self.b.describe()}
+
+    # --- what SAELens' runner asks of a model ---
+
+    @property
+    def tokenizer(self) -> SimpleNamespace:
+        """The part of a tokenizer that SAELens reads: the number of the beginning-of-sequence segment."""
+        bos = self._number(self.bos_segment) if self.a.bos_ids or self.b.bos_ids else None
+        return SimpleNamespace(bos_token_id=bos, name_or_path=f"{self.a.name} x {self.b.name}")
+
+    @property
+    def cfg(self) -> SimpleNamespace:
+        """The part of a model's configuration that SAELens reads: segment numbers live on the CPU."""
+        return SimpleNamespace(device=torch.device("cpu"))
+
+    def to_tokens(self, text: str, **_: Any) -> Int[Tensor, "1 n_segments"]:
+        """The text's segments by number."""
+        segments, _coverage = self.segments(text)
+        return torch.tensor([[self._number(segment) for segment in segments]], dtype=torch.long)
+
+    def run_with_cache(
+        self, numbers: Int[Tensor, "batch pos"], names_filter: Sequence[str], **_: Any
+    ) -> tuple[None, dict[str, Float[Tensor, "batch pos d_in"]]]:
+        """Activations of both models at the segments with these numbers."""
+        contexts = [[self._segments[number] for number in row] for row in numbers.tolist()]
+        return None, dict.fromkeys(names_filter, torch.stack(self.activations(contexts)))
+
+    def _number(self, segment: Segment) -> int:
+        if segment not in self._numbers:
+            self._numbers[segment] = len(self._segments)
+            self._segments.append(segment)
+        return self._numbers[segment]
+
+
+def segment_ends(segments: Sequence[tuple[int, ...]]) -> list[int]:
+    """Position of each segment's last token; 0 for empty segments at the start.
+
+    >>> segment_ends([(1,), (5, 6), (7,)])
+    [0, 2, 3]
+    """
+    ends: list[int] = []
+    position = -1
+    for ids in segments:
+        position += len(ids)
+        ends.append(max(position, 0))
+    return ends

@@ -1,0 +1,71 @@
+"""One text in one tokenizer: its tokens, and the character at which each of them ends."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from sae_lens_dfc.texts import first_line
+
+
+class Tokens(NamedTuple):
+    """A text's tokens, without added special ones."""
+
+    ids: Sequence[int]
+    """Token ids."""
+    ends: Sequence[int]
+    """How many characters of the text the token reaches."""
+    whole: Sequence[bool]
+    """Whether the token ends where its last character does, rather than inside it."""
+    strings: Sequence[str]
+    """The tokens as the tokenizer's vocabulary spells them."""
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
+    """Tokens of `text` with the character each ends at.
+
+    Tokenizers give a token that ends inside a character (bytes of it, or a piece of what a
+    normalizer made of it) that character's end all the same; the next token then starts before it.
+
+    Args:
+        tokenizer: Any tokenizer that maps back to characters (Hugging Face calls these fast).
+        text: The text, without lone surrogates (see `texts.clean`).
+
+    Raises:
+        ValueError: The tokenizer cannot map its tokens back to the text.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"Tokenizer {tokenizer.name_or_path!r} cannot map tokens back to characters (it is not a fast "
+            "tokenizer). Load the model's fast tokenizer, or convert it with the tokenizers library."
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
+    spans: list[tuple[int, int]] = encoded["offset_mapping"]  # type: ignore[assignment]
+    ends = [end for _, end in spans]
+    next_starts = [start for start, _ in spans[1:]]
+    whole = [start >= end for end, start in zip(ends, next_starts, strict=False)] + [True]
+    strings: list[str] = tokenizer.convert_ids_to_tokens(ids)  # type: ignore[assignment]
+    return Tokens(ids, ends, whole[: len(ids)], strings)
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer from a hub name, a folder or a GGUF file.
+
+    Raises:
+        ValueError: There is none at that place.
+    """
+    from pathlib import Path
+
+    from transformers import AutoTokenizer
+
+    path = Path(name_or_path)
+    try:
+        if path.suffix == ".gguf" and path.is_file():
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    except Exception as error:
+        raise ValueError(
+            f"Could not load a tokenizer from {name_or_path!r}: {type(error).__name__}: "
+            f"{first_line(error)} Give a hub name, a folder with tokenizer.json, or a .gguf file."
+        ) from error
