@@ -1,0 +1,156 @@
+"""One self-contained HTML page about a run: settings, measures beside their null, and latents in context."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from sae_lens_dfc.latents import LatentCard
+
+# Whether a measure is a share (printed as such) is read off its name's first part.
+ROWS = [
+    ("explained_variance/a", "Explained variance, A"),
+    ("explained_variance/b", "Explained variance, B"),
+    ("explained_variance_median/a", "Explained variance, A, median over dimensions"),
+    ("explained_variance_median/b", "Explained variance, B, median over dimensions"),
+    ("l0", "Active latents on a pair (L0)"),
+    ("l0/a_exclusive", "L0, A-exclusive"),
+    ("l0/b_exclusive", "L0, B-exclusive"),
+    ("l0/shared", "L0, shared"),
+    ("dead_fraction/a_exclusive", "Dead share, A-exclusive"),
+    ("dead_fraction/b_exclusive", "Dead share, B-exclusive"),
+    ("dead_fraction/shared", "Dead share, shared"),
+    ("relative_decoder_norm/min", "Relative decoder norm of shared latents, least"),
+    ("relative_decoder_norm/median", "Relative decoder norm of shared latents, median"),
+    ("relative_decoder_norm/max", "Relative decoder norm of shared latents, largest"),
+    ("leak", "Leak: largest forbidden weight"),
+    ("alignment/coverage_a", "A's tokens paired"),
+    ("alignment/coverage_b", "B's tokens paired"),
+    ("pairs_trained", "Distinct pairs trained on"),
+    ("pairs_evaluated", "Held-out pairs evaluated"),
+]
+COLUMNS = [
+    ("", "this run"),
+    ("baseline/batchtopk/", "BatchTopK crosscoder"),
+    ("baseline/pca/", "PCA, k components"),
+    ("null/", "null: model A twice"),
+]
+PARTITION_TITLES = {
+    "a_exclusive": "Latents only model A may use",
+    "b_exclusive": "Latents only model B may use",
+    "shared": "Latents both models use",
+}
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All that the page shows."""
+
+    name_a: str
+    name_b: str
+    settings: Mapping[str, Any]
+    """Settings of the run by name."""
+    metrics: Mapping[str, float]
+    """Measures, as in metrics.json."""
+    histogram: Mapping[str, list[int]]
+    """Number of latents by relative decoder norm, from 0 to 1, by partition."""
+    cards: list[LatentCard]
+
+
+def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the measures, without columns and rows that hold nothing.
+
+    >>> measures_table({"l0": 31.5, "null/l0": 30.0})
+    (['measure', 'this run', 'null: model A twice'], [['Active latents on a pair (L0)', '31.50', '30.00']])
+    """
+    columns = [
+        (prefix, title)
+        for prefix, title in COLUMNS
+        if any(prefix + key in metrics for key, _ in ROWS)
+    ]
+    rows = [
+        [title, *(_number(metrics.get(prefix + key)) for prefix, _ in columns)]
+        for key, title in ROWS
+        if any(prefix + key in metrics for prefix, _ in columns)
+    ]
+    return ["measure", *(title for _, title in columns)], rows
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def text_table(head: list[str], rows: list[list[str]]) -> str:
+    """The measures as a table for the terminal.
+
+    >>> print(text_table(["measure", "run"], [["L0", "31.50"]]))
+    measure    run
+    L0       31.50
+    """
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in [head, *rows]
+    ]
+    return "\n".join(lines)
+
+
+def render_report(data: ReportData) -> str:
+    """The page. Everything that comes from a data set, a model's name or a setting is escaped."""
+    head, rows = measures_table(data.metrics)
+    environment = Environment(
+        loader=PackageLoader("sae_lens_dfc"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html").render(
+        data=data,
+        head=head,
+        rows=rows,
+        bars=_bars(data.histogram),
+        groups=[
+            (name, title, [card for card in data.cards if card.partition == name])
+            for name, title in PARTITION_TITLES.items()
+        ],
+        has_null=any(key.startswith("null/") for key in data.metrics),
+    )
+
+
+@dataclass(frozen=True)
+class _Bar:
+    x: float
+    y: float
+    width: float
+    height: float
+    partition: str
+    label: str
+
+
+def _bars(histogram: Mapping[str, list[int]]) -> list[_Bar]:
+    """Stacked bars in a box of 100 x 100, heights on a log scale so that a single latent still shows."""
+    n_bins = max((len(counts) for counts in histogram.values()), default=0)
+    totals = [sum(counts[i] for counts in histogram.values()) for i in range(n_bins)]
+    tallest = math.log10(1 + max(totals, default=1)) or 1.0
+    bars: list[_Bar] = []
+    for i in range(n_bins):
+        base = 0.0
+        height = 100 * math.log10(1 + totals[i]) / tallest
+        for partition, counts in histogram.items():
+            if counts[i] == 0:
+                continue
+            part = height * counts[i] / totals[i]
+            label = f"{counts[i]} {partition} between {i / n_bins:.2f} and {(i + 1) / n_bins:.2f}"
+            bars.append(
+                _Bar(100 * i / n_bins, 100 - base - part, 90 / n_bins, part, partition, label)
+            )
+            base += part
+    return bars

@@ -1,0 +1,54 @@
+import torch
+
+from sae_lens_dfc.activations import PairCounts, aligned_contexts, paired_activations
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.evaluate import evaluate
+from sae_lens_dfc.latents import latent_cards, strongest_latents
+from sae_lens_dfc.metrics.sparsity import Firing
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.texts import reference_pages
+from tests.helpers import make_dfc, train_steps
+
+
+def crosscoder_on(pair: ModelPair) -> tuple[Crosscoder, list, list]:  # type: ignore[type-arg]
+    contexts = list(aligned_contexts(pair, reference_pages()[:4], 32, PairCounts()))
+    rows = list(paired_activations(pair, contexts, PairCounts()))
+    crosscoder = make_dfc(d_a=pair.d_a, d_b=pair.d_b, d_sae=40, k=8)
+    return train_steps(crosscoder, torch.cat([r.acts for r in rows])).to_inference(), rows, contexts
+
+
+def test_strongest_latents_are_those_with_the_largest_sum_in_each_partition() -> None:
+    partition = make_dfc().partition
+    firing = Firing(partition)
+    acts = torch.zeros(10, 24)
+    acts[:, 2], acts[:, 4] = 1.0, 2.0
+    acts[:4, 0] = 100.0  # strong, but on fewer than 5 pairs
+    acts[:, 12], acts[:5, 20] = 1.0, 9.0
+    firing.update(acts)
+    assert strongest_latents(firing, n_per_partition=2) == [4, 2, 20, 12]
+
+
+def test_cards_show_the_text_of_the_largest_activations(pair: ModelPair) -> None:
+    crosscoder, rows, contexts = crosscoder_on(pair)
+    _, firing = evaluate(crosscoder, [r.acts for r in rows])
+    latents = strongest_latents(firing, n_per_partition=2)
+    acts = crosscoder.encode(torch.cat([r.acts for r in rows]))
+    for card in latent_cards(crosscoder, firing, latents, rows, contexts, pair):
+        best = acts[:, card.latent].max().item()
+        assert card.max_activation == best
+        peaks = [max(view.activation for view in context) for context in card.contexts]
+        assert peaks[0] == best
+        assert peaks == sorted(peaks, reverse=True)
+        assert card.partition == crosscoder.partition.name_of(card.latent)
+
+
+def test_both_models_tokens_on_a_card_spell_the_same_text(pair: ModelPair) -> None:
+    crosscoder, rows, contexts = crosscoder_on(pair)
+    _, firing = evaluate(crosscoder, [r.acts for r in rows])
+    cards = latent_cards(crosscoder, firing, strongest_latents(firing, 3), rows, contexts, pair)
+    assert cards
+    for context in (c for card in cards for c in card.contexts):
+        spelled = [
+            "".join(t for view in context for t in getattr(view, f"tokens_{m}")) for m in "ab"
+        ]
+        assert spelled[0].strip() == spelled[1].strip()
