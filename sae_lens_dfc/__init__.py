@@ -11,12 +11,16 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig, loa
 from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.models import HookedModel, ModelConfig
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
 __all__ = [
     "BatchTopKTrainingCrosscoder",
     "BatchTopKTrainingCrosscoderConfig",
     "Crosscoder",
     "CrosscoderConfig",
+    "CrosscoderRunnerConfig",
+    "CrosscoderTrainingRunner",
     "DFCTrainingCrosscoder",
     "DFCTrainingCrosscoderConfig",
     "HookedModel",

@@ -1,0 +1,333 @@
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import (
+    SAE,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_dfc import (
+    BatchTopKTrainingCrosscoderConfig,
+    Crosscoder,
+    CrosscoderRunnerConfig,
+    CrosscoderTrainingRunner,
+    DFCTrainingCrosscoder,
+    DFCTrainingCrosscoderConfig,
+)
+from sae_lens_dfc.activations import PairCounts
+from sae_lens_dfc.evaluate import evaluate
+from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.texts import reference_pages
+from tests.helpers import make_acts, make_dfc
+
+NO_WANDB = LoggingConfig(log_to_wandb=False)
+DFC = DFCTrainingCrosscoderConfig(
+    d_a=16, d_b=24, d_sae=64, k=4, a_exclusive_fraction=0.1, b_exclusive_fraction=0.1
+)
+BATCHTOPK = BatchTopKTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, k=4)
+
+
+def fresh(cfg: Any) -> Any:
+    """SAELens writes metadata into the configs it is given, so tests do not share one."""
+    return type(cfg).from_dict(cfg.to_dict())
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in reference_pages()[:12]))
+    return path
+
+
+@pytest.fixture
+def cfg(
+    text_file: Path, llama_config: ModelConfig, gpt2_config: ModelConfig
+) -> CrosscoderRunnerConfig:
+    return CrosscoderRunnerConfig(
+        sae=fresh(DFC),
+        model_a=llama_config,
+        model_b=gpt2_config,
+        dataset_path=str(text_file),
+        held_out_every=4,
+        context_size=48,
+        training_tokens=64 * 40,
+        train_batch_size_tokens=64,
+        n_batches_in_buffer=8,
+        n_batches_for_norm_estimate=4,
+        lr=3e-3,
+        lr_warm_up_steps=5,
+        dead_feature_window=10,
+    )
+
+
+def test_from_two_model_names_and_a_text_to_a_saved_crosscoder(
+    cfg: CrosscoderRunnerConfig, tmp_path: Path
+) -> None:
+    trained = CrosscoderTrainingRunner(replace(cfg, output_path=str(tmp_path / "run"))).run()
+    saved = SAE.load_from_disk(tmp_path / "run")
+    assert isinstance(saved, Crosscoder)
+    assert saved.leak() == 0
+    acts = make_acts(10, 40)
+    torch.testing.assert_close(saved.encode(acts), trained.encode(acts), atol=1e-4, rtol=1e-4)
+    metadata = saved.cfg.metadata
+    assert metadata.model_a["hook_name"] == "blocks.1.hook_resid_post"
+    assert metadata.model_b["d_model"] == 24
+    assert metadata.pairs_trained > 1000
+
+
+def test_training_beats_the_untrained_crosscoder(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair
+) -> None:
+    runner = CrosscoderTrainingRunner(cfg, pair)
+    counts = PairCounts()
+    held = [r.acts for r in runner.data.rows(runner.data.held_out_contexts(counts), counts)]
+    untrained = DFCTrainingCrosscoder(fresh(DFC))
+    untrained.fit_normalization(torch.cat(held))
+    before, _ = evaluate(untrained.to_inference(), held)
+    after, _ = evaluate(runner.run().to_inference(), held)
+    for model in ("a", "b"):
+        key = f"explained_variance/{model}"
+        assert after[key] > max(before[key], 0.3)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_the_same_seed_gives_the_same_weights(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, prefetch: int
+) -> None:
+    one, other = (
+        CrosscoderTrainingRunner(replace(cfg, prefetch_llm_batches=prefetch), pair).run()
+        for _ in range(2)
+    )
+    assert torch.equal(one.W_dec, other.W_dec)
+
+
+def test_no_held_out_document_is_trained_on(cfg: CrosscoderRunnerConfig, pair: ModelPair) -> None:
+    data = CrosscoderTrainingRunner(cfg, pair).data
+    counts = [PairCounts(), PairCounts()]
+    training = {tuple(c) for c in data.training_contexts(counts[0])}
+    held = {tuple(c) for c in data.held_out_contexts(counts[1])}
+    assert (counts[0].texts, counts[1].texts) == (9, 3)
+    assert held and not training & held
+
+
+def test_distinct_pairs_are_counted_once_however_often_the_text_repeats(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = replace(cfg, training_pairs=300, keep_in_memory=False)
+    runner = CrosscoderTrainingRunner(cfg, pair)
+    with caplog.at_level(logging.INFO, logger="sae_lens_dfc"):
+        runner.run()
+    assert 290 <= runner.counts.pairs <= 300
+    assert f"2560 samples of {runner.counts.pairs} distinct pairs" in caplog.text
+
+
+def test_two_runs_from_one_configuration_name_their_own_models(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair
+) -> None:
+    cfg = replace(cfg, sae=replace(DFC, d_in=0, d_a=0, d_b=0), training_tokens=64)
+    first = CrosscoderTrainingRunner(cfg, pair).run()
+    CrosscoderTrainingRunner(cfg, ModelPair(pair.a, pair.a)).run()
+    assert first.cfg.metadata.model_b["d_model"] == 24
+
+
+def test_widths_are_taken_from_the_models_when_left_out(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair
+) -> None:
+    runner = CrosscoderTrainingRunner(replace(cfg, sae=replace(DFC, d_in=0, d_a=0, d_b=0)), pair)
+    assert (runner.cfg.sae.d_a, runner.cfg.sae.d_b, runner.cfg.sae.d_in) == (16, 24, 40)
+
+
+def test_a_wrong_width_is_named_with_the_right_one(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair
+) -> None:
+    cfg = replace(cfg, sae=replace(DFC, d_in=0, d_b=23))
+    with pytest.raises(ValueError, match=r"sae.d_b=23, but hook .* is 24 wide. Set d_b=24"):
+        CrosscoderTrainingRunner(cfg, pair)
+
+
+def test_an_output_folder_with_a_run_is_left_alone_unless_told(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "cfg.json").write_text("old")
+    (tmp_path / "run" / "metrics.json").write_text("old")
+    cfg = replace(cfg, output_path=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="already holds a run. Pass --overwrite"):
+        CrosscoderTrainingRunner(cfg, pair)
+    assert (tmp_path / "run" / "metrics.json").exists()
+    CrosscoderTrainingRunner(replace(cfg, overwrite=True), pair).run()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert (tmp_path / "run" / "cfg.json").read_text() != "old"
+
+
+def test_warm_up_and_dead_window_fit_a_short_run(cfg: CrosscoderRunnerConfig) -> None:
+    trainer = replace(cfg, lr_warm_up_steps=None, dead_feature_window=None).to_sae_trainer_config()
+    assert (trainer.total_training_steps, trainer.lr_warm_up_steps) == (40, 4)
+    assert trainer.dead_feature_window == 4
+
+
+def test_a_failed_run_leaves_nothing_behind(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, tmp_path: Path
+) -> None:
+    Dataset.from_dict({"text": ["", "", "", ""]}).save_to_disk(tmp_path / "empty")
+    cfg = replace(
+        cfg, output_path=str(tmp_path / "out" / "run"), dataset_path=str(tmp_path / "empty")
+    )
+    with pytest.raises(ValueError, match="no paired position"):
+        CrosscoderTrainingRunner(cfg, pair).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_survive_json(cfg: CrosscoderRunnerConfig) -> None:
+    again = CrosscoderRunnerConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
+    assert again.to_dict() == cfg.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"held_out_every": 1}, "held_out_every must be at least 2"),
+        ({"context_size": 1}, "context_size must be at least 2"),
+        ({"training_tokens": 10}, "training_tokens=10 is less than one batch"),
+        ({"n_checkpoints": 2}, "n_checkpoints=2 needs a checkpoint_path"),
+        ({"train_batch_size_tokens": 0}, "train_batch_size_tokens must be above 0"),
+        ({"n_batches_for_norm_estimate": 0}, "n_batches_for_norm_estimate must be above 0"),
+        ({"training_pairs": 0}, "training_pairs must be above 0"),
+        ({"device": "gpu"}, "device='gpu' is not here"),
+    ],
+)
+def test_contradicting_settings_are_refused(
+    cfg: CrosscoderRunnerConfig, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(cfg, **overrides)
+
+
+def test_saelens_context_of_too_many_tokens_is_refused_in_one_line(pair: ModelPair) -> None:
+    numbers = pair.to_tokens(" ".join(reference_pages()[:3]))[:, :250]
+    with pytest.raises(ValueError, match=r"tokens is more than model .* can read \(256\)"):
+        pair.run_with_cache(numbers, names_filter=["both"])
+
+
+def test_contexts_longer_than_a_model_can_read_are_refused(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"context_size=300 is more than .* can read \(256 tokens\)"
+    ):
+        CrosscoderTrainingRunner(replace(cfg, context_size=300), pair)
+
+
+def test_wandb_is_off_unless_asked_for(cfg: CrosscoderRunnerConfig) -> None:
+    assert not cfg.logger.log_to_wandb
+
+
+def test_wandb_gets_the_held_out_measures(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: dict[str, Any] = {}
+    calls: list[str] = []
+    monkeypatch.setattr("wandb.init", lambda **_: calls.append("init"))
+    monkeypatch.setattr("wandb.log", lambda metrics, **_: logged.update(metrics))
+    monkeypatch.setattr("wandb.finish", lambda: calls.append("finish"))
+    log = LoggingConfig(log_to_wandb=True, wandb_log_frequency=5, eval_every_n_wandb_logs=2)
+    CrosscoderTrainingRunner(replace(cfg, logger=log), pair).run()
+    assert calls == ["init", "finish"]
+    assert {"held_out/explained_variance/a", "metrics/l0/a_exclusive", "losses/mse_loss_b"} <= set(
+        logged
+    )
+
+
+# --- SAELens' own runners, unmodified ---
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_saelens_trainer_takes_a_crosscoder_and_any_iterator(autocast: bool) -> None:
+    def batches() -> Any:
+        while True:
+            yield make_acts(64, 12)
+
+    cfg = SAETrainerConfig(
+        total_training_samples=64 * 30,
+        autocast=autocast,
+        train_batch_size_samples=64,
+        logger=NO_WANDB,
+        lr=1e-3,
+        lr_end=1e-3,
+    )
+    trained = SAETrainer(cfg, make_dfc(), batches()).fit()
+    assert trained.is_normalization_fitted
+    assert trained.cfg.metadata.l0 == pytest.approx(6, abs=0.1)
+    assert trained.to_inference().leak() == 0
+
+
+@pytest.mark.parametrize("sae", [DFC, BATCHTOPK], ids=lambda c: c.architecture())
+def test_saelens_language_model_runner_takes_a_pair_with_two_tokenizers(
+    sae: Any, pair: ModelPair, tmp_path: Path
+) -> None:
+    cfg = LanguageModelSAERunnerConfig(
+        sae=fresh(sae),
+        model_name="llama x gpt2",
+        hook_name="both",
+        dataset_path="unused",
+        is_dataset_tokenized=False,
+        context_size=24,
+        seqpos_slice=(1, None),
+        training_tokens=64 * 20,
+        train_batch_size_tokens=64,
+        store_batch_size_prompts=4,
+        n_batches_in_buffer=8,
+        output_path=str(tmp_path / "out"),
+        checkpoint_path=None,
+        model_from_pretrained_kwargs={},
+        logger=NO_WANDB,
+        verbose=False,
+    )
+    # One page again and again would warn of a small data set; enough of them do not.
+    texts = Dataset.from_dict({"text": reference_pages()[:20] * 100})
+    with pytest.warns(UserWarning, match="Dataset is not tokenized"):
+        runner = LanguageModelSAETrainingRunner(cfg, override_dataset=texts, override_model=pair)  # type: ignore[arg-type]
+    trained = runner.run()
+    saved = SAE.load_from_disk(tmp_path / "out")
+    acts = make_acts(5, 40)
+    torch.testing.assert_close(
+        saved.encode(acts), trained.eval().encode(acts), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_saelens_command_line_offers_the_architectures() -> None:
+    flags = ["--d_a", "3", "--d_b", "5", "--d_in", "8", "--k", "4", "--verbose", "false"]
+    cfg = _parse_cfg_args(["--architecture", "dfc", *flags])
+    assert isinstance(cfg.sae, DFCTrainingCrosscoderConfig)
+    assert (cfg.sae.d_in, cfg.sae.k) == (8, 4)
+
+
+@pytest.mark.parametrize("sae", [DFC, BATCHTOPK], ids=lambda c: c.architecture())
+def test_saelens_synthetic_runner_takes_a_crosscoder(sae: Any, tmp_path: Path) -> None:
+    cfg = SyntheticSAERunnerConfig(
+        synthetic_model=SyntheticModelConfig(num_features=50, hidden_dim=40),
+        sae=fresh(sae),
+        training_samples=64 * 20,
+        batch_size=64,
+        eval_samples=640,
+        output_path=str(tmp_path / "out"),
+        checkpoint_path=None,
+        logger=NO_WANDB,
+    )
+    result = SyntheticSAERunner(cfg).run()
+    assert result.final_eval is not None
+    assert 0 <= result.final_eval.mcc <= 1
+    assert isinstance(SAE.load_from_disk(tmp_path / "out"), Crosscoder)
