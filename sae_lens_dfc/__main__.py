@@ -1,0 +1,308 @@
+"""The command line: `sae-lens-dfc demo | train | align | evaluate | report`.
+
+What a person reads goes to standard output, progress and logs to standard error. A failure is one
+line and exit status 1, wrong usage 2.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from simple_parsing import (
+    ArgumentGenerationMode,
+    ArgumentParser,
+    DashVariant,
+    NestedMode,
+    field,
+    subgroups,
+)
+
+import sae_lens_dfc  # noqa: F401  (registers the architectures)
+from sae_lens_dfc.activations import MAX_CHARS, PairCounts, PairedRows
+from sae_lens_dfc.alignment import REASONS, Coverage, Segment, align
+from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
+from sae_lens_dfc.crosscoders.inference import load_crosscoder
+from sae_lens_dfc.demo import DemoConfig, run_demo
+from sae_lens_dfc.evaluate import alignment_metrics, check_models, evaluate
+from sae_lens_dfc.measured_run import (
+    METRICS_FILENAME,
+    REPORT_FILENAME,
+    Measured,
+    report_data,
+    settings,
+)
+from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.report import measures_table, render_report, text_table
+from sae_lens_dfc.texts import clean, load_texts, split_text
+from sae_lens_dfc.tokens import load_tokenizer, tokenize
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
+
+ARCHITECTURES: dict[str, Any] = {
+    name: config
+    for name, (_, config) in SAE_TRAINING_CLASS_REGISTRY.items()
+    if issubclass(config, CrosscoderTrainingConfig)
+}
+
+
+@dataclass
+class TrainOptions(CrosscoderRunnerConfig):
+    """Train a crosscoder on two models and save it."""
+
+    sae: CrosscoderTrainingConfig = subgroups(ARCHITECTURES, default="dfc", alias="--architecture")
+    """The crosscoder."""
+    output_path: str | None = "runs/crosscoder"
+    """Folder for the trained crosscoder."""
+
+
+@dataclass
+class AlignOptions:
+    """Count how many tokens of two tokenizers end at the same characters of a text, and why the others do not."""
+
+    tokenizer_a: str
+    """Hub name, folder or .gguf file."""
+    tokenizer_b: str
+    """Hub name, folder or .gguf file."""
+    file: str = field(positional=True, metavar="FILE")
+    """A text file, any data set that `train` takes, or cpython-docs."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    json: bool = field(default=False, action="store_true")
+    """Print JSON."""
+
+
+@dataclass
+class EvaluateOptions:
+    """Measure a trained crosscoder on text held out from its training."""
+
+    run: str = field(positional=True, metavar="RUN")
+    """Folder that `train` or `demo` wrote."""
+    model_a: str | None = None
+    """Where model A is now; none looks where it was in training."""
+    model_b: str | None = None
+    """Where model B is now."""
+    dataset: str | None = None
+    """Other text, all of it; none takes what the run held out of its own."""
+    eval_pairs: int | None = None
+    """At most so many pairs; none takes the run's setting."""
+    device: str | None = None
+    """Device of models and crosscoder; none takes the run's."""
+    json: bool = field(default=False, action="store_true")
+    """Print JSON."""
+
+
+@dataclass
+class ReportOptions(EvaluateOptions):
+    """Write the HTML page of a trained crosscoder."""
+
+    output: str | None = None
+    """File to write; none writes report.html into the run's folder."""
+
+
+def demo(options: DemoConfig) -> None:
+    """Run the main job on two models and say where its results are."""
+    metrics = run_demo(options)
+    _say(text_table(*measures_table(metrics)))
+    _say(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
+
+
+def train(options: TrainOptions) -> None:
+    """Train and save."""
+    CrosscoderTrainingRunner(options).run()
+    _say(f"Crosscoder: {options.output_path}")
+
+
+def align_texts(options: AlignOptions) -> None:
+    """Print the coverage of two tokenizers on a text."""
+    a, b = load_tokenizer(options.tokenizer_a), load_tokenizer(options.tokenizer_b)
+    path = Path(options.file)
+    if path.is_file() and path.suffix not in (".jsonl", ".json", ".csv", ".parquet"):
+        texts = [path.read_text(encoding="utf-8")]
+    else:
+        texts = load_texts(options.file, options.text_column)
+    coverage = Coverage()
+    for text in texts:
+        for piece in split_text(clean(text), MAX_CHARS):
+            coverage.add(align(tokenize(a, piece), tokenize(b, piece))[1])
+    if coverage.pairs == 0:
+        raise ValueError(
+            f"{options.file!r} has no paired position: {coverage.tokens_a} tokens of A, {coverage.tokens_b} of B, "
+            "and no character at which both end one. Check that the file holds text."
+        )
+    if options.json:
+        _say(json.dumps(coverage.to_dict()))
+        return
+    _say(f"A: {coverage.pairs} of {coverage.tokens_a} tokens paired ({coverage.a:.1%})")
+    _say(f"B: {coverage.pairs} of {coverage.tokens_b} tokens paired ({coverage.b:.1%})")
+    reasons = sorted({*coverage.dropped_a, *coverage.dropped_b})
+    rows = [[REASONS[r], str(coverage.dropped_a[r]), str(coverage.dropped_b[r])] for r in reasons]
+    if rows:
+        _say("\n" + text_table(["why a token is not paired", "A", "B"], rows))
+
+
+def evaluate_run(options: EvaluateOptions) -> None:
+    """Print a trained crosscoder's measures on held-out text."""
+    metrics = _measure(options).measured.metrics
+    _say(json.dumps(metrics) if options.json else text_table(*measures_table(metrics)))
+
+
+def write_report(options: ReportOptions) -> None:
+    """Write a trained crosscoder's page."""
+    measured, rows, contexts, text = _measure(options)
+    stored = Path(options.run) / METRICS_FILENAME
+    # The run's own baselines and null belong beside the fresh measures, on the same text.
+    same_text = options.dataset is None and stored.is_file()
+    beside = json.loads(stored.read_text()) if same_text else {}
+    measured = measured._replace(metrics={**beside, **measured.metrics})
+    page = report_data(measured, rows, contexts, text.pair, settings(text.cfg))
+    target = Path(options.output or Path(options.run) / REPORT_FILENAME)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render_report(page), encoding="utf-8")
+    _say(json.dumps({"report": str(target)}) if options.json else f"Report: {target}")
+
+
+class _OnHeldOutText(NamedTuple):
+    measured: Measured
+    rows: list[PairedRows]
+    contexts: list[list[Segment]]
+    text: PairedText
+
+
+def _measure(options: EvaluateOptions) -> _OnHeldOutText:
+    crosscoder = load_crosscoder(options.run)
+    cfg = _run_config(options)
+    crosscoder.to(cfg.device)
+    pair = ModelPair.load(cfg.model_a, cfg.model_b)
+    check_models(crosscoder, pair)
+    text, counts = PairedText(cfg, pair), PairCounts()
+    read = text.held_out_contexts if options.dataset is None else text.all_contexts
+    contexts = list(read(counts))
+    rows = text.collect(contexts, counts, "Held-out activations")
+    metrics, firing = evaluate(crosscoder, [r.acts for r in rows])
+    measured = Measured(crosscoder, metrics | alignment_metrics(counts), firing)
+    return _OnHeldOutText(measured, rows, contexts, text)
+
+
+def _run_config(options: EvaluateOptions) -> CrosscoderRunnerConfig:
+    path = Path(options.run) / RUNNER_CFG_FILENAME
+    if not path.is_file():
+        raise ValueError(
+            f"{options.run} has no {RUNNER_CFG_FILENAME}. Give the folder that training wrote."
+        )
+    try:
+        cfg = CrosscoderRunnerConfig.from_dict(json.loads(path.read_text()))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a configuration of this version's CrosscoderTrainingRunner: {error!r}. "
+            "Train it with that runner, or use the version that did."
+        ) from error
+    changes: dict[str, Any] = {
+        "device": options.device,
+        "dataset_path": options.dataset,
+        "eval_pairs": options.eval_pairs,
+        "model_a": _moved(cfg.model_a, options.model_a, options.device),
+        "model_b": _moved(cfg.model_b, options.model_b, options.device),
+    }
+    return replace(cfg, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _moved(model: ModelConfig, name: str | None, device: str | None) -> ModelConfig:
+    return replace(model, model_name=name or model.model_name, device=device or model.device)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "demo": (DemoConfig, demo),
+    "train": (TrainOptions, train),
+    "align": (AlignOptions, align_texts),
+    "evaluate": (EvaluateOptions, evaluate_run),
+    "report": (ReportOptions, write_report),
+}
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _parser() -> ArgumentParser:
+    style: dict[str, Any] = {
+        "add_option_string_dash_variants": DashVariant.DASH,
+        "argument_generation_mode": ArgumentGenerationMode.NESTED,
+        "nested_mode": NestedMode.WITHOUT_ROOT,
+    }
+    parser = ArgumentParser(prog="sae-lens-dfc", description=sae_lens_dfc.__doc__, **style)
+    parser.add_argument("--version", action="version", version=version("sae-lens-dfc"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (options, _) in COMMANDS.items():
+        summary = (options.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(
+            name, help=summary, description=summary, allow_abbrev=False, **style
+        )
+        command.add_argument(
+            "--config", metavar="FILE", help="YAML file of these flags; flags given here win"
+        )
+        command.add_arguments(options, dest="options")
+    return parser
+
+
+def _config_flags(args: Sequence[str]) -> list[str]:
+    """The arguments with the contents of `--config FILE` put in front of the flags, as flags."""
+    args = list(args)
+    for i, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name == "--config" and (value or i + 1 < len(args)):
+            path = Path(value or args[i + 1])
+            return [*args[:1], *_flags_of(path), *args[1:]]
+    return args
+
+
+def _flags_of(path: Path) -> Iterator[str]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"Could not read configuration {path}: {error}".replace("\n", " ")
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"Configuration {path} must be a mapping of flags to values.")
+    yield from _flatten(values)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif value is True:
+            yield f"--{prefix}{name}".replace("_", "-")
+        elif value is not None:
+            flag = f"--{prefix}{name}".replace("_", "-")
+            yield f"{flag}={value}"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("sae_lens_dfc").setLevel(logging.INFO)
+    try:
+        parsed = _parser().parse_args(_config_flags(sys.argv[1:] if args is None else args))
+        COMMANDS[parsed.command][1](parsed.options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"sae-lens-dfc: error: {' '.join(str(error).split())}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("sae-lens-dfc: stopped; nothing was written\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

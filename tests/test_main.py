@@ -1,0 +1,193 @@
+"""The command line on two tiny models."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.texts import reference_pages
+
+Output = Callable[[], tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def flags(
+    tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path
+) -> list[str]:
+    text = tmp_path_factory.mktemp("text") / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
+    return [
+        *("--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder)),
+        *("--dataset-path", str(text), "--held-out-every", "4", "--context-size", "48"),
+        *("--training-tokens", "1280", "--train-batch-size-tokens", "64"),
+        *("--n-batches-in-buffer", "8", "--n-batches-for-norm-estimate", "2"),
+        *("--sae.d-sae", "64", "--sae.k", "4", "--sae.a-exclusive-fraction", "0.1", "--lr", "3e-3"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *flags, "--output-path", str(folder)]) == 0
+    return folder
+
+
+def fails(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line in which a command fails."""
+    capsys.readouterr()
+    assert main(args) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_train_writes_a_crosscoder_and_says_where(run: Path) -> None:
+    assert {"cfg.json", "sae_weights.safetensors", "runner_cfg.json"} <= {
+        path.name for path in run.iterdir()
+    }
+
+
+def test_evaluate_prints_measures_for_people_and_machines(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run), "--eval-pairs", "300", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["leak"] == 0
+    assert metrics["pairs_evaluated"] == pytest.approx(300, abs=5)
+    assert main(["evaluate", str(run), "--eval-pairs", "300"]) == 0
+    assert "Explained variance, A" in capsys.readouterr().out
+
+
+def test_report_goes_into_the_run_unless_told_otherwise(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(run), "--eval-pairs", "300"]) == 0
+    assert str(run / "report.html") in capsys.readouterr().out
+    other = tmp_path / "new" / "page.html"
+    assert main(["report", str(run), "--eval-pairs", "300", "--output", str(other)]) == 0
+    assert "tiny-llama" in other.read_text() and "<article" in other.read_text()
+
+
+def test_yaml_gives_the_flags_and_the_command_line_wins(flags: list[str], tmp_path: Path) -> None:
+    values = dict(zip((f[2:].replace("-", "_") for f in flags[::2]), flags[1::2], strict=True))
+    nested: dict[str, object] = {"architecture": "batchtopk_crosscoder"}
+    for name, value in values.items():
+        if "fraction" in name:
+            continue
+        group, _, leaf = name.rpartition(".")
+        target = nested.setdefault(group, {}) if group else nested
+        target[leaf] = value  # type: ignore[index]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(nested))
+    args = ["train", "--config", str(tmp_path / "c.yaml"), "--output-path", str(tmp_path / "run")]
+    assert main([*args, "--sae.k", "7"]) == 0
+    settings = json.loads((tmp_path / "run" / "runner_cfg.json").read_text())
+    assert settings["sae"]["architecture"] == "batchtopk_crosscoder"
+    assert (settings["sae"]["k"], settings["context_size"]) == (7, 48)
+
+
+def test_align_prints_coverage_and_reasons(
+    llama_folder: Path, gpt2_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.txt").write_text(reference_pages()[0], encoding="utf-8")
+    args = ["align", "--tokenizer-a", str(llama_folder), "--tokenizer-b", str(gpt2_folder)]
+    args.append(str(tmp_path / "t.txt"))
+    assert main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["pairs"] + sum(result["dropped_a"].values()) == result["tokens_a"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert f"A: {result['pairs']} of {result['tokens_a']} tokens paired" in out
+    assert "the other model has no token that ends at this character" in out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--sae.k", "65"], "k must be above 0 and at most d_sae, got k=65 and d_sae=64"),
+        (
+            ["--sae.a-exclusive-fraction", "0.5"],
+            "a_exclusive_fraction must be in [0, 0.5), got 0.5",
+        ),
+        (
+            ["--model-a.hook-name", "blocks.9.hook_resid_post"],
+            "is not in model 'tiny-llama' (3 layers",
+        ),
+        (["--model-b.model-name", "/no/model"], "Could not load a tokenizer from '/no/model'"),
+        (["--text-column", "body"], "has no text column 'body'; its columns are ['text']"),
+        (["--dataset-path", "/no/data"], "Could not read data set '/no/data'"),
+        (["--config", "/no/config.yaml"], "Could not read configuration /no/config.yaml"),
+        (["--sae.d-a", "3"], "Set d_a=16"),
+    ],
+)
+def test_bad_input_fails_in_one_line_and_leaves_nothing(
+    extra: list[str],
+    message: str,
+    flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["train", *flags, "--output-path", str(tmp_path / "run"), *extra]
+    assert message in fails(args, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_in_use_is_refused(
+    run: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(["train", *flags, "--output-path", str(run)], capsys)
+    assert "already holds a run. Pass --overwrite" in line
+
+
+def test_other_models_than_in_training_are_refused(
+    run: Path, gpt2_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(["evaluate", str(run), "--model-a", str(gpt2_folder)], capsys)
+    assert "This crosscoder was trained on another model a" in line
+
+
+def test_a_folder_that_is_no_crosscoder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is not a crosscoder: it has no cfg.json" in fails(["report", str(tmp_path)], capsys)
+
+
+def test_a_text_without_a_shared_position_is_refused(
+    llama_folder: Path, gpt2_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    args = ["align", "--tokenizer-a", str(llama_folder), "--tokenizer-b", str(gpt2_folder)]
+    assert "no paired position" in fails([*args, str(tmp_path / "empty.txt")], capsys)
+
+
+@pytest.mark.parametrize("args", [[], ["fly"], ["align"], ["train", "--no-such-flag", "1"]])
+def test_wrong_usage_exits_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 2
+    assert "usage: sae-lens-dfc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "align", "evaluate", "report"])
+def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    entries = re.split(r"\n  (?=-)", capsys.readouterr().out.split("\noptions:\n")[1])
+    texts = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries[1:]}
+    bare = {flag for flag, text in texts.items() if not re.search(r"[.)] \(default|\.$", text)}
+    bare -= {"--config"}
+    # What SAELens' own configs do not explain.
+    theirs = {
+        f"--sae.{name}"
+        for name in (
+            "metadata",
+            "reshape-activations",
+            "normalize-activations",
+            "apply-b-dec-to-input",
+        )
+    }
+    assert {flag for flag in bare if not flag.startswith("--logger.")} <= theirs

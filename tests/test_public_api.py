@@ -1,0 +1,87 @@
+import ast
+from pathlib import Path
+
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+import sae_lens_dfc
+
+PACKAGE = Path(sae_lens_dfc.__file__).parent
+
+# The data's way, from top to bottom.
+LAYERS = [
+    "texts",
+    "tokens",
+    "alignment",
+    "models",
+    "pair",
+    "activations",
+    "provider",
+    "crosscoders.partition",
+    "crosscoders.losses",
+    "crosscoders.inference",
+    "crosscoders.base",
+    "crosscoders.batchtopk",
+    "crosscoders.dfc",
+    "metrics.reconstruction",
+    "metrics.sparsity",
+    "metrics.exclusivity",
+    "metrics.pca",
+    "evaluate",
+    "output",
+    "training.config",
+    "training.data",
+    "training.runner",
+    "latents",
+    "report",
+    "measured_run",
+    "demo",
+    "__main__",
+]
+
+
+def modules() -> dict[str, Path]:
+    paths = (p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+    return {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in paths}
+
+
+def imports(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {
+        name.removeprefix("sae_lens_dfc.") for name in names if name.startswith("sae_lens_dfc.")
+    }
+
+
+def test_every_file_has_its_place_in_the_datas_way() -> None:
+    assert set(modules()) == set(LAYERS)
+
+
+def test_a_file_imports_only_from_files_above_it() -> None:
+    below = {
+        (name, other)
+        for name, path in modules().items()
+        for other in imports(path)
+        if LAYERS.index(other) >= LAYERS.index(name)
+    }
+    assert below == set()
+
+
+def test_all_is_what_is_exported() -> None:
+    public = {
+        name
+        for name, value in vars(sae_lens_dfc).items()
+        if isinstance(value, type) or callable(value)
+        if not name.startswith("_") and value.__module__.startswith("sae_lens_dfc")
+    }
+    assert public == set(sae_lens_dfc.__all__)
+
+
+def test_importing_registers_the_architectures_with_saelens() -> None:
+    assert {"dfc", "batchtopk_crosscoder"} <= set(SAE_TRAINING_CLASS_REGISTRY)
+    assert "crosscoder" in SAE_CLASS_REGISTRY
+
+
+def test_importing_adds_no_log_handler() -> None:
+    import logging
+
+    assert logging.getLogger("sae_lens_dfc").handlers == []
