@@ -90,7 +90,9 @@ def measured_run(
         [rows.acts for rows in data.training], crosscoder.partition, k=max(1, round(cfg.sae.k))
     )
     held_out = [rows.acts for rows in data.held_out]
-    metrics |= _prefixed("baseline/pca/", evaluate_pca(pca, held_out, crosscoder) | data.metrics)
+    linear = evaluate_pca(pca, held_out, crosscoder) | data.metrics
+    linear["pairs_trained"] = sum(len(rows.acts) for rows in data.training)
+    metrics |= _prefixed("baseline/pca/", linear)
     page = report_data(run, data.held_out, data.contexts, pair, settings(cfg))
     data.training.clear()  # half a gigabyte in the demo, and the null needs as much
 
