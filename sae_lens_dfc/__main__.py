@@ -42,7 +42,7 @@ from sae_lens_dfc.measured_run import (
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.report import measures_table, render_report, text_table
-from sae_lens_dfc.texts import clean, load_texts, split_text
+from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
@@ -126,7 +126,7 @@ def align_texts(options: AlignOptions) -> None:
     """Print the coverage of two tokenizers on a text."""
     a, b = load_tokenizer(options.tokenizer_a), load_tokenizer(options.tokenizer_b)
     path = Path(options.file)
-    if path.is_file() and path.suffix not in (".jsonl", ".json", ".csv", ".parquet"):
+    if path.is_file() and path.suffix not in TABLE_LOADERS:
         texts = [path.read_text(encoding="utf-8")]
     else:
         texts = load_texts(options.file, options.text_column)

@@ -32,8 +32,6 @@ def evaluate(
     """
     variance, firing = ExplainedVariance(crosscoder.partition), Firing(crosscoder.partition)
     for batch in tqdm(acts, "Evaluating", leave=False):
-        if len(batch) == 0:
-            continue
         batch = batch.to(crosscoder.device)
         feature_acts = crosscoder.encode(batch)
         variance.update(batch, crosscoder.decode(feature_acts))

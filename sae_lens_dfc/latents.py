@@ -82,7 +82,8 @@ def latent_cards(
     """
     if not latents:
         return []
-    acts = torch.cat([crosscoder.encode(r.acts.to(crosscoder.device))[:, latents] for r in rows])
+    encoded = [crosscoder.encode(r.acts.to(crosscoder.device))[:, latents] for r in rows]
+    acts = torch.cat(encoded).cpu()
     context, segment = torch.cat([r.context for r in rows]), torch.cat([r.segment for r in rows])
     relative = relative_decoder_norms(crosscoder)
     return [
@@ -94,8 +95,8 @@ def latent_cards(
             max_activation=firing.maxima[latent].item(),
             relative_decoder_norm=relative[latent].item(),
             contexts=[
-                _view(acts[:, i].cpu(), context, segment, row, contexts, pair)
-                for row in _top_rows(acts[:, i].cpu(), context, n_contexts)
+                _view(acts[:, i], context, segment, row, contexts, pair)
+                for row in _top_rows(acts[:, i], context, n_contexts)
             ],
         )
         for i, latent in enumerate(latents)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 CPYTHON_DOCS = "cpython-docs"
 DOCUMENT_CHARS = 4_000
 
-_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TABLE_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _NOT_LIBRARY = {
     "site-packages",
     "dist-packages",
@@ -77,8 +77,8 @@ def _open_dataset(
     path: Path, name: str, split: str, streaming: bool, config: str | None
 ) -> Dataset | IterableDataset:
     try:
-        if path.suffix in _LOADERS and path.is_file():
-            return load_dataset(_LOADERS[path.suffix], data_files=str(path), split=split)
+        if path.suffix in TABLE_LOADERS and path.is_file():
+            return load_dataset(TABLE_LOADERS[path.suffix], data_files=str(path), split=split)
         if (path / "dataset_info.json").is_file():
             return load_from_disk(str(path))  # type: ignore[return-value]
         return load_dataset(name, config, split=split, streaming=streaming)  # type: ignore[return-value]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_dfc.evaluate import HeldOutEvaluator, check_models, evaluate
+from sae_lens_dfc.evaluate import HeldOutEvaluator, check_models, evaluate, evaluate_pca
+from sae_lens_dfc.metrics.pca import JointPCA
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from tests.helpers import make_acts, make_dfc, train_steps
@@ -17,6 +18,13 @@ def test_batches_of_any_size_give_the_same_measures() -> None:
     parts, _ = evaluate(crosscoder, [acts[:0], *acts.split(7)])
     assert parts == pytest.approx(whole)
     assert whole["pairs_evaluated"] == 60
+
+
+def test_an_empty_batch_in_front_changes_no_measure_of_principal_components() -> None:
+    acts = make_acts(60, 12)
+    crosscoder = make_dfc().to_inference()
+    pca = JointPCA.fit([acts], crosscoder.partition, k=3)
+    assert evaluate_pca(pca, [acts[:0], acts], crosscoder) == evaluate_pca(pca, [acts], crosscoder)
 
 
 def test_measures_have_the_names_that_others_rely_on() -> None:

@@ -31,6 +31,8 @@ class ExplainedVariance:
         self, acts: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]
     ) -> None:
         """Count a batch of raw activations and their reconstruction in."""
+        if len(acts) == 0:
+            return
         acts = acts.double()
         if self._n == 0:
             # Sums of squares around a fixed first guess: around 0 they cancel where the mean is most of the norm.

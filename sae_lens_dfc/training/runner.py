@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,17 @@ class CrosscoderTrainingRunner:
             check_output(cfg.output_path, cfg.overwrite)
         self.pair = override_pair or ModelPair.load(cfg.model_a, cfg.model_b)
         self.cfg = with_models(cfg, self.pair)
-        self.data = PairedText(cfg, self.pair)
+        if override_rows is None:
+            _ = self.data  # raises when the text does not fit
         self.counts = PairCounts()
         """What became of the training text, counted once however often it is repeated."""
         self._rows = override_rows
         self._is_text_counted = False
+
+    @cached_property
+    def data(self) -> PairedText:
+        """The text; rows already computed do not open it again."""
+        return PairedText(self.cfg, self.pair)
 
     def run(self) -> TrainingCrosscoder[Any]:
         """Train, save if `output_path` is set, and return the crosscoder in eval mode."""
