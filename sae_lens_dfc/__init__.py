@@ -6,11 +6,18 @@ from sae_lens_dfc.crosscoders.batchtopk import (
     BatchTopKTrainingCrosscoder,
     BatchTopKTrainingCrosscoderConfig,
 )
+from sae_lens_dfc.crosscoders.delta import DeltaTrainingCrosscoder, DeltaTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoder, DFCTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoder, DSFTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig, load_crosscoder
 from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.crosscoders.standard import (
+    StandardTrainingCrosscoder,
+    StandardTrainingCrosscoderConfig,
+)
 from sae_lens_dfc.models import HookedModel, ModelConfig
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
@@ -23,15 +30,26 @@ __all__ = [
     "CrosscoderTrainingRunner",
     "DFCTrainingCrosscoder",
     "DFCTrainingCrosscoderConfig",
+    "DSFTrainingCrosscoder",
+    "DSFTrainingCrosscoderConfig",
+    "DeltaTrainingCrosscoder",
+    "DeltaTrainingCrosscoderConfig",
     "HookedModel",
     "ModelConfig",
     "ModelPair",
     "Partition",
+    "StandardTrainingCrosscoder",
+    "StandardTrainingCrosscoderConfig",
+    "ToyPair",
+    "ToyPairConfig",
     "load_crosscoder",
 ]
 
 for _config, _crosscoder in (
+    (StandardTrainingCrosscoderConfig, StandardTrainingCrosscoder),
     (BatchTopKTrainingCrosscoderConfig, BatchTopKTrainingCrosscoder),
+    (DSFTrainingCrosscoderConfig, DSFTrainingCrosscoder),
+    (DeltaTrainingCrosscoderConfig, DeltaTrainingCrosscoder),
     (DFCTrainingCrosscoderConfig, DFCTrainingCrosscoder),
 ):
     register_sae_training_class(_config.architecture(), _crosscoder, _config)

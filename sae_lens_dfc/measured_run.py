@@ -13,6 +13,7 @@ from sae_lens_dfc.alignment import Segment
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import alignment_metrics, evaluate, evaluate_pca
 from sae_lens_dfc.latents import latent_cards, strongest_latents
 from sae_lens_dfc.metrics.exclusivity import relative_norm_histogram
@@ -82,12 +83,15 @@ def measured_run(
     run = train_and_measure(cfg, pair, data)
     crosscoder, metrics = run.crosscoder, run.metrics
 
-    baseline_cfg = replace(cfg, sae=like(cfg.sae, BatchTopKTrainingCrosscoderConfig))
+    # A crosscoder without a k is held against baselines with as many active latents as it has.
+    k = cfg.sae.k if isinstance(cfg.sae, TopKTrainingCrosscoderConfig) else metrics["l0"]
+    baseline_sae = replace(like(cfg.sae, BatchTopKTrainingCrosscoderConfig), k=k)
+    baseline_cfg = replace(cfg, sae=baseline_sae)
     baseline = train_and_measure(baseline_cfg, pair, data)
     metrics |= _prefixed("baseline/batchtopk/", baseline.metrics)
 
     pca = JointPCA.fit(
-        [rows.acts for rows in data.training], crosscoder.partition, k=max(1, round(cfg.sae.k))
+        [rows.acts for rows in data.training], crosscoder.partition, k=max(1, round(k))
     )
     held_out = [rows.acts for rows in data.held_out]
     linear = evaluate_pca(pca, held_out, crosscoder) | data.metrics

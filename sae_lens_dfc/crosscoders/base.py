@@ -2,12 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
-from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import (
     SAEConfig,
     TrainCoefficientConfig,
@@ -42,7 +42,7 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
     """What all crosscoders in training share.
 
     Raises:
-        ValueError: A width, `k` or a partition does not fit; the message names the field.
+        ValueError: A width or a partition does not fit; the message names the field.
     """
 
     d_sae: int
@@ -53,15 +53,13 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
     """Width of model B's activations; 0 likewise."""
     d_in: int = 0
     """Width of the joined activations: always d_a + d_b, filled in when left at 0."""
-    k: float = 100.0
-    """Latents active for each pair, on average over the batch."""
     decoder_init_norm: float | None = 0.4
     """Norm, in each model, of a fresh decoder row (0.4 in arXiv 2602.11729, table 2)."""
     normalization: Literal["variance", "median_norm", "none"] = "variance"
     """Scale of each model's input. variance: subtract the mean, then one scalar makes the total variance (d_a + d_b) / 2.
     median_norm: one scalar makes the median L2 norm sqrt((d_a + d_b) / 2), no centring (arXiv 2602.11729, appendix B.1)."""
     decoder_norm: Literal["sum", "l2"] = "sum"
-    """Norm by which a latent's activation is multiplied to compete. sum: of its two decoder norms (Lindsey 2024).
+    """Norm by which a latent's activation is weighed. sum: of its two decoder norms (Lindsey 2024).
     l2: of its joined decoder row, whose square is what the latent adds to the reconstruction."""
     aux_loss_coefficient: float = 1 / 32
     """Weight of the loss by which dead latents rebuild the residual (Gao et al. 2024)."""
@@ -69,8 +67,6 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
     """Number format of the weights: float32 or float64."""
     device: str = "cpu"
     """Device on which the weights are made; a runner moves them to its own."""
-    topk_threshold_lr: float = 0.01
-    """Step of the moving average of the smallest selected score, the threshold of the saved crosscoder."""
 
     @override
     def __post_init__(self) -> None:
@@ -99,10 +95,6 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
             )
         if self.d_sae < 1:
             raise ValueError(f"d_sae must be at least 1, got {self.d_sae}.")
-        if not 0 < self.k <= self.d_sae:
-            raise ValueError(
-                f"k must be above 0 and at most d_sae, got k={self.k:g} and d_sae={self.d_sae}."
-            )
         _ = self.partition  # raises when the sizes do not fit
         super().__post_init__()
 
@@ -133,14 +125,13 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
 
     It takes raw activations. While it trains, it keeps one mean and one scale for each model
     (fitted on the first batch it sees, or before by `fit_normalization`); the inference form that
-    `save_inference_model` writes has them folded into its weights. In training mode latents are
-    selected over the batch; in eval mode by the threshold that the inference form uses.
+    `save_inference_model` writes has them folded into its weights. In eval mode latents are selected
+    by the thresholds that the inference form uses.
     """
 
     b_enc: nn.Parameter
     input_mean: Float[Tensor, " d_in"]
     input_scale: Float[Tensor, "2"]
-    topk_threshold: Float[Tensor, " groups"]
 
     def __init__(self, cfg: T_CONFIG, use_error_term: bool = False):
         if cfg.d_in != cfg.d_a + cfg.d_b or min(cfg.d_a, cfg.d_b) < 1:
@@ -152,14 +143,18 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         device = self.W_dec.device
         self.register_buffer("input_mean", torch.zeros(cfg.d_in, device=device))
         self.register_buffer("input_scale", torch.zeros(2, device=device))
-        self.register_buffer(
-            "topk_threshold",
-            torch.zeros(len(self.budgets()), dtype=torch.double, device=device),
-        )
 
     @abstractmethod
-    def budgets(self) -> list[tuple[slice, float]]:
-        """The groups of latents that compete among themselves, each with its share of `k`."""
+    def select(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """In training, the scores of the latents that fire, zeros for the others."""
+
+    @abstractmethod
+    def latent_thresholds(self) -> Float[Tensor, " d_sae"]:
+        """After training, the score above which each latent fires."""
+
+    def decoder(self) -> Float[Tensor, "d_sae d_in"]:
+        """The decoder that is used; an architecture that ties weights says here how."""
+        return self.W_dec
 
     @property
     def partition(self) -> Partition:
@@ -225,7 +220,7 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
 
     def competing_norms(self) -> Float[Tensor, " d_sae"]:
         """The factor that puts a latent's activation in the units in which latents compete."""
-        norms = decoder_norms(self.W_dec, self.partition)
+        norms = decoder_norms(self.decoder(), self.partition)
         joined = norms.sum(dim=0) if self.cfg.decoder_norm == "sum" else norms.norm(dim=0)
         return joined.clamp(min=MIN_DECODER_NORM)
 
@@ -234,30 +229,20 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         self, x: Float[Tensor, "*batch d_in"]
     ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
         """Feature activations and scores, both in units of one decoder norm."""
-        pre = encode_blocks(self.process_sae_in(x), self.W_enc, self.partition) + self.b_enc
+        acts = self._normalize(self.hook_sae_input(x.to(self.dtype)))
+        # The bias by itself, not on every row: the gradient of a row's input would cost a product of its own.
+        bias = self.b_enc - encode_blocks(self.b_dec, self.W_enc, self.partition)
+        pre = encode_blocks(acts, self.W_enc, self.partition) + bias
         scores = self.hook_sae_acts_pre(pre) * self.competing_norms()
-        return self.hook_sae_acts_post(self._select(scores)), scores
-
-    def _select(self, scores: Tensor) -> Tensor:
-        if not self.training:
-            return scores.relu() * (scores > self.latent_thresholds())
-        return torch.cat(
-            [BatchTopK(k)(scores[..., latents]) for latents, k in self.budgets()], dim=-1
-        )
-
-    def latent_thresholds(self) -> Float[Tensor, " d_sae"]:
-        """Each latent's threshold on its score: that of the group it competes in."""
-        thresholds = self.topk_threshold.to(self.W_dec.dtype)
-        return torch.cat(
-            [
-                thresholds[i].expand(latents.stop - latents.start)
-                for i, (latents, _) in enumerate(self.budgets())
-            ]
-        )
+        if self.training:
+            feature_acts = self.select(scores)
+        else:
+            feature_acts = scores.relu() * (scores > self.latent_thresholds())
+        return self.hook_sae_acts_post(feature_acts), scores
 
     def _decode_normalized(self, feature_acts: Tensor) -> Tensor:
         feature_acts = feature_acts / self.competing_norms()
-        return decode_blocks(feature_acts, self.W_dec, self.partition) + self.b_dec
+        return decode_blocks(feature_acts, self.decoder(), self.partition) + self.b_dec
 
     @override
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
@@ -276,8 +261,9 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         acts = self._normalize(step_input.sae_in.to(self.dtype))
         reconstruction = self._decode_normalized(feature_acts)
         losses = reconstruction_losses(acts, reconstruction, self.partition)
-        losses |= self.calculate_aux_loss(step_input, feature_acts, scores, reconstruction - acts)
-        self._update_thresholds(feature_acts)
+        losses |= self.calculate_aux_loss(
+            replace(step_input, sae_in=acts), feature_acts, scores, reconstruction
+        )
         return TrainStepOutput(
             sae_in=acts,
             sae_out=reconstruction,
@@ -296,34 +282,25 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
     def calculate_aux_loss(
         self,
         step_input: TrainStepInput,
-        feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
-        sae_out: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The dead-latent loss; `sae_out` is the error of the reconstruction."""
-        if step_input.dead_neuron_mask is None:
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """What is added to the reconstruction losses: here the dead-latent loss.
+
+        The step's input and `sae_out` are normalised activations and their reconstruction.
+        """
+        dead = step_input.dead_neuron_mask
+        if dead is None or self.cfg.aux_loss_coefficient == 0:
             return {}
         loss = dead_latent_loss(
-            residual=-sae_out.detach(),
+            residual=(step_input.sae_in - sae_out).detach(),
             scores=hidden_pre,
-            W_dec_unit=self.W_dec / self.competing_norms()[:, None],
-            dead=step_input.dead_neuron_mask,
+            W_dec_unit=self.decoder() / self.competing_norms()[:, None],
+            dead=dead,
             partition=self.partition,
         )
         return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
-
-    @torch.no_grad()
-    def _update_thresholds(self, feature_acts: Tensor) -> None:
-        lr = self.cfg.topk_threshold_lr
-        for i, (latents, _) in enumerate(self.budgets()):
-            positive = feature_acts[..., latents]
-            positive = positive[positive > 0]
-            if positive.numel() == 0:
-                continue
-            smallest = positive.min().to(self.topk_threshold.dtype)
-            # The first value replaces the unset 0: an average from 0 would let too many latents pass in a short run.
-            step = lr if self.topk_threshold[i] > 0 else 1.0
-            self.topk_threshold[i] += step * (smallest - self.topk_threshold[i])
 
     @torch.no_grad()
     def _step_metrics(
@@ -347,7 +324,7 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         """
         norms, scales = self.competing_norms(), self._scales()
         W_enc = self.W_enc * norms * scales[:, None]
-        W_dec = self.W_dec / norms[:, None] / scales
+        W_dec = self.decoder() / norms[:, None] / scales
         zero_forbidden_(W_enc, W_dec, self.partition)
         state_dict.clear()
         state_dict["W_enc"] = W_enc.to(self.dtype).contiguous()
@@ -360,10 +337,20 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         )
         state_dict["input_scale"] = fitted.to(self.dtype)
 
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Write the saved form; its sizes are the crosscoder's, which may have left its configuration's behind."""
+        return self.to_inference().save_model(path)
+
     @torch.no_grad()
     def to_inference(self) -> Crosscoder:
-        """The crosscoder that `save_inference_model` would write, without the disk."""
-        crosscoder = Crosscoder(CrosscoderConfig.from_dict(self.cfg.get_inference_sae_cfg_dict()))
+        """The crosscoder that `save_inference_model` writes."""
+        cfg = self.cfg.get_inference_sae_cfg_dict()
+        cfg["n_a_exclusive"], cfg["n_b_exclusive"] = (
+            self.partition.n_a_exclusive,
+            self.partition.n_b_exclusive,
+        )
+        crosscoder = Crosscoder(CrosscoderConfig.from_dict(cfg))
         state_dict = self.state_dict()
         self.process_state_dict_for_saving_inference(state_dict)
         crosscoder.load_state_dict(state_dict)

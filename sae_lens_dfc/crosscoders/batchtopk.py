@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
+from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder, TopKTrainingCrosscoderConfig
 
 
 @dataclass(kw_only=True)
-class BatchTopKTrainingCrosscoderConfig(CrosscoderTrainingConfig):
+class BatchTopKTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
     """Settings of a BatchTopK crosscoder (Minder et al., arXiv 2504.02922).
 
     >>> BatchTopKTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, k=4).d_in
@@ -21,9 +21,9 @@ class BatchTopKTrainingCrosscoderConfig(CrosscoderTrainingConfig):
         return "batchtopk_crosscoder"
 
 
-class BatchTopKTrainingCrosscoder(TrainingCrosscoder[BatchTopKTrainingCrosscoderConfig]):
+class BatchTopKTrainingCrosscoder(TopKTrainingCrosscoder[BatchTopKTrainingCrosscoderConfig]):
     """Keeps the `k * batch` largest scores of the batch, whichever latent and pair they belong to."""
 
     @override
     def budgets(self) -> list[tuple[slice, float]]:
-        return [(slice(0, self.cfg.d_sae), self.cfg.k)]
+        return [(slice(0, self.cfg.d_sae), 1.0)]

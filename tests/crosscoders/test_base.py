@@ -12,8 +12,8 @@ from sae_lens import SAE, TrainingSAE
 from torch import Tensor
 
 from sae_lens_dfc import Crosscoder
-from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.losses import dead_latent_loss, reconstruction_losses
+from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from tests.helpers import (
     make_acts,
     make_batchtopk,
@@ -26,7 +26,7 @@ from tests.helpers import (
 MAKERS = [make_batchtopk, make_dfc, partial(make_dfc, selection="partition", decoder_norm="sum")]
 
 
-def slow_forward(crosscoder: TrainingCrosscoder[Any], acts: Tensor) -> dict[str, Any]:
+def slow_forward(crosscoder: TopKTrainingCrosscoder[Any], acts: Tensor) -> dict[str, Any]:
     """A crosscoder's training pass by loops over latents and models, one group's top-k by a sort."""
     P, cfg = crosscoder.partition, crosscoder.cfg
     models = [range(P.d_a), range(P.d_a, P.d_in)]
@@ -47,7 +47,8 @@ def slow_forward(crosscoder: TrainingCrosscoder[Any], acts: Tensor) -> dict[str,
                     pre = pre + (x[n, d] - crosscoder.b_dec[d]) * crosscoder.W_enc[d, i]
             scores[n, i] = pre * norms[i]
     kept = torch.zeros_like(scores)
-    for latents, k in crosscoder.budgets():
+    for latents, share in crosscoder.budgets():
+        k = share * cfg.k
         values = sorted(scores[:, latents].relu().flatten().tolist(), reverse=True)
         smallest = values[int(k * len(x)) - 1]
         group = scores[:, latents]

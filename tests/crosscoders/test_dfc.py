@@ -13,8 +13,8 @@ def test_partition_sizes_are_floors_of_the_fractions() -> None:
 
 
 def test_budgets_share_k_in_proportion_to_latents() -> None:
-    budgets = dict((s.start, k) for s, k in make_dfc(k=6, selection="partition").budgets())
-    assert budgets == {0: 6 * 6 / 24, 6: 6 * 4 / 24, 10: 6 * 14 / 24}
+    budgets = {s.start: share for s, share in make_dfc(selection="partition").budgets()}
+    assert budgets == {0: 6 / 24, 6: 4 / 24, 10: 14 / 24}
 
 
 def test_each_partition_keeps_exactly_its_budget_of_the_batch() -> None:

@@ -1,0 +1,73 @@
+"""The first crosscoder: ReLU, and an L1 penalty weighed by decoder norms."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
+
+
+@dataclass(kw_only=True)
+class StandardTrainingCrosscoderConfig(CrosscoderTrainingConfig):
+    """Settings of a standard crosscoder (Lindsey et al. 2024, "Sparse crosscoders for cross-layer features and model diffing").
+
+    Raises:
+        ValueError: The penalty or its warm-up is negative.
+
+    >>> StandardTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, l1_coefficient=2.0).d_in
+    40
+    """
+
+    l1_coefficient: float = 1.0
+    """Weight of the sum, over latents, of activation x decoder norm, beside squared errors summed over dimensions. It sets
+    the sparsity; with inputs of variance (d_a + d_b) / 2 for each model, start between 1 and 10."""
+    l1_warm_up_steps: int = 0
+    """Steps over which l1_coefficient rises from 0."""
+    aux_loss_coefficient: float = 0.0
+    """Weight of the loss by which dead latents rebuild the residual; the original has none."""
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("l1_coefficient", "l1_warm_up_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "standard_crosscoder"
+
+
+class StandardTrainingCrosscoder(TrainingCrosscoder[StandardTrainingCrosscoderConfig]):
+    """Every latent with a positive pre-activation fires; the penalty on `activation x decoder norm` keeps them few."""
+
+    @override
+    def select(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        return scores.relu()
+
+    @override
+    def latent_thresholds(self) -> Float[Tensor, " d_sae"]:
+        return self.b_enc.new_zeros(self.cfg.d_sae)
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        cfg = self.cfg
+        return {"l1": TrainCoefficientConfig(cfg.l1_coefficient, cfg.l1_warm_up_steps)}
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """The L1 penalty and, if asked for, the dead-latent loss."""
+        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        # Feature activations are in units of one decoder norm: their sum is the weighed one.
+        penalty = feature_acts.sum(dim=-1).mean()
+        return {**losses, "l1_loss": step_input.coefficients["l1"] * penalty}
