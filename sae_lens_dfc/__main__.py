@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-dfc demo | train | align | evaluate | report`.
+"""The command line: `sae-lens-dfc demo | train | align | evaluate | report | benchmark`.
 
 What a person reads goes to standard output, progress and logs to standard error. A failure is one
 line and exit status 1, wrong usage 2.
@@ -6,8 +6,9 @@ line and exit status 1, wrong usage 2.
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,8 @@ from simple_parsing import (
 import sae_lens_dfc  # noqa: F401  (registers the architectures)
 from sae_lens_dfc.activations import MAX_CHARS, PairCounts, PairedRows
 from sae_lens_dfc.alignment import REASONS, Coverage, Segment, align
+from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
+from sae_lens_dfc.benchmark.tables import plot, tables
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
 from sae_lens_dfc.demo import DemoConfig, run_demo
@@ -41,6 +44,7 @@ from sae_lens_dfc.measured_run import (
 )
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.recipes import RECIPES, find_recipe, flattened, missing
 from sae_lens_dfc.report import measures_table, render_report, text_table
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
@@ -109,6 +113,20 @@ class ReportOptions(EvaluateOptions):
     """File to write; none writes report.html into the run's folder."""
 
 
+@dataclass
+class BenchmarkOptions:
+    """Train crosscoders on toy pairs whose differences are known, and count what they find."""
+
+    name: str = field(positional=True, choices=["recovery"])
+    """recovery: five architectures and the recipe dfc-tested, over dictionary sizes, seeds, wrong pairs and a null."""
+    preset: str = field(default="small", choices=list(PRESETS))
+    """small: one seed, two minutes. full: five seeds, what benchmarks/README.md reports."""
+    output: str = "runs/benchmark"
+    """Folder for recovery.json, recovery.md and recovery.svg; results that are there are not computed again."""
+    jobs: int = os.cpu_count() or 1
+    """Crosscoders trained at a time, one thread each."""
+
+
 def demo(options: DemoConfig) -> None:
     """Run the main job on two models and say where its results are."""
     metrics = run_demo(options)
@@ -171,6 +189,20 @@ def write_report(options: ReportOptions) -> None:
     _say(json.dumps({"report": str(target)}) if options.json else f"Report: {target}")
 
 
+def benchmark(options: BenchmarkOptions) -> None:
+    """Run what is missing, then write and print the tables."""
+    if options.jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {options.jobs}.")
+    path = Path(options.output) / FILENAME
+    rows = run_benchmark(options.preset, path, options.jobs)
+    results = list(tables(rows))
+    path.with_suffix(".md").write_text("\n\n".join(t.markdown() for t in results) + "\n")
+    plot(rows, path.with_suffix(".svg"))
+    for table in results:
+        _say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
+    _say(f"Results: {path}")
+
+
 class _OnHeldOutText(NamedTuple):
     measured: Measured
     rows: list[PairedRows]
@@ -226,6 +258,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "align": (AlignOptions, align_texts),
     "evaluate": (EvaluateOptions, evaluate_run),
     "report": (ReportOptions, write_report),
+    "benchmark": (BenchmarkOptions, benchmark),
 }
 
 
@@ -250,22 +283,41 @@ def _parser() -> ArgumentParser:
         command.add_argument(
             "--config", metavar="FILE", help="YAML file of these flags; flags given here win"
         )
+        if name == "train":
+            listed = "; ".join(f"{recipe}: {r.summary}" for recipe, r in RECIPES.items())
+            command.add_argument(
+                "--recipe",
+                metavar="NAME",
+                help=f"settings by name; --config and flags win. {listed}",
+            )
         command.add_arguments(options, dest="options")
     return parser
 
 
-def _config_flags(args: Sequence[str]) -> list[str]:
-    """The arguments with the contents of `--config FILE` put in front of the flags, as flags."""
-    args = list(args)
+def _with_files(args: Sequence[str]) -> list[str]:
+    """The arguments with what `--recipe NAME` and `--config FILE` stand for put in front of the flags, as flags."""
+    recipe, config = (_value_of(args, flag) for flag in ("--recipe", "--config"))
+    flags = [] if config is None else list(_flags(_read_config(Path(config))))
+    if recipe is not None:
+        given = [arg.partition("=")[0] for arg in [*flags, *args]]
+        names = [arg.removeprefix("--").replace("-", "_") for arg in given]
+        needed = missing(find_recipe(recipe), names)
+        if needed:
+            reasons = "; ".join(f"{_flag(name)} ({why})" for name, why in needed.items())
+            raise ValueError(f"Recipe {recipe!r} needs {reasons}.")
+        flags = [*_flags(RECIPES[recipe].settings), *flags]
+    return [*args[:1], *flags, *args[1:]]
+
+
+def _value_of(args: Sequence[str], flag: str) -> str | None:
     for i, arg in enumerate(args):
         name, _, value = arg.partition("=")
-        if name == "--config" and (value or i + 1 < len(args)):
-            path = Path(value or args[i + 1])
-            return [*args[:1], *_flags_of(path), *args[1:]]
-    return args
+        if name == flag and (value or i + 1 < len(args)):
+            return value or args[i + 1]
+    return None
 
 
-def _flags_of(path: Path) -> Iterator[str]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -274,18 +326,21 @@ def _flags_of(path: Path) -> Iterator[str]:
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"Configuration {path} must be a mapping of flags to values.")
-    yield from _flatten(values)
+    return values
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        elif value is True:
-            yield f"--{prefix}{name}".replace("_", "-")
+def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in flattened(settings).items():
+        if value is True:
+            yield _flag(name)
+        elif isinstance(value, list):
+            yield from (_flag(name), *map(str, value))
         elif value is not None:
-            flag = f"--{prefix}{name}".replace("_", "-")
-            yield f"{flag}={value}"
+            yield f"{_flag(name)}={value}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -293,7 +348,7 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("sae_lens_dfc").setLevel(logging.INFO)
     try:
-        parsed = _parser().parse_args(_config_flags(sys.argv[1:] if args is None else args))
+        parsed = _parser().parse_args(_with_files(sys.argv[1:] if args is None else args))
         COMMANDS[parsed.command][1](parsed.options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"sae-lens-dfc: error: {' '.join(str(error).split())}\n")

@@ -1,0 +1,317 @@
+"""Which crosscoder finds known differences: toy pairs, over dictionary sizes, seeds and wrongly paired rows."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from sae_lens.registry import get_sae_training_class
+from sae_lens.training.sae_trainer import SAETrainer
+from tqdm.auto import tqdm
+
+from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
+from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.delta import DeltaTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.standard import StandardTrainingCrosscoderConfig
+from sae_lens_dfc.evaluate import evaluate
+from sae_lens_dfc.metrics.recovery import Truth, recovery
+from sae_lens_dfc.recipes import dfc_tested
+from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+
+FILENAME = "recovery.json"
+BATCHES_FOR_NORM = 10
+EVAL_BATCH_SIZE = 2048
+# Samples of training and of evaluation must not meet.
+EVAL_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of the benchmark."""
+
+    toy: ToyPairConfig
+    """The toy pair; its seed is the run's."""
+    steps: int
+    """Training steps."""
+    batch_size: int
+    """Pairs in one step."""
+    lr: float
+    """Adam's step, over the last fifth falling to a tenth."""
+    l1_coefficient: float
+    """Penalty of the standard crosscoder at which about as many latents are active as the others' k."""
+    seeds: int
+    """Toy pairs, each with its own crosscoders."""
+    eval_batches: int
+    """Batches of 2048 fresh pairs to measure on."""
+    sizes: tuple[float, ...] = (0.4, 1.0, 2.0)
+    """Dictionary sizes, in units of the number of features."""
+    pairing_noise: tuple[float, ...] = (0.0, 0.1, 0.3)
+    """Shares of wrongly paired rows; those above 0 at dictionary size 1 only, as the null."""
+
+
+PRESETS = {
+    "small": Preset(
+        toy=ToyPairConfig(
+            n_features=64, d_a=24, d_b=24, a_exclusive_fraction=0.1, b_exclusive_fraction=0.1
+        ),
+        steps=200,
+        batch_size=256,
+        lr=6e-3,
+        l1_coefficient=2.0,
+        seeds=1,
+        eval_batches=4,
+        pairing_noise=(0.0, 0.3),
+    ),
+    "full": Preset(
+        toy=ToyPairConfig(n_features=384, d_a=96, d_b=96),
+        steps=1000,
+        batch_size=1024,
+        lr=3e-3,
+        l1_coefficient=3.0,
+        seeds=5,
+        eval_batches=20,
+    ),
+}
+
+
+class Run(NamedTuple):
+    """One crosscoder to train."""
+
+    preset: str
+    name: str
+    """Registry name of the architecture, or a recipe's."""
+    size: float
+    seed: int
+    pairing_noise: float
+    null: bool
+    """Whether the two toy models share every feature."""
+
+
+def _crosscoders(
+    preset: Preset,
+) -> dict[str, tuple[type[CrosscoderTrainingConfig], dict[str, Any]]]:
+    """What is compared: the five architectures as their papers have them, our recipe, and variants of both."""
+    k: dict[str, Any] = {"k": preset.toy.active_features}
+    warm_up = {"l1_warm_up_steps": preset.steps // 10}
+    penalty = preset.l1_coefficient
+    tests = dfc_tested(preset.steps)
+    return {
+        "standard_crosscoder": (
+            StandardTrainingCrosscoderConfig,
+            {"l1_coefficient": penalty, **warm_up},
+        ),
+        "batchtopk_crosscoder": (BatchTopKTrainingCrosscoderConfig, k),
+        "dsf_crosscoder": (DSFTrainingCrosscoderConfig, {**k, "tie": "linear_map"}),
+        "delta_crosscoder": (DeltaTrainingCrosscoderConfig, k),
+        "dfc": (DFCTrainingCrosscoderConfig, {**k, "decoder_norm": "sum"}),
+        "dfc-tested": (DFCTrainingCrosscoderConfig, {**k, **tests}),
+        "dfc-tested-l2": (DFCTrainingCrosscoderConfig, {**k, **tests, "decoder_norm": "l2"}),
+        "dfc-l2": (DFCTrainingCrosscoderConfig, {**k, "decoder_norm": "l2"}),
+        "standard-third": (
+            StandardTrainingCrosscoderConfig,
+            {"l1_coefficient": penalty / 3, **warm_up},
+        ),
+    }
+
+
+CLEAN_ONLY = ("dfc-l2", "standard-third")
+"""Variants that are trained at each size, but not on wrong pairs and not on the null."""
+
+
+def runs(preset_name: str) -> list[Run]:
+    """Every crosscoder of a preset: all sizes on clean pairs; noise and null at one size."""
+    preset = PRESETS[preset_name]
+    clean = [(size, 0.0, False) for size in preset.sizes]
+    noisy = [(1.0, noise, False) for noise in preset.pairing_noise if noise > 0]
+    return [
+        Run(preset_name, name, size, seed, noise, null)
+        for seed in range(preset.seeds)
+        for size, noise, null in [*clean, *noisy, (1.0, 0.0, True)]
+        for name in _crosscoders(preset)
+        if (size, noise, null) in clean or name not in CLEAN_ONLY
+    ]
+
+
+def toy_config(run: Run) -> ToyPairConfig:
+    """The toy pair of a run. The null keeps as many features and shares them all."""
+    exclusive = {"a_exclusive_fraction": 0.0, "b_exclusive_fraction": 0.0} if run.null else {}
+    toy = PRESETS[run.preset].toy
+    return replace(toy, seed=run.seed, pairing_noise=run.pairing_noise, **exclusive)
+
+
+def training_config(run: Run) -> CrosscoderRunnerConfig:
+    """The training of a run, without models or text."""
+    preset = PRESETS[run.preset]
+    config_class, settings = _crosscoders(preset)[run.name]
+    d_sae = round(run.size * preset.toy.n_features)
+    sae = config_class(d_a=preset.toy.d_a, d_b=preset.toy.d_b, d_sae=d_sae, **settings)
+    return CrosscoderRunnerConfig(
+        sae=sae,
+        training_tokens=preset.steps * preset.batch_size,
+        train_batch_size_tokens=preset.batch_size,
+        lr=preset.lr,
+        lr_warm_up_steps=preset.steps // 20,
+        lr_decay_steps=preset.steps // 5,
+        n_batches_for_norm_estimate=BATCHES_FOR_NORM,
+        seed=run.seed,
+    )
+
+
+def train(run: Run) -> TrainingCrosscoder[Any]:
+    """The crosscoder of a run, trained by SAELens' trainer on its toy pair."""
+    cfg = training_config(run)
+    batches = ToyPair(toy_config(run)).batches(cfg.train_batch_size_tokens, seed=run.seed)
+    torch.manual_seed(cfg.seed)
+    crosscoder = get_sae_training_class(cfg.sae.architecture())[0](cfg.sae)
+    assert isinstance(crosscoder, TrainingCrosscoder)
+    crosscoder.fit_normalization(torch.cat(list(islice(batches, cfg.n_batches_for_norm_estimate))))
+    SAETrainer(cfg=cfg.to_sae_trainer_config(), sae=crosscoder, data_provider=batches).fit()
+    return crosscoder.eval()
+
+
+def row(run: Run) -> dict[str, Any]:
+    """Train a run's crosscoder and hold it against the truth.
+
+    Returns:
+        The run, `recovery`'s measures, explained variance and L0 on fresh pairs, all settings, and where it ran.
+    """
+    started = time.monotonic()
+    cfg = training_config(run)
+    crosscoder = train(run).to_inference()
+    # Whatever was trained on wrong pairs is measured on right ones.
+    pair = ToyPair(replace(toy_config(run), pairing_noise=0.0))
+    held_out = islice(pair.batches(EVAL_BATCH_SIZE, EVAL_SEED), PRESETS[run.preset].eval_batches)
+    metrics, firing = evaluate(crosscoder, held_out)
+    truth = Truth(pair.features, pair.directions, pair.frequencies)
+    by: Literal["partition", "relative_norm"]
+    by = "partition" if isinstance(cfg.sae, DFCTrainingCrosscoderConfig) else "relative_norm"
+    return {
+        "architecture": run.name,
+        "d_sae": cfg.sae.d_sae,
+        "d_sae_per_feature": run.size,
+        "seed": run.seed,
+        "pairing_noise": run.pairing_noise,
+        "null": run.null,
+        **recovery(crosscoder, truth, firing.counts > 0, by),
+        **{name: metrics[name] for name in ("explained_variance/a", "explained_variance/b", "l0")},
+        "alive": (firing.counts > 0).double().mean().item(),
+        "seconds": round(time.monotonic() - started, 1),
+        **provenance(),
+        "settings": settings(run),
+    }
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """All that decides a run's numbers; two runs with the same are the same."""
+    cfg = training_config(run)
+    sae = {name: value for name, value in cfg.sae.to_dict().items() if name != "metadata"}
+    training = asdict(cfg.to_sae_trainer_config())
+    values = {
+        "preset": run.preset,
+        "toy": asdict(toy_config(run)),
+        "crosscoder": sae,
+        "training": {
+            name: training[name]
+            for name in (
+                *("total_training_samples", "train_batch_size_samples", "lr", "lr_end"),
+                *("lr_warm_up_steps", "lr_decay_steps", "adam_beta1", "adam_beta2"),
+                "dead_feature_window",
+            )
+        },
+        "evaluation_pairs": PRESETS[run.preset].eval_batches * EVAL_BATCH_SIZE,
+    }
+    return json.loads(json.dumps(values))
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, machine and versions; the commit is none where the package is not in a repository."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", str(folder.parent)])
+    suffix = "" if changed.returncode == 0 else ", changed"
+    return {
+        "commit": commit.stdout.strip() + suffix if commit.returncode == 0 else None,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run",
+        "versions": {name: version(name) for name in ("sae-lens-dfc", "sae-lens", "torch")},
+    }
+
+
+def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
+    """All runs of a preset, the results written after each; what is there already is not run again.
+
+    Args:
+        preset: Name in `PRESETS`.
+        path: The results' file.
+        jobs: Processes, one thread each.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    wanted = runs(preset)
+    rows = {i: old for i, old in _resumed(path, wanted)}
+    todo = [i for i in range(len(wanted)) if i not in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for i, result in tqdm(
+        _results({i: wanted[i] for i in todo}, jobs), "Crosscoders", len(todo), unit=" runs"
+    ):
+        rows[i] = result
+        write([rows[j] for j in sorted(rows)], path)
+    return [rows[i] for i in sorted(rows)]
+
+
+def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.exists():
+        return
+    try:
+        rows = json.loads(path.read_text())
+        known = {json.dumps([row["architecture"], row["settings"]]): row for row in rows}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a result of this benchmark ({error!r}). Name another --output."
+        ) from None
+    for i, run in enumerate(wanted):
+        key = json.dumps([run.name, settings(run)])
+        if key in known:
+            yield i, known.pop(key)
+    if known:
+        raise ValueError(
+            f"{path} holds {len(known)} results of other settings. Name another --output, or delete it."
+        )
+
+
+def _results(todo: Mapping[int, Run], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    if jobs == 1:
+        yield from ((i, row(run)) for i, run in todo.items())
+        return
+    # Spawned, not forked: a forked child inherits torch's thread pool in whatever state it is.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _one_thread) as pool:
+        pending = {pool.submit(row, run): i for i, run in todo.items()}
+        for done in as_completed(pending):
+            yield pending[done], done.result()
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """One row a line, in place of the old file only when the new one is whole."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(f"[\n{lines}\n]\n")
+    temporary.replace(path)

@@ -1,0 +1,113 @@
+"""Results of the recovery benchmark as tables and as a picture: means and standard deviations over seeds."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+COLUMNS = {
+    "exclusive_recall": "exclusive recall",
+    "exclusive_learned": "learned anywhere",
+    "false_exclusive_rate": "false exclusive rate",
+    "exclusive_called": "called exclusive",
+    "leakage": "leakage",
+    "shared_recall": "shared recall",
+    "explained_variance/a": "EV A",
+    "explained_variance/b": "EV B",
+    "l0": "L0",
+}
+
+
+class Table(NamedTuple):
+    """A title and cells, the first line of which is the head."""
+
+    title: str
+    cells: list[list[str]]
+
+    def markdown(self) -> str:
+        head, *body = ("| " + " | ".join(line) + " |" for line in self.cells)
+        return "\n".join([f"**{self.title}**\n", head, "|---" * len(self.cells[0]) + "|", *body])
+
+
+def tables(rows: Rows) -> Iterator[Table]:
+    """One table for each dictionary size, each level of pairing noise, and the null."""
+    clean = [row for row in rows if not row["null"] and row["pairing_noise"] == 0]
+    for size in sorted({row["d_sae_per_feature"] for row in clean}):
+        group = [row for row in clean if row["d_sae_per_feature"] == size]
+        yield Table(f"Dictionary of {size:g} x the number of features", _cells(group))
+    for noise in sorted({row["pairing_noise"] for row in rows if row["pairing_noise"] > 0}):
+        group = [row for row in rows if row["pairing_noise"] == noise]
+        yield Table(f"{noise:.0%} of the pairs wrong", _cells(group))
+    null = [row for row in rows if row["null"]]
+    if null:
+        yield Table("Null: no feature is exclusive", _cells(null))
+
+
+def _cells(rows: Rows) -> list[list[str]]:
+    names = {row["architecture"]: None for row in rows}
+    return [["", *COLUMNS.values()]] + [
+        [name, *(spread(_values(rows, name, column)) for column in COLUMNS)] for name in names
+    ]
+
+
+def _values(rows: Rows, name: str, column: str) -> list[float]:
+    values = [row[column] for row in rows if row["architecture"] == name]
+    return [float(value) for value in values if value is not None]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation, a dash of nothing.
+
+    >>> spread([1.0, 2.0]), spread([1.0]), spread([])
+    ('1.500 ± 0.707', '1.000', '–')
+    """
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def plot(rows: Rows, path: Path) -> None:
+    """Exclusive recall and false exclusive rate against dictionary size and against pairing noise."""
+    true = [row for row in rows if not row["null"]]
+    clean = [row for row in true if row["pairing_noise"] == 0]
+    noisy = [row for row in true if row["d_sae_per_feature"] == 1]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row", squeeze=False)
+    for i, column in enumerate(("exclusive_recall", "false_exclusive_rate")):
+        _lines(axes[i][0], clean, "d_sae_per_feature", column)
+        _lines(axes[i][1], noisy, "pairing_noise", column)
+        axes[i][0].set_ylabel(COLUMNS[column])
+        axes[i][0].set_ylim(-0.03, 1.03)
+    axes[1][0].set_xlabel("latents per feature")
+    axes[1][1].set_xlabel("share of wrong pairs (one latent per feature)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path)
+
+
+def _lines(axes: Axes, rows: Rows, x_name: str, column: str) -> None:
+    names = list(dict.fromkeys(row["architecture"] for row in rows))
+    for i, name in enumerate(names):
+        xs = sorted({row[x_name] for row in rows})
+        groups = [[r for r in rows if r[x_name] == x] for x in xs]
+        values = [_values(group, name, column) for group in groups]
+        known = [(x, v) for x, v in zip(xs, values, strict=True) if v]
+        # Marks side by side: several architectures lie on one another at 0 and at 1.
+        shift = (i - len(names) / 2) * 0.006 * (max(xs) - min(xs) or 1)
+        axes.errorbar(
+            [x + shift for x, _ in known],
+            [statistics.mean(v) for _, v in known],
+            yerr=[statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in known],
+            label=name,
+            color=f"C{i}",
+            marker="o",
+            markersize=4,
+            capsize=2,
+        )
+    axes.grid(alpha=0.3)
