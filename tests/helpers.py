@@ -7,8 +7,14 @@ from torch import Tensor
 from sae_lens_dfc import (
     BatchTopKTrainingCrosscoder,
     BatchTopKTrainingCrosscoderConfig,
+    DeltaTrainingCrosscoder,
+    DeltaTrainingCrosscoderConfig,
     DFCTrainingCrosscoder,
     DFCTrainingCrosscoderConfig,
+    DSFTrainingCrosscoder,
+    DSFTrainingCrosscoderConfig,
+    StandardTrainingCrosscoder,
+    StandardTrainingCrosscoderConfig,
 )
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 
@@ -37,6 +43,34 @@ def make_batchtopk(**overrides: Any) -> BatchTopKTrainingCrosscoder:
     return randomised(BatchTopKTrainingCrosscoder(config))
 
 
+def make_standard(**overrides: Any) -> StandardTrainingCrosscoder:
+    defaults: dict[str, Any] = {"d_a": 5, "d_b": 7, "d_sae": 24, "aux_loss_coefficient": 0.1}
+    return randomised(
+        StandardTrainingCrosscoder(StandardTrainingCrosscoderConfig(**{**defaults, **overrides}))
+    )
+
+
+def make_dsf(**overrides: Any) -> DSFTrainingCrosscoder:
+    """Six of 24 latents tied, by equality."""
+    defaults: dict[str, Any] = {"d_a": 6, "d_b": 6, "d_sae": 24, "k": 6, "tied_fraction": 0.25}
+    return randomised(
+        DSFTrainingCrosscoder(DSFTrainingCrosscoderConfig(**{**defaults, **overrides}))
+    )
+
+
+def make_mapped_dsf(**overrides: Any) -> DSFTrainingCrosscoder:
+    """Six of 24 latents tied, by a map between two widths."""
+    return make_dsf(**{"d_a": 5, "d_b": 7, "tie": "linear_map", **overrides})
+
+
+def make_delta(**overrides: Any) -> DeltaTrainingCrosscoder:
+    """Eighteen latents of the difference, six shared."""
+    defaults: dict[str, Any] = {"d_a": 6, "d_b": 6, "d_sae": 24, "k": 6, "shared_fraction": 0.25}
+    return randomised(
+        DeltaTrainingCrosscoder(DeltaTrainingCrosscoderConfig(**{**defaults, **overrides}))
+    )
+
+
 @torch.no_grad()
 def randomised(crosscoder: T) -> T:
     """Every weight random, the forbidden ones too: a crosscoder must not depend on their being zero."""
@@ -50,12 +84,12 @@ def make_acts(n: int, d_in: int) -> Tensor:
     return torch.randn(n, d_in) * torch.linspace(1, 20, d_in) + torch.linspace(-30, 60, d_in)
 
 
-def step_input(acts: Tensor, dead: Tensor | None = None) -> TrainStepInput:
+def step_input(acts: Tensor, dead: Tensor | None = None, step: int = 0) -> TrainStepInput:
     return TrainStepInput(
         sae_in=acts,
-        coefficients={},
+        coefficients={"l1": 0.5},
         dead_neuron_mask=dead,
-        n_training_steps=0,
+        n_training_steps=step,
         is_logging_step=True,
     )
 

@@ -33,6 +33,7 @@ LAYERS = [
     "metrics.exclusivity",
     "metrics.pca",
     "metrics.recovery",
+    "metrics.stability",
     "evaluate",
     "output",
     "training.config",

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_dfc.crosscoders.losses import linear_map
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder, TopKTrainingCrosscoderConfig
 
 
@@ -114,3 +113,24 @@ class DSFTrainingCrosscoder(TopKTrainingCrosscoder[DSFTrainingCrosscoderConfig])
         # A fresh latent's encoder is its decoder's transpose, and the tied rows' B side is known only now.
         n = self.cfg.n_tied
         self.W_enc.data[:, :n] = self.decoder()[:n].T
+
+
+@torch.no_grad()
+def linear_map(
+    x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], ridge: float = 1e-3
+) -> Float[Tensor, "d_x d_y"]:
+    """The least-squares map from `x` to `y`, both centred, with a ridge of a share of `x`'s mean variance.
+
+    Raises:
+        ValueError: There are fewer than twice as many pairs as dimensions.
+    """
+    (n, d_x), dtype = x.shape, x.dtype
+    if n < 2 * d_x:
+        raise ValueError(
+            f"A linear map from {d_x} dimensions needs at least {2 * d_x} pairs, got {n}. "
+            "Raise n_batches_for_norm_estimate or the batch."
+        )
+    x, y = (v.double() - v.double().mean(dim=0) for v in (x, y))
+    covariance = x.T @ x
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(d_x).to(covariance)
+    return torch.linalg.solve(covariance, x.T @ y).to(dtype)

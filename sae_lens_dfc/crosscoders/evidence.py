@@ -23,6 +23,34 @@ class Evidence(NamedTuple):
 
 
 @dataclass
+class _Sums:
+    """What a regression with an intercept needs: an activation is never negative, so its mean is no evidence."""
+
+    n: int
+    x: Float[Tensor, " n_x"]
+    y: Float[Tensor, " n_y"]
+    squares: Float[Tensor, " n_x"]
+    products: Float[Tensor, "n_x n_y"]
+
+    @classmethod
+    def zeros_like(cls, x: Float[Tensor, "batch n_x"], y: Float[Tensor, "batch n_y"]) -> "_Sums":
+        n_x, n_y = x.shape[1], y.shape[1]
+        return cls(0, *(y.new_zeros(shape) for shape in ((n_x,), (n_y,), (n_x,), (n_x, n_y))))
+
+    def add(self, x: Float[Tensor, "batch n_x"], y: Float[Tensor, "batch n_y"]) -> None:
+        self.n += len(x)
+        self.x += x.sum(dim=0)
+        self.y += y.sum(dim=0)
+        self.squares += x.pow(2).sum(dim=0)
+        self.products += x.T @ y
+
+    def slopes(self) -> Float[Tensor, "n_x n_y"]:
+        covariance = self.products - torch.outer(self.x, self.y) / self.n
+        variance = self.squares - self.x.pow(2) / self.n
+        return covariance / variance.clamp(min=1e-12)[:, None]
+
+
+@dataclass
 class OtherModelTest:
     """Regression, over any number of batches, of the other model's unshared activations on each exclusive latent.
 
@@ -33,21 +61,16 @@ class OtherModelTest:
 
     >>> partition = Partition(d_a=1, d_b=1, n_a_exclusive=2, n_b_exclusive=0, n_shared=1)
     >>> test = OtherModelTest(partition)
-    >>> acts = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # latent 0 fires on the first pair, latent 1 on the second
-    >>> for _ in range(2):
-    ...     test.update(acts, unshared=torch.tensor([[1.0, 0.0], [2.0, 2.0]]))
-    >>> test.compute(own_norms=torch.tensor([1.0, 1.0])).own_share  # B has nothing of latent 0, all of latent 1
+    >>> acts = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 2.0], [0.0, 0.0]])
+    >>> for _ in range(2):  # B has nothing of latent 0 and all of latent 1
+    ...     test.update(acts, unshared=torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 2.0], [0.0, 0.0]]))
+    >>> test.compute(own_norms=torch.tensor([1.0, 1.0])).own_share
     tensor([1.0000, 0.5000])
     """
 
     partition: Partition
-    _n: int = 0
-    _products: Float[Tensor, "2 n_exclusive d_in"] = field(init=False)
-    _power: Float[Tensor, "2 n_exclusive"] = field(init=False)
-
-    @property
-    def n_exclusive(self) -> int:
-        return self.partition.n_a_exclusive + self.partition.n_b_exclusive
+    _n_batches: int = 0
+    _halves: list[_Sums] = field(default_factory=list)
 
     @torch.no_grad()
     def update(
@@ -61,13 +84,10 @@ class OtherModelTest:
             feature_acts: Activations of the exclusive latents.
             unshared: Normalised activations less what the shared latents explain.
         """
-        if self._n == 0:
-            self._products = unshared.new_zeros(2, self.n_exclusive, self.partition.d_in)
-            self._power = unshared.new_zeros(2, self.n_exclusive)
-        half = self._n % 2
-        self._products[half] += feature_acts.T @ unshared
-        self._power[half] += feature_acts.pow(2).sum(dim=0)
-        self._n += 1
+        if self._n_batches == 0:
+            self._halves = [_Sums.zeros_like(feature_acts, unshared) for _ in range(2)]
+        self._halves[self._n_batches % 2].add(feature_acts, unshared)
+        self._n_batches += 1
 
     def compute(self, own_norms: Float[Tensor, " n_exclusive"]) -> Evidence:
         """The evidence.
@@ -78,17 +98,16 @@ class OtherModelTest:
         Raises:
             ValueError: Fewer than two batches were counted.
         """
-        if self._n < 2:
-            raise ValueError(f"A test needs at least two batches, got {self._n}.")
-        halves = self._products / self._power.clamp(min=1e-12)[:, :, None]
-        slopes = self._products.sum(dim=0) / self._power.sum(dim=0).clamp(min=1e-12)[:, None]
+        if self._n_batches < 2:
+            raise ValueError(f"A test needs at least two batches, got {self._n_batches}.")
+        halves = [half.slopes() for half in self._halves]
         squared = torch.zeros_like(own_norms)
         for name, other in ((A_EXCLUSIVE, "b"), (B_EXCLUSIVE, "a")):
             latents, inputs = self.partition.slices[name], self.partition.models[other]
             squared[latents] = (halves[0] * halves[1])[latents, inputs].sum(dim=-1)
         other_norms = squared.clamp(min=0).sqrt()
         return Evidence(
-            slopes=slopes,
+            slopes=(halves[0] + halves[1]) / 2,
             own_share=own_norms / (own_norms + other_norms).clamp(min=1e-12),
-            fired=(self._power > 0).all(dim=0),
+            fired=(self._halves[0].squares > 0) & (self._halves[1].squares > 0),
         )

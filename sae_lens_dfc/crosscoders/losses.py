@@ -1,6 +1,5 @@
 """The terms of a crosscoder's loss, as pure functions."""
 
-import torch
 from jaxtyping import Bool, Float
 from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
@@ -91,6 +90,7 @@ def difference_loss(
         partition: Says which columns are whose; both models have one width.
 
     >>> import torch
+    >>> import torch
     >>> partition = Partition(d_a=1, d_b=1, n_a_exclusive=0, n_b_exclusive=0, n_shared=4)
     >>> difference_loss(torch.tensor([[1.0, 4.0]]), torch.tensor([[0.0, 1.0]]), torch.ones(2), partition)
     tensor(4.)
@@ -100,24 +100,3 @@ def difference_loss(
         for inputs, unit in zip(partition.models.values(), units, strict=True)
     )
     return (b - a).pow(2).sum(dim=-1).mean()
-
-
-@torch.no_grad()
-def linear_map(
-    x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], ridge: float = 1e-3
-) -> Float[Tensor, "d_x d_y"]:
-    """The least-squares map from `x` to `y`, both centred, with a ridge of a share of `x`'s mean variance.
-
-    Raises:
-        ValueError: There are fewer than twice as many pairs as dimensions.
-    """
-    (n, d_x), dtype = x.shape, x.dtype
-    if n < 2 * d_x:
-        raise ValueError(
-            f"A linear map from {d_x} dimensions needs at least {2 * d_x} pairs, got {n}. "
-            "Raise n_batches_for_norm_estimate or the batch."
-        )
-    x, y = (v.double() - v.double().mean(dim=0) for v in (x, y))
-    covariance = x.T @ x
-    covariance += ridge * covariance.diagonal().mean() * torch.eye(d_x).to(covariance)
-    return torch.linalg.solve(covariance, x.T @ y).to(dtype)

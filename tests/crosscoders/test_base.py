@@ -2,33 +2,51 @@
 
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sae_lens import SAE, TrainingSAE
-from torch import Tensor
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, TrainingSAE
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.func import functional_call
 
-from sae_lens_dfc import Crosscoder
+from sae_lens_dfc import Crosscoder, DSFTrainingCrosscoder
+from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.losses import dead_latent_loss, reconstruction_losses
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from tests.helpers import (
     make_acts,
     make_batchtopk,
+    make_delta,
     make_dfc,
+    make_dsf,
+    make_mapped_dsf,
+    make_standard,
     randomised,
     step_input,
     train_steps,
 )
 
-MAKERS = [make_batchtopk, make_dfc, partial(make_dfc, selection="partition", decoder_norm="sum")]
+MAKERS = [
+    make_standard,
+    make_batchtopk,
+    make_dsf,
+    make_mapped_dsf,
+    make_delta,
+    make_dfc,
+    partial(make_dfc, selection="partition", decoder_norm="sum"),
+]
 
 
-def slow_forward(crosscoder: TopKTrainingCrosscoder[Any], acts: Tensor) -> dict[str, Any]:
+def slow_forward(crosscoder: TrainingCrosscoder[Any], acts: Tensor) -> dict[str, Any]:
     """A crosscoder's training pass by loops over latents and models, one group's top-k by a sort."""
-    P, cfg = crosscoder.partition, crosscoder.cfg
+    P, cfg, W_dec = crosscoder.partition, crosscoder.cfg, crosscoder.W_dec
+    if isinstance(crosscoder, DSFTrainingCrosscoder):
+        W_dec = slow_tied(crosscoder)
     models = [range(P.d_a), range(P.d_a, P.d_in)]
     allowed = {"shared": (0, 1), "a_exclusive": (0,), "b_exclusive": (1,)}
     may_use = [allowed[P.name_of(i)] for i in range(P.d_sae)]
@@ -38,7 +56,7 @@ def slow_forward(crosscoder: TopKTrainingCrosscoder[Any], acts: Tensor) -> dict[
     scores = torch.zeros(len(x), P.d_sae, dtype=x.dtype)
     norms: list[Tensor] = []
     for i in range(P.d_sae):
-        parts = torch.stack([crosscoder.W_dec[i, list(models[m])].norm() for m in may_use[i]])
+        parts = torch.stack([W_dec[i, list(models[m])].norm() for m in may_use[i]])
         norms.append(parts.sum() if cfg.decoder_norm == "sum" else parts.pow(2).sum().sqrt())
         for n in range(len(x)):
             pre = crosscoder.b_enc[i]
@@ -46,8 +64,9 @@ def slow_forward(crosscoder: TopKTrainingCrosscoder[Any], acts: Tensor) -> dict[
                 for d in models[m]:
                     pre = pre + (x[n, d] - crosscoder.b_dec[d]) * crosscoder.W_enc[d, i]
             scores[n, i] = pre * norms[i]
-    kept = torch.zeros_like(scores)
-    for latents, share in crosscoder.budgets():
+    kept = scores * (scores > 0)
+    budgets = crosscoder.budgets() if isinstance(crosscoder, TopKTrainingCrosscoder) else []
+    for latents, share in budgets:
         k = share * cfg.k
         values = sorted(scores[:, latents].relu().flatten().tolist(), reverse=True)
         smallest = values[int(k * len(x)) - 1]
@@ -57,33 +76,112 @@ def slow_forward(crosscoder: TopKTrainingCrosscoder[Any], acts: Tensor) -> dict[
     for i in range(P.d_sae):
         for m in may_use[i]:
             dims = list(models[m])
-            out[:, dims] = out[:, dims] + kept[:, [i]] / norms[i] * crosscoder.W_dec[i, dims]
+            out[:, dims] = out[:, dims] + kept[:, [i]] / norms[i] * W_dec[i, dims]
     error = [((out - x)[:, list(dims)] ** 2).sum() / len(x) for dims in models]
-    return {"feature_acts": kept, "sae_out": out, "loss": error[0] + error[1]}
+    return {"feature_acts": kept, "sae_out": out, "mse_loss_a": error[0], "mse_loss_b": error[1]}
+
+
+def slow_tied(crosscoder: DSFTrainingCrosscoder) -> Tensor:
+    W_dec, d_a = crosscoder.W_dec.clone(), crosscoder.cfg.d_a
+    for i in range(6):
+        for d in range(crosscoder.cfg.d_b):
+            weights = crosscoder.tie_map[:, d]
+            W_dec[i, d_a + d] = sum(crosscoder.W_dec[i, j] * weights[j] for j in range(d_a))
+    return W_dec
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_training_pass_agrees_with_loops_over_latents_and_models(make: Any) -> None:
-    crosscoder, acts = make(dtype="float64"), make_acts(9, 12).double()
+    crosscoder, acts = make(dtype="float64"), make_acts(10, 12).double()
     crosscoder.fit_normalization(acts)
     randomised(crosscoder)
     output = crosscoder.training_forward_pass(step_input(acts))
     slow = slow_forward(crosscoder, acts)
     torch.testing.assert_close(output.feature_acts, slow["feature_acts"])
     torch.testing.assert_close(output.sae_out, slow["sae_out"])
-    torch.testing.assert_close(output.loss, slow["loss"])
+    for model in ("a", "b"):
+        name = f"mse_loss_{model}"
+        torch.testing.assert_close(output.losses[name], slow[name])
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_gradients_agree_with_loops_over_latents_and_models(make: Any) -> None:
-    crosscoder, acts = make(dtype="float64"), make_acts(9, 12).double()
+    crosscoder, acts = make(dtype="float64"), make_acts(10, 12).double()
     crosscoder.fit_normalization(acts)
     randomised(crosscoder)
     parameters = list(crosscoder.parameters())
-    fast = torch.autograd.grad(crosscoder.training_forward_pass(step_input(acts)).loss, parameters)
-    slow = torch.autograd.grad(slow_forward(crosscoder, acts)["loss"], parameters)
+    names = ("mse_loss_a", "mse_loss_b")
+    losses, slow_losses = (
+        crosscoder.training_forward_pass(step_input(acts)).losses,
+        slow_forward(crosscoder, acts),
+    )
+    fast = torch.autograd.grad([losses[n] for n in names], parameters)
+    slow = torch.autograd.grad([slow_losses[n] for n in names], parameters)
     for name, one, other in zip(dict(crosscoder.named_parameters()), fast, slow, strict=True):
         torch.testing.assert_close(one, other, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class Losses(nn.Module):
+    """A training pass as a function of the crosscoder's weights."""
+
+    def __init__(self, crosscoder: TrainingCrosscoder[Any]):
+        super().__init__()
+        self.crosscoder = crosscoder
+
+    def forward(self, acts: Tensor) -> Tensor:
+        dead = torch.arange(self.crosscoder.cfg.d_sae) % 3 == 0
+        return self.crosscoder.training_forward_pass(step_input(acts, dead)).loss
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_gradients_of_the_whole_loss_are_those_of_finite_differences(make: Any) -> None:
+    crosscoder, acts = make(dtype="float64"), make_acts(10, 12).double()
+    crosscoder.fit_normalization(acts)
+    randomised(crosscoder)
+    module = Losses(crosscoder)
+    # The dead-latent loss holds the residual fixed, which finite differences do not: it is checked by itself.
+    crosscoder.cfg.aux_loss_coefficient = 0.0
+    names = [name for name, _ in module.named_parameters()]
+    values = tuple(p.detach().clone().requires_grad_() for p in module.parameters())
+
+    def loss(*weights: Tensor) -> Tensor:
+        return functional_call(module, dict(zip(names, weights, strict=True)), (acts,))
+
+    assert gradcheck(loss, values, eps=1e-7, atol=1e-3)
+
+
+def test_the_dead_latent_losss_gradients_are_those_of_finite_differences() -> None:
+    partition = make_dfc().partition
+    dead = torch.arange(24) % 3 == 0
+    residual = torch.randn(6, 12, dtype=torch.float64)
+
+    def loss(scores: Tensor, W_dec: Tensor) -> Tensor:
+        return dead_latent_loss(residual, scores, W_dec, dead, partition)
+
+    scores = torch.randn(6, 24, dtype=torch.float64, requires_grad=True)
+    W_dec = torch.randn(24, 12, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(loss, (scores, W_dec))
+
+
+def test_batchtopk_is_saelens_own_on_the_joined_input() -> None:
+    # They coincide where the score is the joined row's norm x activation and the input is taken as it is.
+    ours = make_batchtopk(normalization="none", decoder_norm="l2")
+    acts = torch.randn(40, 12)
+    ours.fit_normalization(acts)
+    randomised(ours)
+    theirs = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(d_in=12, d_sae=24, k=6, rescale_acts_by_decoder_norm=True)
+    )
+    weights = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    theirs.load_state_dict({**weights, "topk_threshold": torch.tensor(0.0, dtype=torch.double)})
+    outputs = [sae.training_forward_pass(step_input=step_input(acts)) for sae in (ours, theirs)]
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs[0].feature_acts, outputs[1].feature_acts)
+    for output in outputs:
+        output.loss.backward()
+    for name, p in theirs.named_parameters():
+        own = dict(ours.named_parameters())[name].grad
+        torch.testing.assert_close(own, p.grad, rtol=1e-5, atol=1e-5, msg=f"gradient of {name}")
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 0.49), st.floats(0, 0.49))
@@ -122,6 +220,19 @@ def test_reconstruction_comes_back_in_raw_units(normalization: Any) -> None:
     crosscoder.fit_normalization(acts)
     again = crosscoder._denormalize(crosscoder._normalize(acts))
     assert (again - acts).norm() < 1e-6 * acts.norm()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_save_load_encode_is_bit_equal(make: Any, tmp_path: Path) -> None:
+    acts = make_acts(64, 12)
+    trained = train_steps(make(), acts)
+    trained.save_inference_model(tmp_path)
+    first, again = SAE.load_from_disk(tmp_path), SAE.load_from_disk(tmp_path)
+    assert isinstance(first, Crosscoder)
+    first.save_model(tmp_path / "again")
+    for saved in (first, again, SAE.load_from_disk(tmp_path / "again")):
+        assert torch.equal(saved.encode(acts), trained.to_inference().encode(acts))
+    assert (first.encode(acts) > 0).any()
 
 
 @pytest.mark.parametrize("normalization", ["variance", "median_norm", "none"])
@@ -214,6 +325,24 @@ def test_after_backward_a_dead_latent_has_a_gradient_and_a_forbidden_weight_has_
         assert (crosscoder.W_dec.grad[latents, inputs] == 0).all()
 
 
+def test_the_dead_latent_loss_is_isolated_by_partition() -> None:
+    crosscoder, acts = make_dfc(), make_acts(32, 12)
+    crosscoder.fit_normalization(acts)
+    partition, dead = crosscoder.partition, torch.ones(24, dtype=torch.bool)
+    scores, W_dec = torch.rand(32, 24), torch.rand(24, 12)
+    gradients: list[Tensor] = []
+    residual = torch.randn(32, 12)
+    for _ in range(2):
+        W = W_dec.clone().requires_grad_()
+        dead_latent_loss(residual, scores, W, dead, partition).backward()
+        assert W.grad is not None
+        gradients.append(W.grad)
+        residual = torch.cat([residual[:, :5], torch.randn(32, 7)], dim=1)  # another residual in B
+    a, shared = partition.slices["a_exclusive"], partition.slices["shared"]
+    assert torch.equal(gradients[0][a], gradients[1][a]) and (gradients[0][a] != 0).any()
+    assert not torch.equal(gradients[0][shared], gradients[1][shared])
+
+
 def test_one_models_error_gives_the_others_exclusive_latents_no_gradient() -> None:
     crosscoder, acts = make_dfc(), make_acts(32, 12)
     output = crosscoder.training_forward_pass(step_input(acts, torch.arange(24) % 3 == 0))
@@ -241,13 +370,42 @@ def test_encoding_does_not_depend_on_the_other_models_activations() -> None:
         lambda c: c.to(torch.bfloat16),
         lambda c: c.to(torch.float64),
         lambda c: (c.fold_W_dec_norm(), c)[1],
-        lambda c: (c.load_state_dict({k: v + 1 for k, v in c.state_dict().items()}), c)[1],
+        lambda c: (c.load_state_dict({k: plus_one(v) for k, v in c.state_dict().items()}), c)[1],
+        lambda c: through_safetensors(c),
         randomised,
     ],
-    ids=["adam", "weight decay", "bfloat16", "float64", "fold norm", "load", "noise"],
+    ids=[
+        "adam",
+        "weight decay",
+        "bfloat16",
+        "float64",
+        "fold norm",
+        "load",
+        "safetensors",
+        "noise",
+    ],
 )
-def test_no_writer_of_weights_makes_the_saved_form_leak(write: Any) -> None:
-    assert write(make_dfc()).to_inference().leak() == 0
+@pytest.mark.parametrize("make", [make_dfc, make_dsf])
+def test_no_writer_of_weights_makes_the_saved_form_leak_or_breaks_a_tie(
+    make: Any, write: Any
+) -> None:
+    crosscoder = write(make())
+    saved = crosscoder.to_inference()
+    assert saved.leak() == 0
+    if isinstance(crosscoder, DSFTrainingCrosscoder):
+        # Undone the models' scales, the tied latents have one decoder.
+        tied = saved.W_dec[:6] * crosscoder._scales()
+        assert torch.allclose(tied[:, :6], tied[:, 6:], rtol=1e-5) and tied.abs().sum() > 0
+
+
+def plus_one(value: Tensor) -> Tensor:
+    return value + 1 if value.is_floating_point() else value
+
+
+def through_safetensors(crosscoder: TrainingCrosscoder[Any]) -> TrainingCrosscoder[Any]:
+    with TemporaryDirectory() as folder:
+        crosscoder.save_model(folder)
+        return TrainingSAE.load_from_disk(folder)  # type: ignore[return-value]
 
 
 def test_the_saved_forms_exclusive_latents_ignore_the_other_model() -> None:

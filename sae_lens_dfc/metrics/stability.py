@@ -1,0 +1,84 @@
+"""Whether two trainings find the same latents, and call them the same."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.crosscoders.partition import decoder_norms
+
+MIN_COSINE = 0.8
+CHUNK = 4096
+
+
+@torch.no_grad()
+def stability(one: Crosscoder, other: Crosscoder) -> dict[str, float]:
+    """Share of one crosscoder's latents that the other has too, and whether it has them in the same partition.
+
+    Two latents match when each is the other's closest, by the lowest cosine of their decoders over
+    the models that both use, and that cosine is above 0.8. Decoders alone decide, so a latent may
+    match one of another partition.
+
+    Args:
+        one: A crosscoder.
+        other: One of the same two models, from another seed or of another architecture or size.
+
+    Returns:
+        For each partition of `one` that is not empty: `stability/matched/…`, the share of its latents
+        that have a match; `stability/agreement/…`, the share of those whose match lies in the same
+        partition, and `stability/chance/…`, what that would be if partitions were drawn by lot among
+        the other's latents: the null of the agreement.
+
+    Raises:
+        ValueError: The two are not of the same widths.
+
+    >>> from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
+    >>> crosscoder = Crosscoder(CrosscoderConfig(d_in=9, d_sae=4, d_a=4, d_b=5))
+    >>> stability(crosscoder, crosscoder)
+    {'stability/matched/shared': 1.0, 'stability/agreement/shared': 1.0, 'stability/chance/shared': 1.0}
+    """
+    if (one.cfg.d_a, one.cfg.d_b) != (other.cfg.d_a, other.cfg.d_b):
+        raise ValueError(
+            f"Crosscoders of widths {one.cfg.d_a} + {one.cfg.d_b} and {other.cfg.d_a} + {other.cfg.d_b} have no common "
+            "latents. Give runs on the same two models."
+        )
+    forward, backward = closest(one, other), closest(other, one)
+    mutual = backward[forward] == torch.arange(len(forward), device=forward.device)
+    matched = mutual & (forward >= 0)
+    result: dict[str, float] = {}
+    for name, latents in one.partition.slices.items():
+        if one.partition.sizes[name] == 0:
+            continue
+        there = other.partition.slices[name]
+        partners = forward[latents][matched[latents]]
+        result[f"stability/matched/{name}"] = matched[latents].double().mean().item()
+        if len(partners) > 0:
+            agreed = (partners >= there.start) & (partners < there.stop)
+            result[f"stability/agreement/{name}"] = agreed.double().mean().item()
+        result[f"stability/chance/{name}"] = other.partition.sizes[name] / other.partition.d_sae
+    return result
+
+
+def closest(one: Crosscoder, other: Crosscoder) -> Int[Tensor, " d_sae_one"]:
+    """For each latent of `one` the closest of `other`, -1 where none is above the cosine."""
+    found = [
+        _similarity(one, other, slice(start, start + CHUNK)).max(dim=1)
+        for start in range(0, one.cfg.d_sae, CHUNK)
+    ]
+    values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return torch.where(values > MIN_COSINE, indices, -1)
+
+
+def _similarity(
+    one: Crosscoder, other: Crosscoder, latents: slice
+) -> Float[Tensor, "chunk d_sae_other"]:
+    uses, others_use = (decoder_norms(c.W_dec, c.partition) > 0 for c in (one, other))
+    lowest = torch.full((len(one.W_dec[latents]), len(other.W_dec)), -1.0, device=one.W_dec.device)
+    for i, inputs in enumerate(one.partition.models.values()):
+        cosine = normalize(one.W_dec[latents, inputs]) @ normalize(other.W_dec[:, inputs]).T
+        both = uses[i, latents, None] & others_use[i]
+        # A model that one of the two does not use has no say.
+        known = torch.where(lowest == -1.0, cosine, torch.minimum(lowest, cosine))
+        lowest = torch.where(both, known, lowest)
+    return lowest
