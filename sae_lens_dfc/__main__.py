@@ -30,7 +30,7 @@ import sae_lens_dfc  # noqa: F401  (registers the architectures)
 from sae_lens_dfc.activations import MAX_CHARS, PairCounts, PairedRows
 from sae_lens_dfc.alignment import REASONS, Coverage, Segment, align
 from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
-from sae_lens_dfc.benchmark.tables import plot, tables
+from sae_lens_dfc.benchmark.tables import plot, spread, tables
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
 from sae_lens_dfc.demo import DemoConfig, run_demo
@@ -42,6 +42,7 @@ from sae_lens_dfc.measured_run import (
     report_data,
     settings,
 )
+from sae_lens_dfc.metrics.stability import stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES, find_recipe, flattened, missing
@@ -86,11 +87,9 @@ class AlignOptions:
 
 
 @dataclass
-class EvaluateOptions:
-    """Measure a trained crosscoder on text held out from its training."""
+class HeldOutOptions:
+    """What both `evaluate` and `report` need to measure a run."""
 
-    run: str = field(positional=True, metavar="RUN")
-    """Folder that `train` or `demo` wrote."""
     model_a: str | None = None
     """Where model A is now; none looks where it was in training."""
     model_b: str | None = None
@@ -105,10 +104,20 @@ class EvaluateOptions:
     """Print JSON."""
 
 
-@dataclass
-class ReportOptions(EvaluateOptions):
+@dataclass(kw_only=True)
+class EvaluateOptions(HeldOutOptions):
+    """Measure a trained crosscoder on text held out from its training; several, and how far they agree."""
+
+    runs: list[str] = field(positional=True, nargs="+", metavar="RUN")
+    """Folders that `train` or `demo` wrote; of several seeds, latents are matched between each and the first."""
+
+
+@dataclass(kw_only=True)
+class ReportOptions(HeldOutOptions):
     """Write the HTML page of a trained crosscoder."""
 
+    run: str = field(positional=True, metavar="RUN")
+    """Folder that `train` or `demo` wrote."""
     output: str | None = None
     """File to write; none writes report.html into the run's folder."""
 
@@ -169,14 +178,30 @@ def align_texts(options: AlignOptions) -> None:
 
 
 def evaluate_run(options: EvaluateOptions) -> None:
-    """Print a trained crosscoder's measures on held-out text."""
-    metrics = _measure(options).measured.metrics
-    _say(json.dumps(metrics) if options.json else text_table(*measures_table(metrics)))
+    """Print trained crosscoders' measures on held-out text, and of several how far they agree."""
+    if len(set(options.runs)) < len(options.runs):
+        raise ValueError(f"A run is given twice: {' '.join(options.runs)}. Name each once.")
+    measured = {run: _measure(run, options).measured for run in options.runs}
+    metrics = {run: m.metrics for run, m in measured.items()}
+    if len(measured) == 1:
+        (only,) = metrics.values()
+        _say(json.dumps(only) if options.json else text_table(*measures_table(only)))
+        return
+    agreement = stability_over_pairs([m.crosscoder for m in measured.values()])
+    if options.json:
+        _say(json.dumps({"runs": metrics, **agreement}))
+        return
+    columns = [{row[0]: row[1] for row in measures_table(m)[1]} for m in metrics.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
+    _say(text_table(["measure", *metrics], rows))
+    rows = [[name, spread(values)] for name, values in agreement.items()]
+    _say("\n" + text_table(["over all pairs of runs", "mean ± sd"], rows))
 
 
 def write_report(options: ReportOptions) -> None:
     """Write a trained crosscoder's page."""
-    measured, rows, contexts, text = _measure(options)
+    measured, rows, contexts, text = _measure(options.run, options)
     stored = Path(options.run) / METRICS_FILENAME
     # The run's own baselines and null belong beside the fresh measures, on the same text.
     same_text = options.dataset is None and stored.is_file()
@@ -210,9 +235,9 @@ class _OnHeldOutText(NamedTuple):
     text: PairedText
 
 
-def _measure(options: EvaluateOptions) -> _OnHeldOutText:
-    crosscoder = load_crosscoder(options.run)
-    cfg = _run_config(options)
+def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
+    crosscoder = load_crosscoder(run)
+    cfg = _run_config(run, options)
     crosscoder.to(cfg.device)
     pair = ModelPair.load(cfg.model_a, cfg.model_b)
     check_models(crosscoder, pair)
@@ -225,11 +250,11 @@ def _measure(options: EvaluateOptions) -> _OnHeldOutText:
     return _OnHeldOutText(measured, rows, contexts, text)
 
 
-def _run_config(options: EvaluateOptions) -> CrosscoderRunnerConfig:
-    path = Path(options.run) / RUNNER_CFG_FILENAME
+def _run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
+    path = Path(run) / RUNNER_CFG_FILENAME
     if not path.is_file():
         raise ValueError(
-            f"{options.run} has no {RUNNER_CFG_FILENAME}. Give the folder that training wrote."
+            f"{run} has no {RUNNER_CFG_FILENAME}. Give the folder that training wrote."
         )
     try:
         cfg = CrosscoderRunnerConfig.from_dict(json.loads(path.read_text()))

@@ -81,6 +81,7 @@ RECIPES: dict[str, Recipe] = {
             "train_batch_size_tokens": 2048,
             "sae": dfc_tested(1000),
         },
+        {"sae.d_sae": "number of latents: as many as the text can train"},
     ),
     "llama3.1-8b-vs-qwen3-8b": Recipe(
         "DFC, 131,072 latents, between two chat models (arXiv 2602.11729, table 2)",

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.recipes import RECIPES
 from sae_lens_dfc.texts import reference_pages
 
 Output = Callable[[], tuple[str, str]]
@@ -62,6 +63,24 @@ def test_evaluate_prints_measures_for_people_and_machines(
     assert "Explained variance, A" in capsys.readouterr().out
 
 
+def test_evaluate_of_two_seeds_says_how_far_they_agree(
+    flags: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    assert main(["train", *flags, "--seed", "1", "--output-path", str(other)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), str(other), "--eval-pairs", "300", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["runs"]) == {str(run), str(other)}
+    matched = result["stability/matched/shared"]
+    assert len(matched) == 2 and all(0 <= share < 1 for share in matched)
+    assert main(["evaluate", str(run), f"{run}/", "--eval-pairs", "300"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"stability/matched/a_exclusive +1.000", out)
+    assert re.search(r"Explained variance, A +0\.\d+ +0\.\d+\n", out)
+    assert "A run is given twice" in fails(["evaluate", str(run), str(run)], capsys)
+
+
 def test_report_goes_into_the_run_unless_told_otherwise(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +89,38 @@ def test_report_goes_into_the_run_unless_told_otherwise(
     other = tmp_path / "new" / "page.html"
     assert main(["report", str(run), "--eval-pairs", "300", "--output", str(other)]) == 0
     assert "tiny-llama" in other.read_text() and "<article" in other.read_text()
+
+
+def test_a_recipe_gives_the_flags_and_others_win(flags: list[str], tmp_path: Path) -> None:
+    args = ["train", "--recipe", "dfc-tested", *flags, "--sae.test-steps", "8", "16"]
+    args += ["--sae.test-window", "4", "--output-path", str(tmp_path / "run")]
+    assert main(args) == 0
+    settings = json.loads((tmp_path / "run" / "runner_cfg.json").read_text())
+    assert settings["sae"]["decoder_norm"] == "sum"
+    assert (settings["sae"]["test_steps"], settings["training_tokens"]) == ([8, 16], 1280)
+
+
+def test_a_recipe_asks_for_what_its_paper_does_not_print(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["train", "--recipe", "llama3.1-8b-vs-qwen3-8b", "--dataset-path", "x"]
+    line = fails([*args, "--model-b.hook-name=blocks.18.hook_resid_post"], capsys)
+    assert "needs --model-a.hook-name (the paper says 'middle layers' and prints no index)" in line
+    assert "--model-b.hook-name" not in line and "--dataset-path" not in line
+
+
+def test_an_unknown_recipe_is_refused_with_those_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "Recipes: dfc-tested, llama3.1" in fails(["train", "--recipe", "dfc-best"], capsys)
+
+
+def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    usage = re.sub(r"-?\s+", "", capsys.readouterr().out)
+    for recipe in RECIPES:
+        assert re.sub("-", "", recipe) in usage.replace("-", "")
 
 
 def test_yaml_gives_the_flags_and_the_command_line_wins(flags: list[str], tmp_path: Path) -> None:
@@ -107,6 +158,7 @@ def test_align_prints_coverage_and_reasons(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--sae.test-steps", "60"], r"sae.test_steps=[60] never come: training has 20 steps"),
         (["--sae.k", "65"], "k must be above 0 and at most d_sae, got k=65 and d_sae=64"),
         (
             ["--sae.a-exclusive-fraction", "0.5"],

@@ -1,5 +1,8 @@
 """Whether two trainings find the same latents, and call them the same."""
 
+from collections.abc import Sequence
+from itertools import permutations
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,6 +13,8 @@ from sae_lens_dfc.crosscoders.partition import decoder_norms
 
 MIN_COSINE = 0.8
 CHUNK = 4096
+UNRELATED = -2.0
+"""Below every cosine: of two latents that use no model in common."""
 
 
 @torch.no_grad()
@@ -60,6 +65,15 @@ def stability(one: Crosscoder, other: Crosscoder) -> dict[str, float]:
     return result
 
 
+def stability_over_pairs(crosscoders: Sequence[Crosscoder]) -> dict[str, list[float]]:
+    """The measures of every ordered pair of several crosscoders: their mean and spread are what to report."""
+    values: dict[str, list[float]] = {}
+    for one, other in permutations(crosscoders, 2):
+        for name, value in stability(one, other).items():
+            values.setdefault(name, []).append(value)
+    return values
+
+
 def closest(one: Crosscoder, other: Crosscoder) -> Int[Tensor, " d_sae_one"]:
     """For each latent of `one` the closest of `other`, -1 where none is above the cosine."""
     found = [
@@ -74,11 +88,11 @@ def _similarity(
     one: Crosscoder, other: Crosscoder, latents: slice
 ) -> Float[Tensor, "chunk d_sae_other"]:
     uses, others_use = (decoder_norms(c.W_dec, c.partition) > 0 for c in (one, other))
-    lowest = torch.full((len(one.W_dec[latents]), len(other.W_dec)), -1.0, device=one.W_dec.device)
+    lowest = one.W_dec.new_full((len(one.W_dec[latents]), len(other.W_dec)), UNRELATED)
     for i, inputs in enumerate(one.partition.models.values()):
         cosine = normalize(one.W_dec[latents, inputs]) @ normalize(other.W_dec[:, inputs]).T
         both = uses[i, latents, None] & others_use[i]
         # A model that one of the two does not use has no say.
-        known = torch.where(lowest == -1.0, cosine, torch.minimum(lowest, cosine))
+        known = torch.where(lowest == UNRELATED, cosine, torch.minimum(lowest, cosine))
         lowest = torch.where(both, known, lowest)
     return lowest

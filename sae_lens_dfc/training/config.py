@@ -140,6 +140,13 @@ class CrosscoderRunnerConfig:
                 f"training_tokens={self.training_tokens} is less than one batch "
                 f"(train_batch_size_tokens={self.train_batch_size_tokens})."
             )
+        steps = self.training_tokens // self.train_batch_size_tokens
+        late = [step for step in getattr(self.sae, "test_steps", []) if step >= steps]
+        if late:
+            raise ValueError(
+                f"sae.test_steps={late} never come: training has {steps} steps (training_tokens / "
+                "train_batch_size_tokens). Test earlier, or train longer."
+            )
         if self.n_checkpoints > 0 and self.checkpoint_path is None:
             raise ValueError(f"n_checkpoints={self.n_checkpoints} needs a checkpoint_path.")
 

@@ -15,7 +15,9 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.registry import get_sae_training_class
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_dfc import (
@@ -23,10 +25,14 @@ from sae_lens_dfc import (
     Crosscoder,
     CrosscoderRunnerConfig,
     CrosscoderTrainingRunner,
+    DeltaTrainingCrosscoderConfig,
     DFCTrainingCrosscoder,
     DFCTrainingCrosscoderConfig,
+    DSFTrainingCrosscoderConfig,
+    StandardTrainingCrosscoderConfig,
 )
 from sae_lens_dfc.activations import PairCounts
+from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.evaluate import evaluate
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
@@ -37,7 +43,13 @@ NO_WANDB = LoggingConfig(log_to_wandb=False)
 DFC = DFCTrainingCrosscoderConfig(
     d_a=16, d_b=24, d_sae=64, k=4, a_exclusive_fraction=0.1, b_exclusive_fraction=0.1
 )
-BATCHTOPK = BatchTopKTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, k=4)
+EVERY: list[CrosscoderTrainingConfig] = [
+    StandardTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, l1_warm_up_steps=5),
+    BatchTopKTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, k=4),
+    DSFTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, k=4, tie="linear_map"),
+    DeltaTrainingCrosscoderConfig(d_a=16, d_b=16, d_sae=64, k=4),
+    replace(DFC, k_initial=8, k_anneal_steps=5, test_steps=[10], test_window=5),
+]
 
 
 def fresh(cfg: Any) -> Any:
@@ -86,6 +98,27 @@ def test_from_two_model_names_and_a_text_to_a_saved_crosscoder(
     assert metadata.model_a["hook_name"] == "blocks.1.hook_resid_post"
     assert metadata.model_b["d_model"] == 24
     assert metadata.pairs_trained > 1000
+
+
+@pytest.mark.parametrize("sae", EVERY, ids=lambda c: c.architecture())
+def test_every_architecture_trains_on_two_models_and_is_opened_by_saelens(
+    sae: CrosscoderTrainingConfig, cfg: CrosscoderRunnerConfig, pair: ModelPair, tmp_path: Path
+) -> None:
+    models = pair if sae.d_a != sae.d_b else ModelPair(pair.a, pair.a)
+    here = replace(cfg, sae=fresh(sae), output_path=str(tmp_path / "run"))
+    trained = CrosscoderTrainingRunner(here, models).run()
+    first, again = (SAE.load_from_disk(tmp_path / "run") for _ in range(2))
+    acts = make_acts(10, sae.d_in)
+    assert torch.equal(first.encode(acts), again.encode(acts))
+    assert torch.equal(first.encode(acts), trained.to_inference().encode(acts))
+
+
+def test_widths_that_an_architecture_cannot_take_are_refused_before_training(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair
+) -> None:
+    delta = DeltaTrainingCrosscoderConfig(d_sae=64, k=4)
+    with pytest.raises(ValueError, match="needs one width and one basis; got d_a=16 and d_b=24"):
+        CrosscoderTrainingRunner(replace(cfg, sae=delta), pair)
 
 
 def test_training_beats_the_untrained_crosscoder(
@@ -274,10 +307,31 @@ def test_saelens_trainer_takes_a_crosscoder_and_any_iterator(autocast: bool) -> 
     assert trained.to_inference().leak() == 0
 
 
-@pytest.mark.parametrize("sae", [DFC, BATCHTOPK], ids=lambda c: c.architecture())
+def test_saelens_multi_sae_trainer_trains_all_architectures_on_one_stream() -> None:
+    def batches() -> Any:
+        while True:
+            acts = make_acts(64, 40)
+            yield {"unequal": acts, "equal": acts[:, :32]}
+
+    saes = {c.architecture(): get_sae_training_class(c.architecture())[0](fresh(c)) for c in EVERY}
+    hooks = {name: "unequal" if sae.cfg.d_in == 40 else "equal" for name, sae in saes.items()}
+    cfg = SAETrainerConfig(
+        total_training_samples=64 * 20,
+        train_batch_size_samples=64,
+        logger=NO_WANDB,
+        lr=1e-3,
+        lr_end=1e-3,
+    )
+    MultiSAETrainer(cfg, saes, hooks, batches()).fit()
+    for sae in saes.values():
+        assert isinstance(sae, TrainingCrosscoder) and sae.to_inference().leak() == 0
+
+
+@pytest.mark.parametrize("sae", EVERY, ids=lambda c: c.architecture())
 def test_saelens_language_model_runner_takes_a_pair_with_two_tokenizers(
     sae: Any, pair: ModelPair, tmp_path: Path
 ) -> None:
+    pair = pair if sae.d_a != sae.d_b else ModelPair(pair.a, pair.a)
     cfg = LanguageModelSAERunnerConfig(
         sae=fresh(sae),
         model_name="llama x gpt2",
@@ -302,7 +356,7 @@ def test_saelens_language_model_runner_takes_a_pair_with_two_tokenizers(
         runner = LanguageModelSAETrainingRunner(cfg, override_dataset=texts, override_model=pair)  # type: ignore[arg-type]
     trained = runner.run()
     saved = SAE.load_from_disk(tmp_path / "out")
-    acts = make_acts(5, 40)
+    acts = make_acts(5, sae.d_in)
     torch.testing.assert_close(
         saved.encode(acts), trained.eval().encode(acts), atol=1e-4, rtol=1e-4
     )
@@ -315,10 +369,10 @@ def test_saelens_command_line_offers_the_architectures() -> None:
     assert (cfg.sae.d_in, cfg.sae.k) == (8, 4)
 
 
-@pytest.mark.parametrize("sae", [DFC, BATCHTOPK], ids=lambda c: c.architecture())
+@pytest.mark.parametrize("sae", EVERY, ids=lambda c: c.architecture())
 def test_saelens_synthetic_runner_takes_a_crosscoder(sae: Any, tmp_path: Path) -> None:
     cfg = SyntheticSAERunnerConfig(
-        synthetic_model=SyntheticModelConfig(num_features=50, hidden_dim=40),
+        synthetic_model=SyntheticModelConfig(num_features=50, hidden_dim=sae.d_in),
         sae=fresh(sae),
         training_samples=64 * 20,
         batch_size=64,
