@@ -1,25 +1,23 @@
-"""How a DFC's latents should compete for k: three ways, on the demo's pair and on its null, over seeds.
+"""How a DFC's latents should compete for k, and what tests leave exclusive, on the demo's pair and on its null, over seeds.
 
-    .venv/bin/python benchmarks/selection.py [--seeds 3] [--output benchmarks/results/selection.json]
+    .venv/bin/python benchmarks/selection.py [--only NAME ...] [--seeds 3] [--output benchmarks/results/selection.json]
 
-About 40 minutes on two cores. The table it prints is the one in benchmarks/README.md.
+About an hour on two cores; `--only` runs some and keeps the file's other rows. The table it prints is the one in
+benchmarks/README.md.
 """
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, ModelPair
+from sae_lens_dfc.benchmark.recovery import provenance
+from sae_lens_dfc.benchmark.tables import spread
 from sae_lens_dfc.demo import DemoConfig, demo_models, demo_run_config
 from sae_lens_dfc.measured_run import PairData, like, train_and_measure
+from sae_lens_dfc.recipes import dfc_tested
 from sae_lens_dfc.report import text_table
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
@@ -30,9 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pooled, L2 of norms": {"selection": "pooled", "decoder_norm": "l2"},
 }
 BASELINE = "BatchTopK crosscoder"
+TESTED = {"pooled, sum of norms, tested": "sum", "pooled, L2 of norms, tested": "l2"}
 COLUMNS = [
     "explained_variance/a",
     "explained_variance/b",
+    "latents/a_exclusive",
+    "latents/b_exclusive",
     "l0",
     "l0/a_exclusive",
     "l0/b_exclusive",
@@ -46,18 +47,27 @@ def configs(cfg: CrosscoderRunnerConfig) -> dict[str, CrosscoderRunnerConfig]:
     runs = {
         name: replace(cfg, sae=replace(cfg.sae, **changes)) for name, changes in VARIANTS.items()
     }
+    steps = cfg.training_tokens // cfg.train_batch_size_tokens
+    for name, norm in TESTED.items():
+        tested = {**dfc_tested(steps), "decoder_norm": norm}
+        runs[name] = replace(cfg, sae=replace(cfg.sae, **tested))
     baseline = like(replace(cfg.sae, decoder_norm="sum"), BatchTopKTrainingCrosscoderConfig)
     return {**runs, BASELINE: replace(cfg, sae=baseline)}
 
 
-def measure(pair: ModelPair, name: str, cfg: CrosscoderRunnerConfig, seeds: int) -> list[Any]:
-    """All runs on one pair of models."""
+def measure(
+    pair: ModelPair, name: str, cfg: CrosscoderRunnerConfig, seeds: int, only: list[str]
+) -> list[Any]:
+    """All runs on one pair of models, or those named."""
     data = PairData.collect(PairedText(cfg, pair), name)
     rows: list[Any] = []
+    source = provenance()
     for seed in range(seeds):
         for variant, run in configs(cfg).items():
+            if only and variant not in only:
+                continue
             metrics = train_and_measure(replace(run, seed=seed), pair, data).metrics
-            rows.append({"pair": name, "selection": variant, "seed": seed, **metrics})
+            rows.append({"pair": name, "selection": variant, "seed": seed, **source, **metrics})
     return rows
 
 
@@ -67,22 +77,18 @@ def table(rows: list[Any]) -> str:
     for row in rows:
         groups.setdefault((row["pair"], row["selection"]), []).append(row)
     body = [
-        [f"{pair}: {selection}", *(spread([r.get(c) for r in group]) for c in COLUMNS)]
+        [
+            f"{pair}: {selection}",
+            *(spread([r[c] for r in group if r.get(c) is not None]) for c in COLUMNS),
+        ]
         for (pair, selection), group in groups.items()
     ]
     return text_table(["", *COLUMNS], body)
 
 
-def spread(values: list[float | None]) -> str:
-    numbers = [v for v in values if v is not None]
-    if not numbers:
-        return ""
-    sd = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-    return f"{statistics.mean(numbers):.3f} ± {sd:.3f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[], choices=[*VARIANTS, *TESTED, BASELINE])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/selection.json"))
     args = parser.parse_args()
@@ -90,16 +96,12 @@ def main() -> None:
     model_a, model_b = demo_models(demo)
     cfg = demo_run_config(demo, model_a, model_b)
     pair = ModelPair.load(model_a, model_b)
-    rows = measure(pair, "two models", cfg, args.seeds)
-    rows += measure(ModelPair(pair.a, pair.a), "null", cfg, args.seeds)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    result = {
-        "commit": commit.strip(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {p: version(p) for p in ("sae-lens", "transformer-lens", "torch")},
-        "settings": cfg.to_dict(),
-        "rows": rows,
-    }
+    rows = measure(pair, "two models", cfg, args.seeds, args.only)
+    rows += measure(ModelPair(pair.a, pair.a), "null", cfg, args.seeds, args.only)
+    if args.only:
+        old = json.loads(args.output.read_text())["rows"]
+        rows = [row for row in old if row["selection"] not in args.only] + rows
+    result = {"settings": cfg.to_dict(), "rows": rows}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))  # noqa: T201

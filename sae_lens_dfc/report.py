@@ -15,6 +15,9 @@ ROWS = [
     ("explained_variance/b", "Explained variance, B"),
     ("explained_variance_median/a", "Explained variance, A, median over dimensions"),
     ("explained_variance_median/b", "Explained variance, B, median over dimensions"),
+    ("latents/a_exclusive", "Latents, A-exclusive"),
+    ("latents/b_exclusive", "Latents, B-exclusive"),
+    ("latents/shared", "Latents, shared"),
     ("l0", "Active latents on a pair (L0)"),
     ("l0/a_exclusive", "L0, A-exclusive"),
     ("l0/b_exclusive", "L0, B-exclusive"),
@@ -81,7 +84,7 @@ def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[s
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    if value == 0 or abs(value) >= 1000:
+    if isinstance(value, int) or value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
 

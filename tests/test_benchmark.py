@@ -65,7 +65,7 @@ def test_each_row_has_its_measures_and_says_how_to_get_it_again(
 @pytest.mark.slow
 def test_the_table_and_the_picture_show_every_case(output: Path) -> None:
     text = (output / "recovery.md").read_text()
-    assert text.count("**") == 2 * 5  # three sizes, one noise level, the null
+    assert text.count("**") == 2 * 6  # three sizes, frequencies, one noise level, the null
     picture = ET.parse(output / "recovery.svg").getroot()
     assert picture.tag.endswith("svg")
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sae_lens import SAE
@@ -10,6 +11,9 @@ from sae_lens_dfc.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def substituted(text: str, changes: dict[str, str]) -> str:
@@ -22,7 +26,7 @@ def substituted(text: str, changes: dict[str, str]) -> str:
 def test_the_python_example_trains_and_saves_a_crosscoder(
     llama_folder: Path, gpt2_folder: Path, tmp_path: Path
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code, _ = PYTHON
     small = {
         "Qwen/Qwen3-0.6B": str(llama_folder),
         "google/gemma-3-270m": str(gpt2_folder),
@@ -35,6 +39,13 @@ def test_the_python_example_trains_and_saves_a_crosscoder(
     }
     exec(compile(substituted(code, small), "README.md", "exec"), {})
     assert SAE.load_from_disk(tmp_path / "run").cfg.d_sae == 64
+
+
+def test_the_recipe_in_the_readme_is_a_configuration() -> None:
+    _, code = PYTHON
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["cfg"].sae.d_sae == 131_072
 
 
 def test_every_command_in_the_readme_is_a_command_with_those_flags(

@@ -23,6 +23,9 @@ COLUMNS = {
 }
 
 
+FREQUENCY_COLUMNS = {"exclusive_recall": "exclusive recall", "shared_recall": "shared recall"}
+
+
 class Table(NamedTuple):
     """A title and cells, the first line of which is the head."""
 
@@ -35,17 +38,52 @@ class Table(NamedTuple):
 
 
 def tables(rows: Rows) -> Iterator[Table]:
-    """One table for each dictionary size, each level of pairing noise, and the null."""
+    """One table for each dictionary size, frequency, each level of pairing noise, and the null."""
     clean = [row for row in rows if not row["null"] and row["pairing_noise"] == 0]
     for size in sorted({row["d_sae_per_feature"] for row in clean}):
         group = [row for row in clean if row["d_sae_per_feature"] == size]
         yield Table(f"Dictionary of {size:g} x the number of features", _cells(group))
+    if clean:
+        middle = [row for row in clean if row["d_sae_per_feature"] == 1]
+        yield Table(
+            "One latent per feature, by the features' frequency", _cells_by_frequency(middle)
+        )
     for noise in sorted({row["pairing_noise"] for row in rows if row["pairing_noise"] > 0}):
         group = [row for row in rows if row["pairing_noise"] == noise]
         yield Table(f"{noise:.0%} of the pairs wrong", _cells(group))
     null = [row for row in rows if row["null"]]
     if null:
         yield Table("Null: no feature is exclusive", _cells(null))
+
+
+FREQUENCIES = {
+    "rarest 3 deciles": range(3),
+    "middle 4": range(3, 7),
+    "most frequent 3": range(7, 10),
+}
+
+
+def _cells_by_frequency(rows: Rows) -> list[list[str]]:
+    names = dict.fromkeys(row["architecture"] for row in rows)
+    columns = [(kind, deciles) for kind in FREQUENCY_COLUMNS for deciles in FREQUENCIES.values()]
+    head = [
+        "",
+        *(f"{kind}, {group}" for kind in FREQUENCY_COLUMNS.values() for group in FREQUENCIES),
+    ]
+    body: list[list[str]] = []
+    for name in names:
+        own = [row for row in rows if row["architecture"] == name]
+        groups = [
+            [_mean([row[f"{kind}/by_frequency"][i] for i in deciles]) for row in own]
+            for kind, deciles in columns
+        ]
+        body.append([name, *(spread([v for v in values if v is not None]) for values in groups)])
+    return [head, *body]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
 
 
 def _cells(rows: Rows) -> list[list[str]]:

@@ -148,13 +148,24 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One step's losses. A test comes before the step it is due at, so that no gradient is between the two."""
         step, cfg = step_input.n_training_steps, self.cfg
-        if self._test is not None and step in cfg.test_steps:
-            self._move(self._test.compute(self._own_norms()), step)
-            self._test = None
+        if step in cfg.test_steps:
+            self._run_test(step)
         output = super().training_forward_pass(step_input)
         if any(due - cfg.test_window <= step < due for due in cfg.test_steps):
             self._gather_evidence(output)
         return output
+
+    def _run_test(self, step: int) -> None:
+        test, self._test = self._test, None
+        n_batches = 0 if test is None else test.n_batches
+        if test is None or n_batches < self.cfg.test_window:
+            logger.warning(
+                "Step %d: exclusive latents are not tested, since evidence is from %d of %d steps: training was "
+                "resumed in between.",
+                *(step, n_batches, self.cfg.test_window),
+            )
+            return
+        self._move(test.compute(self._own_norms()), step)
 
     @property
     def _n_tested(self) -> int:
@@ -178,8 +189,7 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
         """Let the tested latents that the other model has read and write it, and put every latent where it belongs."""
         found_out = torch.zeros(self.cfg.d_sae, dtype=torch.bool, device=self.device)
         found_out[: self._n_tested] = evidence.fired & (evidence.own_share < self.cfg.min_own_share)
-        for latent in found_out.nonzero()[:, 0].tolist():
-            self._share(latent, evidence.slopes[latent])
+        self._share(found_out.nonzero()[:, 0], evidence.slopes)
 
         norms = decoder_norms(self.W_dec, self.partition)
         share_of_a = norms[0] / norms.sum(dim=0).clamp(min=MIN_DECODER_NORM)
@@ -195,15 +205,20 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
         )
         self._reorder(is_a, is_b)
 
-    def _share(self, latent: int, slope: Float[Tensor, " d_in"]) -> None:
-        """Give an exclusive latent the other model: as decoder its slope there, as encoder the same direction."""
-        in_a = latent < self.partition.n_a_exclusive
-        own, other = (self.partition.models[m] for m in (("a", "b") if in_a else ("b", "a")))
-        self.W_dec.data[latent, other] = slope[other] * self.competing_norms()[latent]
-        # Two models' inputs now add up to what one's gave.
-        self.W_enc.data[own, latent] /= 2
-        size = self.W_enc.data[own, latent].norm()
-        self.W_enc.data[other, latent] = size * normalize(slope[other], dim=0)
+    def _share(self, latents: Int[Tensor, " _"], slopes: Float[Tensor, "n_exclusive d_in"]) -> None:
+        """Give exclusive latents the other model: as decoder their slope there, as encoder the same direction."""
+        models, norms = self.partition.models, self.competing_norms()
+        W_enc, W_dec = self.W_enc.data, self.W_dec.data
+        is_a = latents < self.partition.n_a_exclusive
+        for mine, own, other in (
+            (latents[is_a], models["a"], models["b"]),
+            (latents[~is_a], models["b"], models["a"]),
+        ):
+            W_dec[mine, other] = slopes[mine, other] * norms[mine, None]
+            # Two models' inputs now add up to what one's gave.
+            W_enc[own, mine] /= 2
+            sizes = W_enc[own, mine].norm(dim=0)
+            W_enc[other, mine] = normalize(slopes[mine, other], dim=-1).T * sizes
 
     def _reorder(self, is_a: Bool[Tensor, " d_sae"], is_b: Bool[Tensor, " d_sae"]) -> None:
         """Put A's latents first, B's next; Adam's moments stay behind, which its averages forget in some steps."""

@@ -69,7 +69,8 @@ class OtherModelTest:
     """
 
     partition: Partition
-    _n_batches: int = 0
+    n_batches: int = 0
+    """Batches counted so far."""
     _halves: list[_Sums] = field(default_factory=list)
 
     @torch.no_grad()
@@ -84,10 +85,12 @@ class OtherModelTest:
             feature_acts: Activations of the exclusive latents.
             unshared: Normalised activations less what the shared latents explain.
         """
-        if self._n_batches == 0:
+        if self.n_batches == 0:
             self._halves = [_Sums.zeros_like(feature_acts, unshared) for _ in range(2)]
-        self._halves[self._n_batches % 2].add(feature_acts, unshared)
-        self._n_batches += 1
+        # Sums of many products, of which a mean is taken off: half precision would leave nothing of them.
+        with torch.autocast(unshared.device.type, enabled=False):
+            self._halves[self.n_batches % 2].add(feature_acts.to(unshared.dtype), unshared)
+        self.n_batches += 1
 
     def compute(self, own_norms: Float[Tensor, " n_exclusive"]) -> Evidence:
         """The evidence.
@@ -98,8 +101,8 @@ class OtherModelTest:
         Raises:
             ValueError: Fewer than two batches were counted.
         """
-        if self._n_batches < 2:
-            raise ValueError(f"A test needs at least two batches, got {self._n_batches}.")
+        if self.n_batches < 2:
+            raise ValueError(f"A test needs at least two batches, got {self.n_batches}.")
         halves = [half.slopes() for half in self._halves]
         squared = torch.zeros_like(own_norms)
         for name, other in ((A_EXCLUSIVE, "b"), (B_EXCLUSIVE, "a")):

@@ -20,9 +20,12 @@ def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " d_sae"]:
 
 
 def decoder_metrics(crosscoder: Crosscoder) -> dict[str, float]:
-    """Median and extremes of the shared latents' relative decoder norm, and the leak."""
+    """Number of latents by partition, median and extremes of the shared ones' relative decoder norm, and the leak."""
     shared = relative_decoder_norms(crosscoder)[crosscoder.partition.slices["shared"]]
-    result = {"leak": crosscoder.leak()}
+    result: dict[str, float] = {
+        f"latents/{n}": size for n, size in crosscoder.partition.sizes.items()
+    }
+    result["leak"] = crosscoder.leak()
     if len(shared) > 0:
         result["relative_decoder_norm/median"] = shared.median().item()
         result["relative_decoder_norm/min"] = shared.min().item()

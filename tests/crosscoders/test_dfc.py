@@ -141,6 +141,15 @@ def test_a_latent_that_did_not_fire_is_not_judged() -> None:
     assert after_the_test(crosscoder).partition.n_a_exclusive == 2
 
 
+def test_half_the_evidence_is_no_test_and_is_said_so(caplog: pytest.LogCaptureFixture) -> None:
+    latents = [(0, "a"), (2, "a"), (1, "b"), (2, "b"), (3, "ab")]
+    crosscoder = planted_dfc(latents, n_a=2, n_b=2)
+    for step in range(2, 5):  # resumed at step 2
+        crosscoder.training_forward_pass(step_input(planted(500), step=step))
+    assert crosscoder.partition == crosscoder.cfg.partition
+    assert "Step 4: exclusive latents are not tested" in caplog.text
+
+
 def test_without_test_steps_the_partitions_stay() -> None:
     crosscoder = train_steps(make_dfc(), make_acts(32, 12), n=10)
     assert crosscoder.partition == crosscoder.cfg.partition

@@ -46,6 +46,12 @@ def test_what_is_there_is_seen_through_noise() -> None:
     assert evidence(1.0, noise=1.0).own_share[0].item() == pytest.approx(0.5, abs=0.1)
 
 
+def test_half_precision_around_it_changes_nothing() -> None:
+    plain = evidence(0.25, noise=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(evidence(0.25, noise=0.1), plain)
+
+
 def test_a_latent_that_never_fires_is_not_tested() -> None:
     test = OtherModelTest(PARTITION)
     for _ in range(2):
