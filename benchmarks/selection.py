@@ -17,7 +17,7 @@ from sae_lens_dfc.benchmark.recovery import provenance
 from sae_lens_dfc.benchmark.tables import spread
 from sae_lens_dfc.demo import DemoConfig, demo_models, demo_run_config
 from sae_lens_dfc.measured_run import PairData, like, train_and_measure
-from sae_lens_dfc.recipes import dfc_tested
+from sae_lens_dfc.recipes import TEST_AT
 from sae_lens_dfc.report import text_table
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
@@ -47,10 +47,9 @@ def configs(cfg: CrosscoderRunnerConfig) -> dict[str, CrosscoderRunnerConfig]:
     runs = {
         name: replace(cfg, sae=replace(cfg.sae, **changes)) for name, changes in VARIANTS.items()
     }
-    steps = cfg.training_tokens // cfg.train_batch_size_tokens
     for name, norm in TESTED.items():
-        tested = {**dfc_tested(steps), "decoder_norm": norm}
-        runs[name] = replace(cfg, sae=replace(cfg.sae, **tested))
+        sae = replace(cfg.sae, decoder_norm=norm)
+        runs[name] = replace(cfg, sae=sae, test_at=list(TEST_AT))
     baseline = like(replace(cfg.sae, decoder_norm="sum"), BatchTopKTrainingCrosscoderConfig)
     return {**runs, BASELINE: replace(cfg, sae=baseline)}
 

@@ -45,7 +45,7 @@ from sae_lens_dfc.measured_run import (
 from sae_lens_dfc.metrics.stability import stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.recipes import RECIPES, find_recipe, flattened, missing
+from sae_lens_dfc.recipes import RECIPES, find_recipe, flattened
 from sae_lens_dfc.report import measures_table, render_report, text_table
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
@@ -321,16 +321,16 @@ def _parser() -> ArgumentParser:
 
 def _with_files(args: Sequence[str]) -> list[str]:
     """The arguments with what `--recipe NAME` and `--config FILE` stand for put in front of the flags, as flags."""
-    recipe, config = (_value_of(args, flag) for flag in ("--recipe", "--config"))
-    flags = [] if config is None else list(_flags(_read_config(Path(config))))
+    config = _value_of(args, "--config")
+    values = {} if config is None else _read_config(Path(config))
+    recipe = values.pop("recipe", None)
+    if args[:1] == ["train"]:
+        recipe = _value_of(args, "--recipe") or recipe
+    flags = list(_flags(values))
     if recipe is not None:
-        given = [arg.partition("=")[0] for arg in [*flags, *args]]
-        names = [arg.removeprefix("--").replace("-", "_") for arg in given]
-        needed = missing(find_recipe(recipe), names)
-        if needed:
-            reasons = "; ".join(f"{_flag(name)} ({why})" for name, why in needed.items())
-            raise ValueError(f"Recipe {recipe!r} needs {reasons}.")
-        flags = [*_flags(RECIPES[recipe].settings), *flags]
+        given = (arg.partition("=")[0] for arg in [*flags, *args])
+        names = {name.removeprefix("--").replace("-", "_") for name in given}
+        flags = [*_flags(find_recipe(recipe, names).settings), *flags]
     return [*args[:1], *flags, *args[1:]]
 
 

@@ -1,5 +1,6 @@
 """Pairs of toy models whose shared and exclusive features are known, on top of `sae_lens.synthetic`."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,9 +69,22 @@ class ToyPairConfig:
     """Seed of directions, map and frequencies; samples have their own."""
 
     def __post_init__(self) -> None:
-        for name in ("n_features", "d_a", "d_b", "frequency_rank", "active_features"):
+        for name in (
+            "n_features",
+            "d_a",
+            "d_b",
+            "frequency_rank",
+            "active_features",
+            "min_frequency",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in (
+            *("map_bias", "map_noise", "frequency_variance", "frequency_decay"),
+            *("firing_correlation", "noise", "frequency_factor_variance"),
+        ):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("a_exclusive_fraction", "b_exclusive_fraction", "pairing_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
@@ -98,6 +112,9 @@ class ToyPairConfig:
 
 class ToyPair:
     """Two toy models that express some features in common and some alone.
+
+    Where the paper's algorithm is garbled, a pair in which no feature would be active gets one, drawn
+    by frequency. That features fire together, and that pairs may be wrong, is ours.
 
     Features are ordered as a crosscoder's latents: `[a_exclusive | b_exclusive | shared]`.
 
@@ -208,11 +225,14 @@ def scaled_to(
     >>> scaled_to(torch.tensor([1.0, 1.0, 2.0, 0.0]), total=1.0, floor=0.1)
     tensor([0.2250, 0.2250, 0.4500, 0.1000])
     """
-    low, high = 0.0, ceiling / weights[weights > 0].min().item()
-    for _ in range(60):
+    # On a log scale: a long tail spans many orders of magnitude.
+    logs = weights.double().log()
+    low, high = -logs.max(), math.log(ceiling) - logs[logs > -math.inf].min()
+    low = low + math.log(floor) if floor > 0 else low - 100
+    for _ in range(100):
         middle = (low + high) / 2
-        if (weights * middle).clamp(floor, ceiling).sum() < total:
+        if (logs + middle).exp().clamp(floor, ceiling).sum() < total:
             low = middle
         else:
             high = middle
-    return (weights * high).clamp(floor, ceiling)
+    return (logs + high).exp().clamp(floor, ceiling).to(weights.dtype)

@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.delta import DeltaTrainingCrosscoderConfig
-from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivity_tests
 from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.standard import StandardTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import evaluate
 from sae_lens_dfc.metrics.recovery import Truth, recovery
-from sae_lens_dfc.recipes import dfc_tested
+from sae_lens_dfc.recipes import TEST_AT
 from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 
@@ -49,7 +49,7 @@ class Preset:
     batch_size: int
     """Pairs in one step."""
     lr: float
-    """Adam's step, over the last fifth falling to a tenth."""
+    """Adam's step, falling to 0 over the last fifth."""
     l1_coefficient: float
     """Penalty of the standard crosscoder at which about as many latents are active as the others' k."""
     seeds: int
@@ -107,7 +107,7 @@ def _crosscoders(
     k: dict[str, Any] = {"k": preset.toy.active_features}
     warm_up = {"l1_warm_up_steps": preset.steps // 10}
     penalty = preset.l1_coefficient
-    tests = dfc_tested(preset.steps)
+    tests = {**exclusivity_tests(TEST_AT, preset.steps), "decoder_norm": "sum"}
     return {
         "standard_crosscoder": (
             StandardTrainingCrosscoderConfig,
@@ -127,7 +127,7 @@ def _crosscoders(
     }
 
 
-CLEAN_ONLY = ("dfc-l2", "standard-third")
+CLEAN_ONLY = ("dfc-l2", "dfc-tested-l2", "standard-third")
 """Variants that are trained at each size, but not on wrong pairs and not on the null."""
 
 
@@ -231,7 +231,9 @@ def settings(run: Run) -> dict[str, Any]:
                 "dead_feature_window",
             )
         },
+        "pairs_for_normalization": cfg.n_batches_for_norm_estimate * cfg.train_batch_size_tokens,
         "evaluation_pairs": PRESETS[run.preset].eval_batches * EVAL_BATCH_SIZE,
+        "evaluation_seed": EVAL_SEED,
     }
     return json.loads(json.dumps(values))
 

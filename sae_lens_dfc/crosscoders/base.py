@@ -63,6 +63,9 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
     l2: of its joined decoder row, whose square is what the latent adds to the reconstruction."""
     aux_loss_coefficient: float = 1 / 32
     """Weight of the loss by which dead latents rebuild the residual (Gao et al. 2024)."""
+    k_aux: int | None = None
+    """Dead latents that rebuild a pair's residual; none takes (d_a + d_b) / 4 (arXiv 2602.11729, table 3; its text says
+    512, its public code half of one width)."""
     dtype: str = "float32"
     """Number format of the weights: float32 or float64."""
     device: str = "cpu"
@@ -93,6 +96,8 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
                 f"A crosscoder's dtype must be float32 or float64, got {self.dtype!r}: raw activations lose their mean "
                 "in less. For speed set autocast in the runner."
             )
+        if self.k_aux is not None and self.k_aux < 1:
+            raise ValueError(f"k_aux must be at least 1, got {self.k_aux}.")
         if self.d_sae < 1:
             raise ValueError(f"d_sae must be at least 1, got {self.d_sae}.")
         _ = self.partition  # raises when the sizes do not fit
@@ -230,9 +235,10 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
     ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
         """Feature activations and scores, both in units of one decoder norm."""
         acts = self._normalize(self.hook_sae_input(x.to(self.dtype)))
-        # The bias by itself, not on every row: the gradient of a row's input would cost a product of its own.
-        bias = self.b_enc - encode_blocks(self.b_dec, self.W_enc, self.partition)
-        pre = encode_blocks(acts, self.W_enc, self.partition) + bias
+        # Through the rows, the bias's gradient would cost a product of its own: it goes through a row of zeros instead.
+        b_dec = self.b_dec.detach()
+        bias = self.b_enc - encode_blocks(self.b_dec - b_dec, self.W_enc, self.partition)
+        pre = encode_blocks(acts - b_dec, self.W_enc, self.partition) + bias
         scores = self.hook_sae_acts_pre(pre) * self.competing_norms()
         if self.training:
             feature_acts = self.select(scores)
@@ -299,6 +305,7 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
             W_dec_unit=self.decoder() / self.competing_norms()[:, None],
             dead=dead,
             partition=self.partition,
+            k_aux=self.cfg.k_aux or max(1, self.cfg.d_in // 4),
         )
         return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
 

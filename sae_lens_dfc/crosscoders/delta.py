@@ -17,7 +17,9 @@ class DeltaTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
     """Settings of a Delta-Crosscoder (arXiv 2603.04426), for a model A and its fine-tune B.
 
     What it is trained on matters as much: the paper adds, for each prompt, both models' answers, each
-    read by both models, to the text. It takes such pairs as it takes any text.
+    read by both models, to the text. It takes such pairs as it takes any text. The paper's mean of
+    two pre-activations is a sum here, as in all our crosscoders, and its L1 term, for which it
+    gives no weight, is left out.
 
     Raises:
         ValueError: The two widths differ, or a group of latents is empty.
@@ -32,7 +34,7 @@ class DeltaTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
     k_shared_ratio: float = 2.0
     """Active shared latents for each active other one: with k = 600 it is the paper's 400 and 200."""
     delta_loss_coefficient: float = 0.005
-    """Weight of the loss on the two models' difference."""
+    """Weight of the loss on the two models' difference, in the models' common unit: the geometric mean of their scales."""
 
     @override
     def __post_init__(self) -> None:

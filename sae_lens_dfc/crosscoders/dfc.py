@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,12 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
-from torch.nn.functional import normalize
 from typing_extensions import override
 
 from sae_lens_dfc.crosscoders.base import MIN_DECODER_NORM
-from sae_lens_dfc.crosscoders.evidence import Evidence, OtherModelTest
+from sae_lens_dfc.crosscoders.evidence import OTHER_MODEL, Evidence, OtherModelTest
 from sae_lens_dfc.crosscoders.partition import (
+    A_EXCLUSIVE,
+    B_EXCLUSIVE,
     SHARED,
     Partition,
     decoder_norms,
@@ -48,10 +50,11 @@ class DFCTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
     """How latents compete for k. pooled: all together, so that exclusive latents are used as far as they are worth it.
     partition: each partition by itself, k shared out in proportion to its latents, used whether worth it or not."""
     test_steps: list[int] = field(default_factory=list)
-    """Training steps after which each exclusive latent is tested against the other model. One that the other model has
-    too becomes shared, a shared one that only one model has becomes exclusive. None keeps the partitions' sizes."""
+    """Training steps, separated by spaces, after which each exclusive latent is tested against the other model. One that
+    the other model has too becomes shared; a shared one whose decoder has left one model becomes exclusive. Without any,
+    as in the paper, the partitions keep their sizes. `test_at` of the runner takes shares of the training instead."""
     test_window: int = 50
-    """Training steps before each test over which its evidence is gathered."""
+    """Training steps before each test over which its evidence is gathered; rare latents need many to be judged."""
     min_own_share: float = 0.8
     """Relative norm below which a tested latent is not exclusive, and above which a shared one is: 1 is one model's
     alone, 0.5 is both models' (0.8 in arXiv 2602.11729, section 2.3, for crosscoders without partitions)."""
@@ -102,7 +105,7 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
     """A BatchTopK crosscoder with four blocks of exact zeros: no exclusive latent reads or writes the other model.
 
     With `test_steps` the partitions are a start, not a verdict: a latent stays exclusive only while
-    the other model shows nothing of it.
+    the other model shows little enough of it.
     """
 
     n_exclusive: Int[Tensor, "2"]
@@ -165,66 +168,98 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
                 *(step, n_batches, self.cfg.test_window),
             )
             return
-        self._move(test.compute(self._own_norms()), step)
-
-    @property
-    def _n_tested(self) -> int:
-        return self.partition.slices[SHARED].start
+        self._move(test.compute(), step)
 
     @torch.no_grad()
     def _gather_evidence(self, output: TrainStepOutput) -> None:
         if self._test is None:
             self._test = OtherModelTest(self.partition)
+        n_exclusive = self.partition.slices[SHARED].start
         shared_only = output.feature_acts.clone()
-        shared_only[:, : self._n_tested] = 0
+        shared_only[:, :n_exclusive] = 0
         unshared = output.sae_in - self._decode_normalized(shared_only)
-        self._test.update(output.feature_acts[:, : self._n_tested], unshared)
-
-    def _own_norms(self) -> Float[Tensor, " n_exclusive"]:
-        norms = decoder_norms(self.W_dec, self.partition).sum(dim=0) / self.competing_norms()
-        return norms[: self._n_tested].detach()
+        self._test.update(output.feature_acts[:, :n_exclusive], unshared)
 
     @torch.no_grad()
-    def _move(self, evidence: Evidence, step: int) -> None:
-        """Let the tested latents that the other model has read and write it, and put every latent where it belongs."""
-        found_out = torch.zeros(self.cfg.d_sae, dtype=torch.bool, device=self.device)
-        found_out[: self._n_tested] = evidence.fired & (evidence.own_share < self.cfg.min_own_share)
-        self._share(found_out.nonzero()[:, 0], evidence.slopes)
+    def _move(self, evidence: dict[str, Evidence], step: int) -> None:
+        """Let the tested latents that the other model has read and write it, and put every latent where it belongs.
 
-        norms = decoder_norms(self.W_dec, self.partition)
-        share_of_a = norms[0] / norms.sum(dim=0).clamp(min=MIN_DECODER_NORM)
-        # An exclusive latent's share is 1 or 0 here, so one rule serves the two ways.
-        n_a, n_tested = self.partition.n_a_exclusive, self._n_tested
-        share_of_a[:n_a], share_of_a[n_a:n_tested] = 1, 0
-        is_a = ~found_out & (share_of_a > self.cfg.min_own_share)
-        is_b = ~found_out & (share_of_a < 1 - self.cfg.min_own_share)
-        n_promoted = int((is_a | is_b)[n_tested:].sum())
+        An exclusive latent is moved on the evidence. A shared one is moved when its decoder has all
+        but left one model, by the rule of arXiv 2602.11729 for crosscoders without partitions.
+        """
+        partition, cfg = self.partition, self.cfg
+        norms = decoder_norms(self.W_dec, partition)
+        total = norms.sum(dim=0)
+        share_of_a = torch.where(total > MIN_DECODER_NORM, norms[0] / total, 0.5)
+        is_a, is_b = share_of_a > cfg.min_own_share, share_of_a < 1 - cfg.min_own_share
+        n_exclusive = partition.slices[SHARED].start
+        n_promoted = int((is_a | is_b)[n_exclusive:].sum())
+        n_found_out = 0
+        for name, kept in ((A_EXCLUSIVE, is_a), (B_EXCLUSIVE, is_b)):
+            latents = partition.slices[name]
+            found_out = evidence[name].enough & (evidence[name].own_share < cfg.min_own_share)
+            is_a[latents], is_b[latents] = False, False
+            kept[latents] = ~found_out
+            self._share(name, found_out, evidence[name].slopes)
+            n_found_out += int(found_out.sum())
         logger.info(
             "Step %d: of %d exclusive latents %d are in both models and shared now; %d shared ones are exclusive now",
-            *(step, self._n_tested, int(found_out.sum()), n_promoted),
+            *(step, n_exclusive, n_found_out, n_promoted),
         )
-        self._reorder(is_a, is_b)
+        self._reorder(torch.where(is_a, 0, torch.where(is_b, 1, 2)))
 
-    def _share(self, latents: Int[Tensor, " _"], slopes: Float[Tensor, "n_exclusive d_in"]) -> None:
-        """Give exclusive latents the other model: as decoder their slope there, as encoder the same direction."""
-        models, norms = self.partition.models, self.competing_norms()
+    def _share(
+        self, name: str, found_out: Bool[Tensor, " n"], slopes: Float[Tensor, "n d_other"]
+    ) -> None:
+        """Give exclusive latents the other model: as decoder their slopes, as encoder what keeps their activations.
+
+        With `g` the activation that a latent gives to its own decoder, and decoders `d` and `w` in its
+        own and the other model, encoders `e |d|^2 / n^2` and `g w / n^2`, `n^2 = |d|^2 + |w|^2`, give
+        the two together `g` again.
+        """
+        latents = found_out.nonzero()[:, 0] + self.partition.slices[name].start
+        other = self.partition.models[OTHER_MODEL[name]]
+        own = self.partition.models["a" if OTHER_MODEL[name] == "b" else "b"]
         W_enc, W_dec = self.W_enc.data, self.W_dec.data
-        is_a = latents < self.partition.n_a_exclusive
-        for mine, own, other in (
-            (latents[is_a], models["a"], models["b"]),
-            (latents[~is_a], models["b"], models["a"]),
-        ):
-            W_dec[mine, other] = slopes[mine, other] * norms[mine, None]
-            # Two models' inputs now add up to what one's gave.
-            W_enc[own, mine] /= 2
-            sizes = W_enc[own, mine].norm(dim=0)
-            W_enc[other, mine] = normalize(slopes[mine, other], dim=-1).T * sizes
+        d, e = W_dec[latents, own], W_enc[own, latents]
+        w = slopes[found_out] * self.competing_norms()[latents, None]
+        gain = (d * e.T).sum(dim=-1)
+        squares = d.pow(2).sum(dim=-1)
+        total = (squares + w.pow(2).sum(dim=-1)).clamp(min=MIN_DECODER_NORM)
+        W_dec[latents, other] = w
+        W_enc[own, latents] = e * (squares / total)
+        W_enc[other, latents] = w.T * (gain / total)
 
-    def _reorder(self, is_a: Bool[Tensor, " d_sae"], is_b: Bool[Tensor, " d_sae"]) -> None:
-        """Put A's latents first, B's next; Adam's moments stay behind, which its averages forget in some steps."""
-        order = torch.cat([group.nonzero()[:, 0] for group in (is_a, is_b, ~(is_a | is_b))])
+    def _reorder(self, groups: Int[Tensor, " d_sae"]) -> None:
+        """Put A's latents (group 0) first, B's (1) next; those that lie right already keep their place.
+
+        SAELens' trainer has no way to be told: for the few that move, Adam's moments and the steps since
+        they last fired are those of the latent that was there before.
+        """
+        target = groups.sort().values
+        misplaced = (groups != target).nonzero()[:, 0]
+        order = torch.arange(len(groups), device=groups.device)
+        order[misplaced] = misplaced[groups[misplaced].argsort(stable=True)]
         self.W_enc.data = self.W_enc.data[:, order].contiguous()
         self.W_dec.data = self.W_dec.data[order].contiguous()
         self.b_enc.data = self.b_enc.data[order].contiguous()
-        self.n_exclusive.copy_(torch.stack([is_a.sum(), is_b.sum()]))
+        self.n_exclusive.copy_(torch.stack([(groups == group).sum() for group in (0, 1)]))
         self._resize(*(int(n) for n in self.n_exclusive))
+
+
+def exclusivity_tests(shares: Sequence[float], training_steps: int) -> dict[str, Any]:
+    """Settings of tests after these shares of a training, each with the tenth of it before as its window.
+
+    >>> exclusivity_tests([0.8, 0.95], training_steps=1000)
+    {'test_steps': [800, 950], 'test_window': 100}
+
+    Raises:
+        ValueError: A share lies outside (0, 1).
+    """
+    outside = [share for share in shares if not 0 < share < 1]
+    if outside:
+        raise ValueError(f"Tests come after shares of the training in (0, 1), got {outside}.")
+    return {
+        "test_steps": [round(share * training_steps) for share in shares],
+        "test_window": max(2, training_steps // 10),
+    }

@@ -17,7 +17,8 @@ class DSFTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
     """Settings of a crosscoder with designated shared features (DSF).
 
     Mishra-Sharma et al. 2025, "Insights on crosscoder model diffing", in the BatchTopK form of
-    arXiv 2602.11729, appendix B.3: more room in `k` takes the place of a lower L1 penalty.
+    arXiv 2602.11729, appendix B.3: more room in `k` takes the place of a lower L1 penalty. That the
+    room is a budget of its own, taken from the other latents', is our reading.
 
     Raises:
         ValueError: The tied latents are none or all, their share of `k` is more than all of it, or
@@ -33,8 +34,8 @@ class DSFTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
     k_tied_multiplier: float = 2.0
     """How many times their proportional share of k the tied latents get."""
     tie: Literal["identity", "linear_map"] = "identity"
-    """What ties B's decoder to A's. identity: they are equal, for two models with one basis, as a base model and its
-    fine-tune. linear_map: B's is A's times the least-squares map from A's to B's activations, for any two models."""
+    """What ties B's decoder to A's. identity: they are equal, after each model's scale, for two models with one basis, as a
+    base model and its fine-tune. linear_map: B's is A's times the least-squares map from A's to B's activations, for any two models."""
 
     @override
     def __post_init__(self) -> None:

@@ -35,11 +35,12 @@ def dead_latent_loss(
     W_dec_unit: Float[Tensor, "d_sae d_in"],
     dead: Bool[Tensor, " d_sae"],
     partition: Partition,
+    k_aux: int,
 ) -> Float[Tensor, ""]:
     """How badly the dead latents alone rebuild what the living ones left (AuxK of Gao et al. 2024).
 
-    Each row's `(d_a + d_b) / 4` strongest dead latents (arXiv 2602.11729, table 3) decode, without
-    bias, towards the residual. An exclusive latent decodes to its own model only, so the other
+    Each row's `k_aux` strongest dead latents decode, without bias, towards the residual. They act on
+    the input, as in the public code of arXiv 2602.11729 (its text: on the error). An exclusive latent decodes to its own model only, so the other
     model's residual gives it no gradient. The loss shrinks in proportion when fewer latents are
     dead, as in SAELens.
 
@@ -49,11 +50,11 @@ def dead_latent_loss(
         W_dec_unit: Decoder that belongs to those units.
         dead: Which latents count as dead.
         partition: Which latents may use which model.
+        k_aux: How many latents take part in a row.
     """
     n_dead = int(dead.sum())
     if n_dead == 0:
         return residual.new_zeros(())
-    k_aux = max(1, partition.d_in // 4)
     acts = calculate_topk_aux_acts(min(k_aux, n_dead), scores, dead).relu()
     error = decode_blocks(acts, W_dec_unit, partition) - residual
     return min(n_dead / k_aux, 1.0) * error.pow(2).sum(dim=-1).mean()
@@ -81,7 +82,8 @@ def difference_loss(
 ) -> Float[Tensor, ""]:
     """Squared L2 error of the two models' difference, rebuilt without the shared latents, averaged over the batch.
 
-    arXiv 2603.04426: `|| (x_b - x_a) - (W_b - W_a) [0; z] ||^2`.
+    arXiv 2603.04426: `|| (x_b - x_a) - (W_b - W_a) [0; z] ||^2`, of activations as they are. Ours are
+    centred and scaled for each model: the decoder's bias takes part, and the two scales are undone.
 
     Args:
         acts: Normalised activations.
@@ -89,7 +91,6 @@ def difference_loss(
         units: Factor for each model that takes its normalised activations to a unit common to both.
         partition: Says which columns are whose; both models have one width.
 
-    >>> import torch
     >>> import torch
     >>> partition = Partition(d_a=1, d_b=1, n_a_exclusive=0, n_b_exclusive=0, n_shared=4)
     >>> difference_loss(torch.tensor([[1.0, 4.0]]), torch.tensor([[0.0, 1.0]]), torch.ones(2), partition)

@@ -90,7 +90,9 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
 
     @override
     def latent_thresholds(self) -> Float[Tensor, " d_sae"]:
-        thresholds = self.topk_threshold.to(self.W_dec.dtype)
+        # A group that never kept a latent must not fire on every positive score.
+        unset = self.topk_threshold == 0
+        thresholds = self.topk_threshold.masked_fill(unset, torch.inf).to(self.W_dec.dtype)
         return torch.cat(
             [
                 thresholds[i].expand(latents.stop - latents.start)

@@ -8,6 +8,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
+from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.texts import first_line
 
@@ -100,6 +101,9 @@ class CrosscoderRunnerConfig:
     """Adam's second decay rate."""
     dead_feature_window: int | None = None
     """Steps without firing after which a latent counts as dead; none takes a tenth of all steps, at most 1000."""
+    test_at: list[float] = field(default_factory=list)
+    """Shares of the training, separated by spaces, after which a DFC's exclusive latents are tested; they become its
+    test_steps and test_window."""
     feature_sampling_window: int = 2000
     """Steps over which firing rates are counted."""
     autocast: bool = False
@@ -140,7 +144,12 @@ class CrosscoderRunnerConfig:
                 f"training_tokens={self.training_tokens} is less than one batch "
                 f"(train_batch_size_tokens={self.train_batch_size_tokens})."
             )
-        steps = self.training_tokens // self.train_batch_size_tokens
+        if self.test_at and not isinstance(self.sae, DFCTrainingCrosscoderConfig):
+            raise ValueError(
+                f"test_at={self.test_at} is for a dfc, and this is a {self.sae.architecture()}: it has no exclusive "
+                "latents to test."
+            )
+        steps = self.training_steps
         late = [step for step in getattr(self.sae, "test_steps", []) if step >= steps]
         if late:
             raise ValueError(
@@ -151,9 +160,19 @@ class CrosscoderRunnerConfig:
             raise ValueError(f"n_checkpoints={self.n_checkpoints} needs a checkpoint_path.")
 
     @property
+    def training_steps(self) -> int:
+        """Number of whole batches in `training_tokens`."""
+        return self.training_tokens // self.train_batch_size_tokens
+
+    @property
     def a_tenth_of_the_steps(self) -> int:
-        steps = self.training_tokens // self.train_batch_size_tokens
-        return min(1000, steps // 10)
+        return min(1000, self.training_steps // 10)
+
+    @property
+    def counting_window(self) -> int:
+        """SAELens' `feature_sampling_window`; firing is counted anew after the last test, which may move latents."""
+        tests = getattr(self.sae, "test_steps", [])
+        return tests[-1] if tests else self.feature_sampling_window
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON."""
@@ -195,7 +214,7 @@ class CrosscoderRunnerConfig:
             n_restart_cycles=1,
             train_batch_size_samples=self.train_batch_size_tokens,
             dead_feature_window=_or(self.dead_feature_window, self.a_tenth_of_the_steps),
-            feature_sampling_window=self.feature_sampling_window,
+            feature_sampling_window=self.counting_window,
             logger=self.logger,
             n_batches_for_norm_estimate=self.n_batches_for_norm_estimate,
         )

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_dfc.activations import PairCounts, PairedRows
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.crosscoders.dfc import exclusivity_tests
 from sae_lens_dfc.evaluate import HeldOutEvaluator
 from sae_lens_dfc.output import all_or_nothing, check_output
 from sae_lens_dfc.pair import ModelPair
@@ -161,7 +162,7 @@ class CrosscoderTrainingRunner:
 
 
 def with_models(cfg: CrosscoderRunnerConfig, pair: ModelPair) -> CrosscoderRunnerConfig:
-    """The same settings with the models' hooks, and their widths where they are 0.
+    """The same settings with the models' hooks, their widths where they are 0, and the steps of the tests.
 
     Raises:
         ValueError: A width is set, but is not the model's.
@@ -175,9 +176,10 @@ def with_models(cfg: CrosscoderRunnerConfig, pair: ModelPair) -> CrosscoderRunne
             )
     # Training writes into the metadata: a copy, or two runs from one configuration would name each other's models.
     metadata = deepcopy(cfg.sae.metadata)
+    tests = exclusivity_tests(cfg.test_at, cfg.training_steps) if cfg.test_at else {}
     return replace(
         cfg,
-        sae=replace(cfg.sae, d_in=0, d_a=pair.d_a, d_b=pair.d_b, metadata=metadata),
+        sae=replace(cfg.sae, d_in=0, d_a=pair.d_a, d_b=pair.d_b, metadata=metadata, **tests),
         model_a=replace(cfg.model_a, hook_name=pair.a.hook_name),
         model_b=replace(cfg.model_b, hook_name=pair.b.hook_name),
     )

@@ -156,7 +156,7 @@ def test_the_dead_latent_losss_gradients_are_those_of_finite_differences() -> No
     residual = torch.randn(6, 12, dtype=torch.float64)
 
     def loss(scores: Tensor, W_dec: Tensor) -> Tensor:
-        return dead_latent_loss(residual, scores, W_dec, dead, partition)
+        return dead_latent_loss(residual, scores, W_dec, dead, partition, k_aux=3)
 
     scores = torch.randn(6, 24, dtype=torch.float64, requires_grad=True)
     W_dec = torch.randn(24, 12, dtype=torch.float64, requires_grad=True)
@@ -296,12 +296,12 @@ def test_losses_are_squared_errors_of_each_model() -> None:
 
 def test_dead_latent_loss_is_the_error_of_the_strongest_dead_latents() -> None:
     crosscoder = make_batchtopk(d_a=2, d_b=2, d_sae=3, k=1)
-    # k_aux = (2 + 2) / 4 = 1: of the dead latents 0 and 2 only the stronger, 2, takes part.
+    # Of the dead latents 0 and 2 only the stronger, 2, takes part.
     scores = torch.tensor([[1.0, 9.0, 2.0]])
     W_dec = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
     residual = torch.tensor([[0.5, 0.0, 3.0, 0.0]])
     loss = dead_latent_loss(
-        residual, scores, W_dec, torch.tensor([True, False, True]), crosscoder.partition
+        residual, scores, W_dec, torch.tensor([True, False, True]), crosscoder.partition, k_aux=1
     )
     assert loss.item() == pytest.approx(0.25 + 1.0)
 
@@ -334,7 +334,7 @@ def test_the_dead_latent_loss_is_isolated_by_partition() -> None:
     residual = torch.randn(32, 12)
     for _ in range(2):
         W = W_dec.clone().requires_grad_()
-        dead_latent_loss(residual, scores, W, dead, partition).backward()
+        dead_latent_loss(residual, scores, W, dead, partition, k_aux=3).backward()
         assert W.grad is not None
         gradients.append(W.grad)
         residual = torch.cat([residual[:, :5], torch.randn(32, 7)], dim=1)  # another residual in B
@@ -353,8 +353,8 @@ def test_one_models_error_gives_the_others_exclusive_latents_no_gradient() -> No
 
 
 def test_encoding_does_not_depend_on_the_other_models_activations() -> None:
-    crosscoder, acts = make_dfc().eval(), make_acts(16, 12)
-    crosscoder.fit_normalization(acts)
+    acts = make_acts(16, 12)
+    crosscoder = train_steps(make_dfc(), acts).eval()
     changed = acts.clone()
     changed[:, 5:] += 100 * torch.randn(16, 7)
     a = crosscoder.partition.slices["a_exclusive"]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from sae_lens import TrainingSAE
 from torch import Tensor
 
 from sae_lens_dfc import DFCTrainingCrosscoder, DFCTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.dfc import exclusivity_tests
 from tests.helpers import dfc_config, make_acts, make_dfc, step_input, train_steps
 
 
@@ -51,21 +53,25 @@ def test_a_fresh_exclusive_latents_score_is_a_fixed_share_of_a_shared_ones(
 
 # --- tests of exclusivity ---
 
-N_FEATURES = 4
+N_FEATURES = 5
+WORTH_IN_B = [1.0, 1.0, 0.5, 2.0, 1.0]
+"""How strong a feature is in B where it is 1 in A."""
 
 
 def planted(n: int) -> Tensor:
-    """Feature 0 is A's, feature 1 is B's, 2 and 3 are both models'; one dimension each in either model."""
-    acts = torch.zeros(n, 2 * N_FEATURES)
-    for feature, models in enumerate([(0,), (1,), (0, 1), (0, 1)]):
-        strength = torch.rand(n) * (torch.rand(n) < 0.3)
-        for model in models:
-            acts[:, model * N_FEATURES + feature] = strength
-    return acts
+    """Feature 0 is A's, feature 1 is B's, 2 to 4 are both models'; one dimension each in either model.
+
+    Feature 0 fires only where the shared feature 4 does: in A alone all the same.
+    """
+    strengths = torch.rand(n, N_FEATURES) * (torch.rand(n, N_FEATURES) < 0.3)
+    strengths[:, 0] = (torch.rand(n) < 0.5) * strengths[:, 4]
+    a, b = strengths.clone(), strengths * torch.tensor(WORTH_IN_B)
+    a[:, 1], b[:, 0] = 0, 0
+    return torch.cat([a, b], dim=1)
 
 
 def planted_dfc(latents: list[tuple[int, str]], n_a: int, n_b: int) -> DFCTrainingCrosscoder:
-    """A DFC whose latent i reads and writes one feature, in A ("a"), B ("b") or both ("ab")."""
+    """A DFC whose latent i rebuilds one feature, in A ("a"), B ("b") or both ("ab"), by decoders of many sizes."""
     d_sae = len(latents)
     cfg = DFCTrainingCrosscoderConfig(
         d_a=N_FEATURES,
@@ -85,10 +91,12 @@ def planted_dfc(latents: list[tuple[int, str]], n_a: int, n_b: int) -> DFCTraini
         for parameter in crosscoder.parameters():
             parameter.zero_()
         for i, (feature, models) in enumerate(latents):
+            size = 2.0 if i % 2 == 0 else 0.5
             for model in models:
                 d = "ab".index(model) * N_FEATURES + feature
-                crosscoder.W_enc[d, i] = 1 / len(models)
-                crosscoder.W_dec[i, d] = 1
+                worth = 1.0 if model == "a" else WORTH_IN_B[feature]
+                crosscoder.W_dec[i, d] = worth * size
+                crosscoder.W_enc[d, i] = 1 / (len(models) * worth * size)
     return crosscoder
 
 
@@ -98,52 +106,100 @@ def after_the_test(crosscoder: DFCTrainingCrosscoder) -> DFCTrainingCrosscoder:
     return crosscoder
 
 
-def test_a_shared_feature_split_in_two_is_found_out_and_a_true_one_stays() -> None:
-    latents = [(0, "a"), (2, "a"), (1, "b"), (2, "b"), (3, "ab")]
-    crosscoder = after_the_test(planted_dfc(latents, n_a=2, n_b=2))
-    sizes = crosscoder.partition.sizes
-    assert sizes == {"a_exclusive": 1, "b_exclusive": 1, "shared": 3}
-    written = crosscoder.to_inference().W_dec > 0.1
-    assert [row.nonzero()[:, 0].tolist() for row in written] == [
-        [0],  # A's feature
-        [N_FEATURES + 1],  # B's
-        [2, N_FEATURES + 2],  # both halves of the split one write both models now
-        [2, N_FEATURES + 2],
-        [3, N_FEATURES + 3],
-    ]
+SPLIT = [(0, "a"), (2, "a"), (3, "a"), (1, "b"), (2, "b"), (4, "ab"), (0, "")]
+"""A has three latents and B two: feature 2 is split between them, of feature 3 A has its half alone. The last is empty."""
 
 
-def test_a_shared_latent_of_one_model_becomes_exclusive() -> None:
-    latents = [(3, "ab"), (0, "a"), (1, "b"), (2, "ab")]
-    crosscoder = after_the_test(planted_dfc(latents, n_a=0, n_b=0))
-    assert crosscoder.partition.sizes == {"a_exclusive": 1, "b_exclusive": 1, "shared": 2}
+def split_dfc() -> DFCTrainingCrosscoder:
+    return planted_dfc(SPLIT, n_a=3, n_b=2)
+
+
+def test_a_shared_feature_in_an_exclusive_latent_is_found_out_and_a_true_one_stays() -> None:
+    crosscoder = after_the_test(split_dfc())
+    assert crosscoder.partition.sizes == {"a_exclusive": 1, "b_exclusive": 1, "shared": 5}
     saved = crosscoder.to_inference()
-    assert (saved.cfg.n_a_exclusive, saved.cfg.n_b_exclusive) == (1, 1)
-    assert saved.W_dec[0].argmax() == 0 and saved.W_dec[1].argmax() == N_FEATURES + 1
-    assert saved.leak() == 0
+    written = [row.nonzero()[:, 0].tolist() for row in saved.W_dec.abs() > 0.1]
+    assert written[:2] == [[0], [N_FEATURES + 1]]
+    both = [[f, N_FEATURES + f] for f in range(N_FEATURES)]
+    assert sorted(written[2:]) == [[], both[2], both[2], both[3], both[4]]
 
 
-def test_moving_true_latents_changes_nothing_that_is_rebuilt() -> None:
-    latents = [(3, "ab"), (0, "a"), (1, "b"), (2, "ab")]
-    crosscoder, acts = planted_dfc(latents, n_a=0, n_b=0), planted(200)
+def test_a_latent_that_becomes_shared_is_worth_in_the_other_model_what_the_feature_is() -> None:
+    saved = after_the_test(split_dfc()).to_inference()
+    for row in saved.W_dec[2:][saved.W_dec[2:].any(dim=1)]:
+        feature = int(row[:N_FEATURES].argmax())
+        ratio = (row[N_FEATURES + feature] / row[feature]).item()
+        assert ratio == pytest.approx(WORTH_IN_B[feature], abs=0.05)
+
+
+def test_a_latent_that_becomes_shared_keeps_its_activations() -> None:
+    # Feature 3 is twice as strong in B: an encoder that merely halved would give 1.5 times the activation.
+    crosscoder = planted_dfc([(0, "a"), (3, "a"), (1, "b"), (4, "ab"), (2, "ab")], n_a=2, n_b=1)
+    acts = planted(200)
+    crosscoder.training_forward_pass(step_input(planted(500)))
     before = crosscoder.training_forward_pass(step_input(acts)).sae_out
     after_the_test(crosscoder)
     assert crosscoder.partition.n_a_exclusive == 1
     after = crosscoder.training_forward_pass(step_input(acts, step=9)).sae_out
-    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(after[:, :N_FEATURES], before[:, :N_FEATURES], atol=0.02, rtol=0)
+    b = slice(N_FEATURES, None)
+    torch.testing.assert_close(after[:, b], acts[:, b], atol=0.05, rtol=0)
 
 
-def test_a_latent_that_did_not_fire_is_not_judged() -> None:
-    latents = [(0, "a"), (2, "a"), (1, "b"), (2, "b"), (3, "ab")]
-    crosscoder = planted_dfc(latents, n_a=2, n_b=2)
+def test_a_shared_latent_of_one_model_becomes_exclusive_and_nothing_rebuilt_changes() -> None:
+    latents = [(3, "ab"), (0, "a"), (1, "b"), (2, "ab"), (4, "ab")]
+    crosscoder, acts = planted_dfc(latents, n_a=0, n_b=0), planted(200)
     with torch.no_grad():
-        crosscoder.W_enc[:, 1] = 0
+        crosscoder.b_enc.copy_(torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5]))
+    before = crosscoder.training_forward_pass(step_input(acts)).sae_out
+    after_the_test(crosscoder)
+    assert crosscoder.partition.sizes == {"a_exclusive": 1, "b_exclusive": 1, "shared": 3}
+    after = crosscoder.training_forward_pass(step_input(acts, step=9)).sae_out
+    torch.testing.assert_close(after, before)
+    saved = crosscoder.to_inference()
+    assert (saved.cfg.n_a_exclusive, saved.cfg.n_b_exclusive, saved.leak()) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(("worth_in_b", "n_a"), [(0.2, 1), (0.3, 0)])
+def test_a_shared_latent_is_moved_by_its_relative_norm(worth_in_b: float, n_a: int) -> None:
+    # 1 / 1.2 is above 0.8, 1 / 1.3 is not.
+    crosscoder = planted_dfc([(2, "ab"), (0, "ab")], n_a=0, n_b=0)
+    with torch.no_grad():
+        crosscoder.W_dec[1, 0], crosscoder.W_dec[1, N_FEATURES] = 1, worth_in_b
+    assert after_the_test(crosscoder).partition.n_a_exclusive == n_a
+
+
+def test_latents_that_lie_right_keep_their_place() -> None:
+    crosscoder = split_dfc()
+    W_dec = crosscoder.W_dec.detach().clone()
+    after_the_test(crosscoder)
+    assert torch.equal(crosscoder.W_dec[0], W_dec[0])  # A's true one
+    assert torch.equal(crosscoder.W_dec[5:], W_dec[5:])  # the shared ones
+
+
+def test_evidence_is_of_the_window_before_the_test_alone() -> None:
+    crosscoder = split_dfc()
+    crosscoder.cfg = replace(crosscoder.cfg, test_steps=[10])
+    for step in range(11):
+        # Before the window B is silent, as if everything were A's own.
+        acts = planted(500)
+        if step < 6:
+            acts[:, N_FEATURES:] = 0
+        crosscoder.training_forward_pass(step_input(acts, step=step))
+    assert crosscoder.partition.sizes == {"a_exclusive": 1, "b_exclusive": 1, "shared": 5}
+
+
+def test_a_latent_that_fired_too_seldom_is_not_judged() -> None:
+    crosscoder = split_dfc()
+    with torch.no_grad():
+        crosscoder.b_enc[
+            1
+        ] = -1.97  # of feature 2 in A, whose encoder is 2, only activations above 0.985
     assert after_the_test(crosscoder).partition.n_a_exclusive == 2
 
 
 def test_half_the_evidence_is_no_test_and_is_said_so(caplog: pytest.LogCaptureFixture) -> None:
-    latents = [(0, "a"), (2, "a"), (1, "b"), (2, "b"), (3, "ab")]
-    crosscoder = planted_dfc(latents, n_a=2, n_b=2)
+    crosscoder = split_dfc()
     for step in range(2, 5):  # resumed at step 2
         crosscoder.training_forward_pass(step_input(planted(500), step=step))
     assert crosscoder.partition == crosscoder.cfg.partition
@@ -156,14 +212,18 @@ def test_without_test_steps_the_partitions_stay() -> None:
 
 
 def test_a_checkpoint_restores_sizes_that_a_test_changed(tmp_path: Path) -> None:
-    latents = [(0, "a"), (2, "a"), (1, "b"), (2, "b"), (3, "ab")]
-    crosscoder = after_the_test(planted_dfc(latents, n_a=2, n_b=2)).eval()
+    crosscoder = after_the_test(split_dfc()).eval()
     crosscoder.save_model(tmp_path)
     restored = TrainingSAE.load_from_disk(tmp_path).eval()
     assert isinstance(restored, DFCTrainingCrosscoder)
     assert restored.partition == crosscoder.partition != crosscoder.cfg.partition
     acts = planted(50)
     assert torch.equal(restored.encode(acts), crosscoder.encode(acts))
+
+
+def test_tests_after_shares_outside_the_training_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shares of the training in \(0, 1\), got \[1.0\]"):
+        exclusivity_tests([0.5, 1.0], 100)
 
 
 @pytest.mark.parametrize(
