@@ -42,7 +42,7 @@ from sae_lens_dfc.measured_run import (
     report_data,
     settings,
 )
-from sae_lens_dfc.metrics.stability import stability_over_pairs
+from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES, find_recipe, flattened
@@ -109,7 +109,7 @@ class EvaluateOptions(HeldOutOptions):
     """Measure a trained crosscoder on text held out from its training; several, and how far they agree."""
 
     runs: list[str] = field(positional=True, nargs="+", metavar="RUN")
-    """Folders that `train` or `demo` wrote; of several seeds, latents are matched between each and the first."""
+    """Folders that `train` or `demo` wrote, one or more; of several, latents are matched between each two."""
 
 
 @dataclass(kw_only=True)
@@ -127,11 +127,13 @@ class BenchmarkOptions:
     """Train crosscoders on toy pairs whose differences are known, and count what they find."""
 
     name: str = field(positional=True, choices=["recovery"])
-    """recovery: five architectures and the recipe dfc-tested, over dictionary sizes, seeds, wrong pairs and a null."""
+    """recovery: five architectures, the recipe dfc-tested and variants of both, over dictionary sizes, seeds, wrong
+    pairs and a null."""
     preset: str = field(default="small", choices=list(PRESETS))
-    """small: one seed, two minutes. full: five seeds, what benchmarks/README.md reports."""
-    output: str = "runs/benchmark"
-    """Folder for recovery.json, recovery.md and recovery.svg; results that are there are not computed again."""
+    """small: one seed, two minutes on two cores. full: five seeds, an hour, what benchmarks/README.md reports."""
+    output: str | None = None
+    """Folder for recovery.json, recovery.md and recovery.svg; results that are there are not computed again. None takes
+    runs/benchmark/ and the preset's name."""
     jobs: int = os.cpu_count() or 1
     """Crosscoders trained at a time, one thread each."""
 
@@ -181,6 +183,7 @@ def evaluate_run(options: EvaluateOptions) -> None:
     """Print trained crosscoders' measures on held-out text, and of several how far they agree."""
     if len(set(options.runs)) < len(options.runs):
         raise ValueError(f"A run is given twice: {' '.join(options.runs)}. Name each once.")
+    check_same_models([load_crosscoder(run) for run in options.runs])
     measured = {run: _measure(run, options).measured for run in options.runs}
     metrics = {run: m.metrics for run, m in measured.items()}
     if len(measured) == 1:
@@ -196,7 +199,7 @@ def evaluate_run(options: EvaluateOptions) -> None:
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
     _say(text_table(["measure", *metrics], rows))
     rows = [[name, spread(values)] for name, values in agreement.items()]
-    _say("\n" + text_table(["over all pairs of runs", "mean ± sd"], rows))
+    _say("\n" + text_table(["over each two runs", "mean ± sd"], rows))
 
 
 def write_report(options: ReportOptions) -> None:
@@ -218,7 +221,7 @@ def benchmark(options: BenchmarkOptions) -> None:
     """Run what is missing, then write and print the tables."""
     if options.jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {options.jobs}.")
-    path = Path(options.output) / FILENAME
+    path = Path(options.output or f"runs/benchmark/{options.preset}") / FILENAME
     rows = run_benchmark(options.preset, path, options.jobs)
     results = list(tables(rows))
     path.with_suffix(".md").write_text("\n\n".join(t.markdown() for t in results) + "\n")
@@ -379,7 +382,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"sae-lens-dfc: error: {' '.join(str(error).split())}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("sae-lens-dfc: stopped; nothing was written\n")
+        sys.stderr.write("sae-lens-dfc: stopped\n")
         return 130
     return 0
 

@@ -10,7 +10,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from sae_lens_dfc.activations import PairCounts, PairedRows
 from sae_lens_dfc.alignment import Segment
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
+from sae_lens_dfc.crosscoders.base import T_CONFIG, CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
@@ -83,10 +83,13 @@ def measured_run(
     run = train_and_measure(cfg, pair, data)
     crosscoder, metrics = run.crosscoder, run.metrics
 
-    # A crosscoder without a k is held against baselines with as many active latents as it has.
-    k = cfg.sae.k if isinstance(cfg.sae, TopKTrainingCrosscoderConfig) else metrics["l0"]
-    baseline_sae = replace(like(cfg.sae, BatchTopKTrainingCrosscoderConfig), k=k)
-    baseline_cfg = replace(cfg, sae=baseline_sae)
+    changes: dict[str, Any] = {}
+    if not isinstance(cfg.sae, TopKTrainingCrosscoderConfig):
+        # Baselines with as many active latents as it has, and the dead-latent loss that it has not.
+        changes = {"k": max(metrics["l0"], 1.0), "aux_loss_coefficient": 1 / 32}
+    baseline_sae = like(cfg.sae, BatchTopKTrainingCrosscoderConfig, **changes)
+    k = baseline_sae.k
+    baseline_cfg = replace(cfg, sae=baseline_sae, test_at=[])
     baseline = train_and_measure(baseline_cfg, pair, data)
     metrics |= _prefixed("baseline/batchtopk/", baseline.metrics)
 
@@ -118,12 +121,11 @@ def null_metrics(cfg: CrosscoderRunnerConfig, pair: ModelPair) -> dict[str, floa
     return train_and_measure(cfg, twin, data).metrics
 
 
-def like(
-    sae: CrosscoderTrainingConfig, config_class: type[CrosscoderTrainingConfig]
-) -> CrosscoderTrainingConfig:
-    """The same settings for another architecture, as far as it has them."""
+def like(sae: CrosscoderTrainingConfig, config_class: type[T_CONFIG], **changes: Any) -> T_CONFIG:
+    """The same settings for another architecture, as far as it has them, with some changed."""
     names = {f.name for f in fields(config_class)} & {f.name for f in fields(sae)}
-    return config_class(**{name: getattr(sae, name) for name in names - {"metadata"}})
+    values = {name: getattr(sae, name) for name in names - {"metadata"}}
+    return config_class(**{**values, **changes})
 
 
 class Measured(NamedTuple):

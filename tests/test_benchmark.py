@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
+from sae_lens_dfc import ToyPair
 from sae_lens_dfc.__main__ import main
-from sae_lens_dfc.benchmark.recovery import PRESETS, Run, row, runs, toy_config
+from sae_lens_dfc.benchmark.recovery import (
+    PRESETS,
+    Run,
+    provenance,
+    row,
+    run_benchmark,
+    runs,
+    toy_config,
+)
 
 ARCHITECTURES = {
     "standard_crosscoder",
@@ -67,7 +76,9 @@ def test_the_table_and_the_picture_show_every_case(output: Path) -> None:
     text = (output / "recovery.md").read_text()
     assert text.count("**") == 2 * 6  # three sizes, frequencies, one noise level, the null
     picture = ET.parse(output / "recovery.svg").getroot()
-    assert picture.tag.endswith("svg")
+    # Four panels of nine or six lines each, with their error bars.
+    lines = [e for e in picture.iter() if "LineCollection" in e.get("id", "")]
+    assert len(lines) >= 4 * 6
 
 
 @pytest.mark.slow
@@ -99,6 +110,33 @@ def test_a_file_that_is_no_result_or_of_other_settings_is_refused(
     assert "1 results of other settings" in capsys.readouterr().err
     assert main([*args, "--jobs", "0"]) == 1
     assert "jobs must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_what_was_trained_on_wrong_pairs_is_measured_on_right_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[tuple[float, int]] = []
+    batches = ToyPair.batches
+
+    def watched(pair: ToyPair, batch_size: int, seed: int = 0) -> Any:
+        made.append((pair.cfg.pairing_noise, seed))
+        return batches(pair, batch_size, seed)
+
+    monkeypatch.setattr(ToyPair, "batches", watched)
+    row(Run("small", "batchtopk_crosscoder", 0.4, 3, 0.3, False))
+    assert made == [(0.3, 3), (0.0, 1_000_000)]
+
+
+def test_one_failure_stops_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [Run("small", "no such crosscoder", 0.4, seed, 0.0, False) for seed in range(3)]
+    monkeypatch.setattr("sae_lens_dfc.benchmark.recovery.runs", lambda _: wanted)
+    with pytest.raises(KeyError, match="no such crosscoder"):
+        run_benchmark("small", tmp_path / "recovery.json", jobs=1)
+
+
+def test_outside_a_repository_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert provenance()["commit"] is None
 
 
 def test_the_null_has_as_many_features_and_none_exclusive() -> None:

@@ -73,7 +73,7 @@ def test_evaluate_of_two_seeds_says_how_far_they_agree(
     result = json.loads(capsys.readouterr().out)
     assert set(result["runs"]) == {str(run), str(other)}
     matched = result["stability/matched/shared"]
-    assert len(matched) == 2 and all(0 <= share < 1 for share in matched)
+    assert len(matched) == 1 and 0 <= matched[0] < 1
     assert main(["evaluate", str(run), f"{run}/", "--eval-pairs", "300"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"stability/matched/a_exclusive +1.000", out)
@@ -92,12 +92,27 @@ def test_report_goes_into_the_run_unless_told_otherwise(
 
 
 def test_a_recipe_gives_the_flags_and_others_win(flags: list[str], tmp_path: Path) -> None:
-    args = ["train", "--recipe", "dfc-tested", *flags, "--sae.test-steps", "8", "16"]
-    args += ["--sae.test-window", "4", "--output-path", str(tmp_path / "run")]
-    assert main(args) == 0
+    args = ["train", "--recipe", "dfc-tested", *flags, "--test-at", "0.6", "0.9"]
+    assert main([*args, "--output-path", str(tmp_path / "run")]) == 0
     settings = json.loads((tmp_path / "run" / "runner_cfg.json").read_text())
     assert settings["sae"]["decoder_norm"] == "sum"
-    assert (settings["sae"]["test_steps"], settings["training_tokens"]) == ([8, 16], 1280)
+    # Of 20 steps of 64 pairs.
+    assert (settings["sae"]["test_steps"], settings["sae"]["test_window"]) == ([12, 18], 2)
+
+
+def test_a_recipe_may_stand_in_the_yaml(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("recipe: dfc-tested\n")
+    args = ["train", "--config", str(tmp_path / "c.yaml"), *flags]
+    assert main([*args, "--output-path", str(tmp_path / "run")]) == 0
+    settings = json.loads((tmp_path / "run" / "runner_cfg.json").read_text())
+    assert settings["sae"]["test_steps"] == [16, 19]
+
+
+def test_a_recipe_is_for_train_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", "--recipe", "dfc-tested"])
+    assert exit_.value.code == 2
+    assert "unrecognized arguments: --recipe" in capsys.readouterr().err
 
 
 def test_a_recipe_asks_for_what_its_paper_does_not_print(
@@ -105,8 +120,8 @@ def test_a_recipe_asks_for_what_its_paper_does_not_print(
 ) -> None:
     args = ["train", "--recipe", "llama3.1-8b-vs-qwen3-8b", "--dataset-path", "x"]
     line = fails([*args, "--model-b.hook-name=blocks.18.hook_resid_post"], capsys)
-    assert "needs --model-a.hook-name (the paper says 'middle layers' and prints no index)" in line
-    assert "--model-b.hook-name" not in line and "--dataset-path" not in line
+    assert "needs model_a.hook_name (the paper says 'middle layers' and prints no index)" in line
+    assert "model_b.hook_name" not in line and "dataset_path" not in line
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are(
@@ -158,6 +173,7 @@ def test_align_prints_coverage_and_reasons(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--test-at", "1.5"], r"Tests come after shares of the training in (0, 1), got [1.5]"),
         (["--sae.test-steps", "60"], r"sae.test_steps=[60] never come: training has 20 steps"),
         (["--sae.k", "65"], "k must be above 0 and at most d_sae, got k=65 and d_sae=64"),
         (

@@ -58,7 +58,8 @@ def test_the_delta_papers_settings_are_its_budgets_and_loss() -> None:
 def test_what_is_given_wins_over_the_recipe() -> None:
     cfg = recipe_config("dfc-tested", sae={"d_sae": 4096}, lr=3e-4)
     assert (cfg.sae.d_sae, cfg.lr) == (4096, 3e-4)
-    assert isinstance(cfg.sae, DFCTrainingCrosscoderConfig) and cfg.sae.test_steps == [800, 950]
+    assert isinstance(cfg.sae, DFCTrainingCrosscoderConfig)
+    assert (cfg.sae.decoder_norm, cfg.test_at) == ("sum", [0.8, 0.95])
 
 
 @pytest.mark.parametrize("name", RECIPES)

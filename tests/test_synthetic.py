@@ -82,6 +82,35 @@ def test_frequencies_have_a_long_tail_where_asked_for() -> None:
     assert ratio(0.05) > 5 * ratio(0.0)
 
 
+@pytest.mark.parametrize("decay", [0.001, 0.05])
+def test_frequencies_add_up_however_long_the_tail(decay: float) -> None:
+    pair = ToyPair(ToyPairConfig(frequency_decay=decay))
+    assert pair.frequencies.sum().item() == pytest.approx(5, rel=1e-4)
+
+
+def test_frequencies_vary_by_common_causes_and_by_features_own() -> None:
+    def spread(**overrides: Any) -> float:
+        p = toy(frequency_decay=0.0, min_frequency=1e-6, **overrides).frequencies
+        return (p / (1 - p)).log().std().item()
+
+    none = {"frequency_variance": 0.0, "frequency_factor_variance": 0.0}
+    assert spread(**none) < 0.01
+    own, common = (
+        spread(**{**none, "frequency_variance": 1.0}),
+        spread(**{**none, "frequency_factor_variance": 0.3}),
+    )
+    assert own > 0.3 and common > 0.3
+
+
+def test_the_map_adds_one_vector_to_all_of_bs_directions() -> None:
+    def common(map_bias: float) -> float:
+        pair = toy(map_bias=map_bias)
+        b = pair.directions[pair.features.slices["shared"], 24:]
+        return b.mean(dim=0).norm().item()
+
+    assert common(0.0) < 0.25 and common(2.0) > 0.8
+
+
 def test_a_feature_is_active_in_every_row_with_strengths_in_the_range() -> None:
     _, feature_acts = sample(toy(active_features=1, min_magnitude=0.5, max_magnitude=2.0))
     assert ((feature_acts > 0).sum(dim=1) >= 1).all()
@@ -124,6 +153,7 @@ def test_another_seed_makes_another_pair() -> None:
     assert torch.equal(toy(seed=0).directions, toy(seed=0).directions)
 
 
+@pytest.mark.slow
 def test_two_million_samples_take_less_than_a_minute() -> None:
     batches = ToyPair(ToyPairConfig(n_features=512, d_a=128, d_b=128)).batches(1024)
     next(batches)
@@ -140,6 +170,9 @@ def test_two_million_samples_take_less_than_a_minute() -> None:
         ({"n_features": 0}, "n_features must be above 0"),
         ({"pairing_noise": 1.5}, r"pairing_noise must be in \[0, 1\], got 1.5"),
         ({"a_exclusive_fraction": 0.6, "b_exclusive_fraction": 0.6}, "smaller than its exclusive"),
+        ({"noise": -1.0}, "noise must be at least 0, got -1.0"),
+        ({"frequency_variance": -1.0}, "frequency_variance must be at least 0"),
+        ({"min_frequency": -1.0}, "min_frequency must be above 0"),
         ({"min_magnitude": 2.0}, "min_magnitude must be at least 0 and at most max_magnitude"),
         (
             {"active_features": 300},

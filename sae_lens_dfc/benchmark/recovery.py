@@ -1,12 +1,15 @@
 """Which crosscoder finds known differences: toy pairs, over dictionary sizes, seeds and wrongly paired rows."""
 
 import json
+import logging
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -30,6 +33,8 @@ from sae_lens_dfc.metrics.recovery import Truth, recovery
 from sae_lens_dfc.recipes import TEST_AT
 from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+
+logger = logging.getLogger(__name__)
 
 FILENAME = "recovery.json"
 BATCHES_FOR_NORM = 10
@@ -103,7 +108,12 @@ class Run(NamedTuple):
 def _crosscoders(
     preset: Preset,
 ) -> dict[str, tuple[type[CrosscoderTrainingConfig], dict[str, Any]]]:
-    """What is compared: the five architectures as their papers have them, our recipe, and variants of both."""
+    """What is compared: the five architectures, our recipe, and variants of both.
+
+    All have the same number of active latents, inputs scaled by variance, and our dead-latent loss;
+    none anneals k. Decoders are tied by a fitted map, since a toy pair has no common basis: the
+    Delta-Crosscoder, which needs one, is here out of its element.
+    """
     k: dict[str, Any] = {"k": preset.toy.active_features}
     warm_up = {"l1_warm_up_steps": preset.steps // 10}
     penalty = preset.l1_coefficient
@@ -215,7 +225,7 @@ def row(run: Run) -> dict[str, Any]:
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """All that decides a run's numbers; two runs with the same are the same."""
+    """All that decides a run's numbers at one commit and one set of versions."""
     cfg = training_config(run)
     sae = {name: value for name, value in cfg.sae.to_dict().items() if name != "metadata"}
     training = asdict(cfg.to_sae_trainer_config())
@@ -240,16 +250,24 @@ def settings(run: Run) -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """Commit, machine and versions; the commit is none where the package is not in a repository."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", str(folder.parent)])
-    suffix = "" if changed.returncode == 0 else ", changed"
     return {
-        "commit": commit.stdout.strip() + suffix if commit.returncode == 0 else None,
+        "commit": _commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run",
         "versions": {name: version(name) for name in ("sae-lens-dfc", "sae-lens", "torch")},
     }
+
+
+def _commit() -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    package = Path(__file__).parent.parent
+    in_package = {"capture_output": True, "text": True, "cwd": package}
+    commit = subprocess.run([git, "rev-parse", "HEAD"], **in_package)
+    if commit.returncode != 0:
+        return None
+    changed = subprocess.run([git, "diff", "--quiet", "HEAD", "--", "."], **in_package)
+    return commit.stdout.strip() + (", changed" if changed.returncode != 0 else "")
 
 
 def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
@@ -265,6 +283,9 @@ def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
     """
     wanted = runs(preset)
     rows = {i: old for i, old in _resumed(path, wanted)}
+    others = {str(row["commit"]) for row in rows.values()} - {str(_commit())}
+    if others:
+        logger.warning("%s has results of other commits, which are kept: %s", path, sorted(others))
     todo = [i for i in range(len(wanted)) if i not in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     for i, result in tqdm(
@@ -297,18 +318,39 @@ def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str,
 
 def _results(todo: Mapping[int, Run], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
     if jobs == 1:
-        yield from ((i, row(run)) for i, run in todo.items())
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from ((i, row(run)) for i, run in todo.items())
+        finally:
+            torch.set_num_threads(n_threads)
         return
     # Spawned, not forked: a forked child inherits torch's thread pool in whatever state it is.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _one_thread) as pool:
+    with (
+        ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+        _no_bars_in_children(),
+    ):
         pending = {pool.submit(row, run): i for i, run in todo.items()}
-        for done in as_completed(pending):
-            yield pending[done], done.result()
+        try:
+            for done in as_completed(pending):
+                yield pending[done], done.result()
+        finally:
+            # After one failure the others are not worth hours of waiting.
+            pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+@contextmanager
+def _no_bars_in_children() -> Iterator[None]:
+    """tqdm reads this when it is imported, which in a child is before any code of ours."""
+    before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
 
 
 def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:

@@ -5,9 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 Rows = Sequence[Mapping[str, Any]]
 
 COLUMNS = {
@@ -112,6 +109,9 @@ def spread(values: Sequence[float]) -> str:
 
 def plot(rows: Rows, path: Path) -> None:
     """Exclusive recall and false exclusive rate against dictionary size and against pairing noise."""
+    # Half a second that every other command need not wait.
+    from matplotlib.figure import Figure
+
     true = [row for row in rows if not row["null"]]
     clean = [row for row in true if row["pairing_noise"] == 0]
     noisy = [row for row in true if row["d_sae_per_feature"] == 1]
@@ -129,7 +129,7 @@ def plot(rows: Rows, path: Path) -> None:
     figure.savefig(path)
 
 
-def _lines(axes: Axes, rows: Rows, x_name: str, column: str) -> None:
+def _lines(axes: Any, rows: Rows, x_name: str, column: str) -> None:
     names = list(dict.fromkeys(row["architecture"] for row in rows))
     for i, name in enumerate(names):
         xs = sorted({row[x_name] for row in rows})

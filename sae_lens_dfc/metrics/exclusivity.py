@@ -7,6 +7,8 @@ from torch import Tensor
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 
 N_BINS = 20
+MIN_COSINE = 0.8
+"""Cosine of two directions above which they are one (arXiv 2602.11729, section 2.3)."""
 
 
 @torch.no_grad()

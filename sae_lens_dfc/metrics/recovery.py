@@ -11,10 +11,8 @@ from torch.nn.functional import normalize
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED, Partition
-from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms
+from sae_lens_dfc.metrics.exclusivity import MIN_COSINE, relative_decoder_norms
 
-MIN_COSINE = 0.8
-"""A latent is a feature when their directions' cosine is above this (arXiv 2602.11729, section 2.3)."""
 ONE_SIDED = 0.8
 """Relative decoder norm above which (or, for B, below 1 - which) a latent counts as exclusive (the same)."""
 N_DECILES = 10
@@ -93,8 +91,9 @@ def recovery(
 
     A feature that one model has is *learned* when some latent has its direction in that model, and
     *recalled* when a latent called exclusive to that model has. A shared feature needs one latent
-    called shared that has its direction in both. Each latent serves one feature (Hungarian
-    algorithm), so of two latents with one feature one is false.
+    called shared that has its direction in both. In each of these counts a latent serves one
+    feature (Hungarian algorithm; the paper lets it serve any), so of two latents with one feature
+    one is false.
 
     Args:
         crosscoder: The saved form.
@@ -110,6 +109,7 @@ def recovery(
         some latent called exclusive has in its model; and the three shares of features by decile of
         frequency, rarest first (`…/by_frequency`, none where a decile has no such feature).
     """
+    alive = alive.cpu()
     called = called_exclusive(crosscoder, alive, by)
     similarity = cosines(truth, crosscoder.W_dec.detach().float().cpu())
     slices, n = truth.features.slices, truth.features.d_sae

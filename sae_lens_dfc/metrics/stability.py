@@ -1,7 +1,7 @@
 """Whether two trainings find the same latents, and call them the same."""
 
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import combinations
 
 import torch
 from jaxtyping import Float, Int
@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.crosscoders.partition import decoder_norms
+from sae_lens_dfc.crosscoders.partition import SHARED, decoder_norms
+from sae_lens_dfc.metrics.exclusivity import MIN_COSINE
 
-MIN_COSINE = 0.8
 CHUNK = 4096
 UNRELATED = -2.0
 """Below every cosine: of two latents that use no model in common."""
@@ -32,17 +32,18 @@ def stability(one: Crosscoder, other: Crosscoder) -> dict[str, float]:
     Returns:
         For each partition of `one` that is not empty: `stability/matched/…`, the share of its latents
         that have a match; `stability/agreement/…`, the share of those whose match lies in the same
-        partition, and `stability/chance/…`, what that would be if partitions were drawn by lot among
-        the other's latents: the null of the agreement.
+        partition, and `stability/chance/…`, its null: what the agreement would be if the partitions
+        were dealt out by lot among the other's latents that use a model in common with it.
 
     Raises:
-        ValueError: The two are not of the same widths.
+        ValueError: The two are not of the same models.
 
     >>> from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
     >>> crosscoder = Crosscoder(CrosscoderConfig(d_in=9, d_sae=4, d_a=4, d_b=5))
     >>> stability(crosscoder, crosscoder)
     {'stability/matched/shared': 1.0, 'stability/agreement/shared': 1.0, 'stability/chance/shared': 1.0}
     """
+    check_same_models([one, other])
     if (one.cfg.d_a, one.cfg.d_b) != (other.cfg.d_a, other.cfg.d_b):
         raise ValueError(
             f"Crosscoders of widths {one.cfg.d_a} + {one.cfg.d_b} and {other.cfg.d_a} + {other.cfg.d_b} have no common "
@@ -56,19 +57,38 @@ def stability(one: Crosscoder, other: Crosscoder) -> dict[str, float]:
         if one.partition.sizes[name] == 0:
             continue
         there = other.partition.slices[name]
-        partners = forward[latents][matched[latents]]
+        own = forward[latents][matched[latents]]
         result[f"stability/matched/{name}"] = matched[latents].double().mean().item()
-        if len(partners) > 0:
-            agreed = (partners >= there.start) & (partners < there.stop)
+        if len(own) > 0:
+            agreed = (own >= there.start) & (own < there.stop)
+            sizes = other.partition.sizes
+            possible = sizes if name == SHARED else {n: sizes[n] for n in (name, SHARED)}
             result[f"stability/agreement/{name}"] = agreed.double().mean().item()
-        result[f"stability/chance/{name}"] = other.partition.sizes[name] / other.partition.d_sae
+            result[f"stability/chance/{name}"] = possible[name] / sum(possible.values())
     return result
 
 
+def check_same_models(crosscoders: Sequence[Crosscoder]) -> None:
+    """Refuse crosscoders that say they are of different models.
+
+    Raises:
+        ValueError: Two of them are; the message names what differs.
+    """
+    first = crosscoders[0].cfg.metadata
+    for other in crosscoders[1:]:
+        for which in ("model_a", "model_b"):
+            one, two = first.get(which), other.cfg.metadata.get(which)
+            if one and two and any(one[k] != two.get(k) for k in one if k != "model_name"):
+                raise ValueError(
+                    f"These crosscoders are of different models: {which} is {one} in one and {two} in another. "
+                    "Give runs on the same two models and hooks."
+                )
+
+
 def stability_over_pairs(crosscoders: Sequence[Crosscoder]) -> dict[str, list[float]]:
-    """The measures of every ordered pair of several crosscoders: their mean and spread are what to report."""
+    """The measures of each pair of several crosscoders, the earlier one's latents sought in the later one."""
     values: dict[str, list[float]] = {}
-    for one, other in permutations(crosscoders, 2):
+    for one, other in combinations(crosscoders, 2):
         for name, value in stability(one, other).items():
             values.setdefault(name, []).append(value)
     return values
@@ -90,8 +110,9 @@ def _similarity(
     uses, others_use = (decoder_norms(c.W_dec, c.partition) > 0 for c in (one, other))
     lowest = one.W_dec.new_full((len(one.W_dec[latents]), len(other.W_dec)), UNRELATED)
     for i, inputs in enumerate(one.partition.models.values()):
-        cosine = normalize(one.W_dec[latents, inputs]) @ normalize(other.W_dec[:, inputs]).T
-        both = uses[i, latents, None] & others_use[i]
+        theirs = normalize(other.W_dec[:, inputs]).to(one.W_dec)
+        cosine = normalize(one.W_dec[latents, inputs]) @ theirs.T
+        both = uses[i, latents, None] & others_use[i].to(uses.device)
         # A model that one of the two does not use has no say.
         known = torch.where(lowest == UNRELATED, cosine, torch.minimum(lowest, cosine))
         lowest = torch.where(both, known, lowest)

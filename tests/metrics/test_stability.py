@@ -55,8 +55,35 @@ def test_unrelated_crosscoders_of_many_dimensions_match_nothing() -> None:
     )
     result = stability(one, other)
     assert result["stability/matched/a_exclusive"] == result["stability/matched/shared"] == 0
-    assert result["stability/chance/a_exclusive"] == 0.1
     assert "stability/agreement/shared" not in result
+
+
+def test_chance_is_what_partitions_dealt_out_by_lot_would_agree() -> None:
+    # One decoder for all: latent i is latent i of the other, and the other's partitions are dealt out anew.
+    torch.manual_seed(0)
+    n = 2000
+    one = make_dfc(d_a=40, d_b=40, d_sae=n, a_exclusive_fraction=0.25, b_exclusive_fraction=0.25)
+    saved, other = one.to_inference(), one.to_inference()
+    both = torch.nn.functional.normalize(torch.randn(n, 40), dim=1).repeat(1, 2)
+    dealt = torch.randperm(n)
+    with torch.no_grad():
+        saved.W_dec.copy_(both)
+        other.W_dec.copy_(both[dealt])
+    result = stability(saved, other)
+    for name in ("a_exclusive", "b_exclusive", "shared"):
+        agreement, chance = (result[f"stability/{what}/{name}"] for what in ("agreement", "chance"))
+        assert agreement == pytest.approx(chance, abs=0.05)
+
+
+def test_crosscoders_of_other_models_are_refused() -> None:
+    one, other = small(), small()
+    for crosscoder, hook in (
+        (one, "blocks.1.hook_resid_post"),
+        (other, "blocks.2.hook_resid_post"),
+    ):
+        crosscoder.cfg.metadata.model_a = {"model_name": "x", "hook_name": hook}
+    with pytest.raises(ValueError, match="of different models: model_a is .*blocks.1"):
+        stability(one, other)
 
 
 def test_crosscoders_of_other_widths_are_refused() -> None:

@@ -19,6 +19,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
 
 from sae_lens_dfc import (
     BatchTopKTrainingCrosscoderConfig,
@@ -111,6 +112,29 @@ def test_every_architecture_trains_on_two_models_and_is_opened_by_saelens(
     acts = make_acts(10, sae.d_in)
     assert torch.equal(first.encode(acts), again.encode(acts))
     assert torch.equal(first.encode(acts), trained.to_inference().encode(acts))
+
+
+def test_firing_is_counted_anew_after_the_last_test(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, tmp_path: Path
+) -> None:
+    # Before the test one latent's place was another's: counts from then would be of the wrong latents.
+    here = replace(cfg, test_at=[0.5], output_path=str(tmp_path / "run"))
+    runner = CrosscoderTrainingRunner(here, pair)
+    assert runner.cfg.to_sae_trainer_config().feature_sampling_window == 20
+    trained = runner.run()
+    counted = load_file(tmp_path / "run" / "sparsity.safetensors")["sparsity"]
+    # Ten of twenty steps' batches of 64: a rate is a multiple of 1 / 1280.
+    firings = (10 ** counted.double() * 20 * 64).round(decimals=3)
+    assert torch.allclose(firings, firings.round(), atol=0.01)
+    assert trained.cfg.metadata.l0 == pytest.approx(4, abs=0.2)
+
+
+def test_tests_of_a_crosscoder_without_exclusive_latents_are_refused(
+    cfg: CrosscoderRunnerConfig,
+) -> None:
+    batchtopk = BatchTopKTrainingCrosscoderConfig(d_sae=64, k=4)
+    with pytest.raises(ValueError, match="is for a dfc, and this is a batchtopk_crosscoder"):
+        replace(cfg, sae=batchtopk, test_at=[0.5])
 
 
 def test_widths_that_an_architecture_cannot_take_are_refused_before_training(
