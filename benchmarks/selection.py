@@ -78,7 +78,7 @@ def table(rows: list[Any]) -> str:
     body = [
         [
             f"{pair}: {selection}",
-            *(spread([r[c] for r in group if r.get(c) is not None]) for c in COLUMNS),
+            *(spread([r[c] for r in group if r.get(c) is not None], 3) for c in COLUMNS),
         ]
         for (pair, selection), group in groups.items()
     ]

@@ -198,7 +198,7 @@ def evaluate_run(options: EvaluateOptions) -> None:
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
     _say(text_table(["measure", *metrics], rows))
-    rows = [[name, spread(values)] for name, values in agreement.items()]
+    rows = [[name, spread(values, 3)] for name, values in agreement.items()]
     _say("\n" + text_table(["over each two runs", "mean ± sd"], rows))
 
 

@@ -74,7 +74,7 @@ def test_each_row_has_its_measures_and_says_how_to_get_it_again(
 @pytest.mark.slow
 def test_the_table_and_the_picture_show_every_case(output: Path) -> None:
     text = (output / "recovery.md").read_text()
-    assert text.count("**") == 2 * 6  # three sizes, frequencies, one noise level, the null
+    assert text.count("**") == 2 * 7  # overview, three sizes, one noise level, frequencies, null
     picture = ET.parse(output / "recovery.svg").getroot()
     # Four panels of nine or six lines each, with their error bars.
     lines = [e for e in picture.iter() if "LineCollection" in e.get("id", "")]

@@ -301,13 +301,15 @@ def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str,
         return
     try:
         rows = json.loads(path.read_text())
-        known = {json.dumps([row["architecture"], row["settings"]]): row for row in rows}
+        known = {
+            json.dumps([row["architecture"], row["settings"]], sort_keys=True): row for row in rows
+        }
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is not a result of this benchmark ({error!r}). Name another --output."
         ) from None
     for i, run in enumerate(wanted):
-        key = json.dumps([run.name, settings(run)])
+        key = json.dumps([run.name, settings(run)], sort_keys=True)
         if key in known:
             yield i, known.pop(key)
     if known:

@@ -35,22 +35,45 @@ class Table(NamedTuple):
 
 
 def tables(rows: Rows) -> Iterator[Table]:
-    """One table for each dictionary size, frequency, each level of pairing noise, and the null."""
+    """An overview, and a table for each dictionary size, for frequencies, for each level of pairing noise and the null."""
     clean = [row for row in rows if not row["null"] and row["pairing_noise"] == 0]
-    for size in sorted({row["d_sae_per_feature"] for row in clean}):
-        group = [row for row in clean if row["d_sae_per_feature"] == size]
-        yield Table(f"Dictionary of {size:g} x the number of features", _cells(group))
-    if clean:
-        middle = [row for row in clean if row["d_sae_per_feature"] == 1]
-        yield Table(
-            "One latent per feature, by the features' frequency", _cells_by_frequency(middle)
-        )
-    for noise in sorted({row["pairing_noise"] for row in rows if row["pairing_noise"] > 0}):
-        group = [row for row in rows if row["pairing_noise"] == noise]
-        yield Table(f"{noise:.0%} of the pairs wrong", _cells(group))
+    noisy = [row for row in rows if row["pairing_noise"] > 0]
     null = [row for row in rows if row["null"]]
-    if null:
-        yield Table("Null: no feature is exclusive", _cells(null))
+    sizes = sorted({row["d_sae_per_feature"] for row in clean})
+    cases = {f"{size:g} latents a feature": _at(clean, "d_sae_per_feature", size) for size in sizes}
+    noises = sorted({row["pairing_noise"] for row in noisy})
+    cases |= {
+        f"{noise:.0%} of the pairs wrong": _at(noisy, "pairing_noise", noise) for noise in noises
+    }
+    yield Table("Exclusive recall; false exclusive rate", _overview(cases, null))
+    for title, group in cases.items():
+        yield Table(title, _cells(group))
+    middle = _at(clean, "d_sae_per_feature", 1)
+    yield Table("1 latents a feature, by the features' frequency", _cells_by_frequency(middle))
+    yield Table("Null: no feature is exclusive", _cells(null))
+
+
+def _at(rows: Rows, name: str, value: float) -> Rows:
+    return [row for row in rows if row[name] == value]
+
+
+def _overview(cases: Mapping[str, Rows], null: Rows) -> list[list[str]]:
+    names = dict.fromkeys(row["architecture"] for rows in cases.values() for row in rows)
+    body = [
+        [
+            name,
+            *(
+                "; ".join(
+                    spread(_values(rows, name, column))
+                    for column in ("exclusive_recall", "false_exclusive_rate")
+                )
+                for rows in cases.values()
+            ),
+            spread(_values(null, name, "exclusive_called")),
+        ]
+        for name in names
+    ]
+    return [["", *cases, "called exclusive on the null"], *body]
 
 
 FREQUENCIES = {
@@ -95,16 +118,16 @@ def _values(rows: Rows, name: str, column: str) -> list[float]:
     return [float(value) for value in values if value is not None]
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean and standard deviation, a dash of nothing.
 
     >>> spread([1.0, 2.0]), spread([1.0]), spread([])
-    ('1.500 ± 0.707', '1.000', '–')
+    ('1.50 ± 0.71', '1.00', '–')
     """
     if not values:
         return "–"
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def plot(rows: Rows, path: Path) -> None:

@@ -294,16 +294,18 @@ def test_losses_are_squared_errors_of_each_model() -> None:
     assert losses["mse_loss_a"] == 1 and losses["mse_loss_b"] == 13
 
 
-def test_dead_latent_loss_is_the_error_of_the_strongest_dead_latents() -> None:
+@pytest.mark.parametrize(("k_aux", "expected"), [(1, 0.25 + 1.0), (4, (0.25 + 1.0) * 2 / 4)])
+def test_dead_latent_loss_is_the_error_of_the_strongest_dead_latents(
+    k_aux: int, expected: float
+) -> None:
     crosscoder = make_batchtopk(d_a=2, d_b=2, d_sae=3, k=1)
-    # Of the dead latents 0 and 2 only the stronger, 2, takes part.
+    # Of the dead latents 0 and 2 the stronger, 2, takes part; with room for four both do, for half the weight.
     scores = torch.tensor([[1.0, 9.0, 2.0]])
     W_dec = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
     residual = torch.tensor([[0.5, 0.0, 3.0, 0.0]])
-    loss = dead_latent_loss(
-        residual, scores, W_dec, torch.tensor([True, False, True]), crosscoder.partition, k_aux=1
-    )
-    assert loss.item() == pytest.approx(0.25 + 1.0)
+    dead = torch.tensor([True, False, True])
+    loss = dead_latent_loss(residual, scores, W_dec, dead, crosscoder.partition, k_aux)
+    assert loss.item() == pytest.approx(expected)
 
 
 def test_after_backward_a_dead_latent_has_a_gradient_and_a_forbidden_weight_has_none() -> None:
