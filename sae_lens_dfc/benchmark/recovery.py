@@ -261,13 +261,16 @@ def _commit() -> str | None:
     git = shutil.which("git")
     if git is None:
         return None
-    package = Path(__file__).parent.parent
-    in_package = {"capture_output": True, "text": True, "cwd": package}
-    commit = subprocess.run([git, "rev-parse", "HEAD"], **in_package)
+    commit = _git(git, "rev-parse", "HEAD")
     if commit.returncode != 0:
         return None
-    changed = subprocess.run([git, "diff", "--quiet", "HEAD", "--", "."], **in_package)
-    return commit.stdout.strip() + (", changed" if changed.returncode != 0 else "")
+    changed = _git(git, "diff", "--quiet", "HEAD", "--", ".").returncode != 0
+    return commit.stdout.strip() + (", changed" if changed else "")
+
+
+def _git(git: str, *args: str) -> subprocess.CompletedProcess[str]:
+    package = Path(__file__).parent.parent
+    return subprocess.run([git, *args], capture_output=True, text=True, cwd=package)
 
 
 def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
