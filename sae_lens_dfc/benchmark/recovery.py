@@ -304,6 +304,8 @@ def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str,
         return
     try:
         rows = json.loads(path.read_text())
+        if not isinstance(rows, list):
+            raise TypeError("not a list of rows")
         known = {
             json.dumps([row["architecture"], row["settings"]], sort_keys=True): row for row in rows
         }
