@@ -153,15 +153,19 @@ def test_another_seed_makes_another_pair() -> None:
     assert torch.equal(toy(seed=0).directions, toy(seed=0).directions)
 
 
-@pytest.mark.slow
-def test_two_million_samples_take_less_than_a_minute() -> None:
+def test_two_million_samples_take_less_than_a_minute_of_one_core() -> None:
     batches = ToyPair(ToyPairConfig(n_features=512, d_a=128, d_b=128)).batches(1024)
     next(batches)
-    started = time.monotonic()
-    for _ in islice(batches, 64):
-        pass
-    per_minute = 64 * 1024 * 60 / (time.monotonic() - started)
-    assert per_minute > 2e6
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        started = time.process_time()  # other work on the machine does not count
+        for _ in islice(batches, 64):
+            pass
+        seconds = time.process_time() - started
+    finally:
+        torch.set_num_threads(n_threads)
+    assert 64 * 1024 * 60 / seconds > 2e6
 
 
 @pytest.mark.parametrize(
