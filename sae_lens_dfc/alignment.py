@@ -1,9 +1,12 @@
 """Two tokenizations of one text: which positions have read the same text, and why the others have not."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
 
 from sae_lens_dfc.tokens import Tokens
 
@@ -94,37 +97,65 @@ def aligned_positions(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
     >>> aligned_positions(a, b)
     [(0, 1), (2, 2)]
     """
-    last_a, last_b = _last_whole_by_end(a), _last_whole_by_end(b)
-    pairs: list[tuple[int, int]] = []
-    for end, i in last_a.items():
-        if end in last_b:
-            pairs += reversed(list(_same_from_the_back(a, i, b, last_b[end])))
-    return pairs
+    in_a, in_b = _aligned(a, b)
+    return list(zip(in_a.tolist(), in_b.tolist(), strict=True))
 
 
-def _last_whole_by_end(tokens: Tokens) -> dict[int, int]:
-    positions: dict[int, int] = {}
-    furthest = 0
-    for position, end in enumerate(tokens.ends):
-        if end >= furthest and tokens.whole[position]:
-            positions[end] = position
-        furthest = max(furthest, end)
-    return positions
+def _aligned(a: Tokens, b: Tokens) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+    end_a, i = _last_whole_by_end(a)
+    end_b, j = _last_whole_by_end(b)
+    ends, in_a, in_b = np.intersect1d(end_a, end_b, assume_unique=True, return_indices=True)
+    i, j = i[in_a], j[in_b]
+    # Few tokens end inside a character; to look at those alone keeps the rest out of Python's loops.
+    inside = [
+        pair
+        for k in np.flatnonzero(_has_open_before(a, i, ends) & _has_open_before(b, j, ends))
+        for pair in _same_from_the_back(a, int(i[k]), b, int(j[k]))
+    ]
+    if not inside:
+        return i, j
+    more_i, more_j = np.array(inside).T
+    return np.sort(np.append(i, more_i)), np.sort(np.append(j, more_j))
+
+
+def _last_whole_by_end(
+    tokens: Tokens,
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Ends of the whole tokens that are in order, each once, and the last position that has each."""
+    ends = np.asarray(tokens.ends, dtype=np.int64)
+    in_order = np.asarray(tokens.whole, dtype=bool) & (ends >= _furthest_before(ends))
+    positions = np.flatnonzero(in_order)
+    ends = ends[positions]
+    last = np.append(ends[1:] != ends[:-1], True)[: len(ends)]
+    return ends[last], positions[last]
+
+
+def _furthest_before(ends: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    return np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
+
+
+def _has_open_before(
+    tokens: Tokens, positions: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Whether the token before is one that no pair of its own can hold, see `_open`."""
+    whole, all_ends = np.asarray(tokens.whole, dtype=bool), np.asarray(tokens.ends, dtype=np.int64)
+    # Position 0 looks at the last token instead, which the first factor rules out.
+    return (positions > 0) & (~whole[positions - 1] | (all_ends[positions - 1] == ends))
 
 
 def _same_from_the_back(a: Tokens, i: int, b: Tokens, j: int) -> Iterator[tuple[int, int]]:
-    end = a.ends[i]
-    while True:
-        yield i, j
-        same = a.strings[i] == b.strings[j]
+    """Pairs before `(i, j)` that end inside its character, at the same byte."""
+    end = int(a.ends[i])
+    while a.strings[i] == b.strings[j]:
         i, j = i - 1, j - 1
-        if not same or i < 0 or j < 0 or not (_open(a, i, end) and _open(b, j, end)):
+        if i < 0 or j < 0 or not (_open(a, i, end) and _open(b, j, end)):
             return
+        yield i, j
 
 
 def _open(tokens: Tokens, position: int, end: int) -> bool:
     """Whether no pair of its own can hold this token: it ends inside a character, or a later one ends with it."""
-    return not tokens.whole[position] or tokens.ends[position] == end
+    return not tokens.whole[position] or int(tokens.ends[position]) == end
 
 
 def align(a: Tokens, b: Tokens) -> tuple[list[Segment], Coverage]:
@@ -138,43 +169,49 @@ def align(a: Tokens, b: Tokens) -> tuple[list[Segment], Coverage]:
     >>> coverage.dropped_a, coverage.dropped_b
     (Counter({'no_partner': 1}), Counter({'no_partner': 1}))
     """
-    pairs = aligned_positions(a, b)
-    segments: list[Segment] = []
-    start_a = start_b = 0
-    for i, j in pairs:
-        segments.append(Segment(tuple(a.ids[start_a : i + 1]), tuple(b.ids[start_b : j + 1])))
-        start_a, start_b = i + 1, j + 1
+    in_a, in_b = _aligned(a, b)
+    segments = list(map(Segment, _cut_after(a.ids, in_a), _cut_after(b.ids, in_b)))
     coverage = Coverage(
         tokens_a=len(a.ids),
         tokens_b=len(b.ids),
-        pairs=len(pairs),
-        dropped_a=_reasons(a, {i for i, _ in pairs}, start_a),
-        dropped_b=_reasons(b, {j for _, j in pairs}, start_b),
+        pairs=len(in_a),
+        dropped_a=_reasons(a, in_a),
+        dropped_b=_reasons(b, in_b),
     )
     return segments, coverage
 
 
-def _reasons(tokens: Tokens, paired: set[int], tail_start: int) -> Counter[str]:
-    reasons: Counter[str] = Counter()
-    furthest = 0
-    for position, end in enumerate(tokens.ends):
-        if position not in paired:
-            reasons[_reason(tokens, position, furthest, tail_start)] += 1
-        furthest = max(furthest, end)
-    return reasons
+def _cut_after(ids: Sequence[int], positions: Int[np.ndarray, " n"]) -> list[tuple[int, ...]]:
+    """The ids in pieces that end at these positions.
+
+    >>> _cut_after([5, 6, 7, 8], np.array([0, 2]))
+    [(5,), (6, 7)]
+    """
+    ids = tuple(ids)
+    ends: list[int] = (positions + 1).tolist()
+    return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _reason(tokens: Tokens, position: int, furthest: int, tail_start: int) -> str:
-    if tokens.ends[position] < furthest:
-        return OUT_OF_ORDER
-    if not tokens.whole[position]:
-        return INSIDE_CHARACTER
-    return TAIL if position >= tail_start else NO_PARTNER
+def _reasons(tokens: Tokens, paired: Int[np.ndarray, " n"]) -> Counter[str]:
+    ends, whole = np.asarray(tokens.ends, dtype=np.int64), np.asarray(tokens.whole, dtype=bool)
+    left = np.ones(len(ends), dtype=bool)
+    left[paired] = False
+    out_of_order = left & (ends < _furthest_before(ends))
+    inside = left & ~out_of_order & ~whole
+    left &= ~out_of_order & ~inside
+    tail_start = int(paired[-1]) + 1 if len(paired) else 0
+    counts = {
+        OUT_OF_ORDER: out_of_order.sum(),
+        INSIDE_CHARACTER: inside.sum(),
+        NO_PARTNER: left[:tail_start].sum(),
+        TAIL: left[tail_start:].sum(),
+    }
+    return Counter({reason: int(n) for reason, n in counts.items() if n > 0})
 
 
 def pack(
-    segments: Iterable[Segment], context_size: int, coverage: Coverage
-) -> Iterator[list[Segment]]:
+    segments: Sequence[Segment], context_size: int, coverage: Coverage
+) -> Iterator[Sequence[Segment]]:
     """Contexts of whole segments, none longer than `context_size` tokens in either model.
 
     A text is therefore never cut at different places for the two models. A segment that fills a
@@ -184,18 +221,18 @@ def pack(
     >>> [len(context) for context in pack(segments, 3, Coverage())]
     [2, 1]
     """
-    context: list[Segment] = []
-    used_a = used_b = 0
-    for segment in segments:
-        n_a, n_b = len(segment.ids_a), len(segment.ids_b)
-        too_long = max(n_a, n_b) > context_size
-        if context and (too_long or used_a + n_a > context_size or used_b + n_b > context_size):
-            yield context
-            context, used_a, used_b = [], 0, 0
-        if too_long:
+    lengths = [(len(segment.ids_a), len(segment.ids_b)) for segment in segments]
+    read = np.cumsum(np.array(lengths, dtype=np.int64).reshape(-1, 2), axis=0)
+    start, start_read = 0, np.zeros(2, dtype=np.int64)
+    while start < len(segments):
+        fits_a, fits_b = (
+            int(np.searchsorted(read[:, model], start_read[model] + context_size, side="right"))
+            for model in (0, 1)
+        )
+        end = min(fits_a, fits_b)
+        if end > start:
+            yield segments[start:end]
+        else:
             coverage.drop(TOO_LONG)
-            continue
-        context.append(segment)
-        used_a, used_b = used_a + n_a, used_b + n_b
-    if context:
-        yield context
+            end = start + 1
+        start, start_read = end, read[end - 1]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
 from sae_lens_dfc.texts import first_line
@@ -13,9 +15,9 @@ class Tokens(NamedTuple):
 
     ids: Sequence[int]
     """Token ids."""
-    ends: Sequence[int]
+    ends: Sequence[int] | Int[np.ndarray, " n"]
     """How many characters of the text the token reaches."""
-    whole: Sequence[bool]
+    whole: Sequence[bool] | Bool[np.ndarray, " n"]
     """Whether the token ends where its last character does, rather than inside it."""
     strings: Sequence[str]
     """The tokens as the tokenizer's vocabulary spells them."""
@@ -41,12 +43,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
-    spans: list[tuple[int, int]] = encoded["offset_mapping"]  # type: ignore[assignment]
-    ends = [end for _, end in spans]
-    next_starts = [start for start, _ in spans[1:]]
-    whole = [start >= end for end, start in zip(ends, next_starts, strict=False)] + [True]
+    spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    starts, ends = spans[:, 0], spans[:, 1].copy()
+    whole = np.append(starts[1:] >= ends[:-1], True)[: len(ids)]
     strings: list[str] = tokenizer.convert_ids_to_tokens(ids)  # type: ignore[assignment]
-    return Tokens(ids, ends, whole[: len(ids)], strings)
+    return Tokens(ids, ends, whole, strings)
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
