@@ -9,6 +9,7 @@ PACKAGE = Path(sae_lens_dfc.__file__).parent
 
 # The data's way, from top to bottom.
 LAYERS = [
+    "ranks",
     "texts",
     "tokens",
     "alignment",
@@ -17,6 +18,7 @@ LAYERS = [
     "activations",
     "provider",
     "crosscoders.partition",
+    "crosscoders.selection",
     "synthetic",
     "crosscoders.losses",
     "crosscoders.inference",
@@ -39,6 +41,7 @@ LAYERS = [
     "training.config",
     "recipes",
     "training.data",
+    "training.parallel",
     "training.runner",
     "latents",
     "report",
@@ -56,9 +59,11 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    nodes = ast.walk(ast.parse(path.read_text()))
-    names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-    return {
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+    names = {node.module or "" for node in nodes}
+    # `from sae_lens_dfc import ranks` imports a file too.
+    files = {a.name for n in nodes if n.module == "sae_lens_dfc" for a in n.names} & set(modules())
+    return files | {
         name.removeprefix("sae_lens_dfc.") for name in names if name.startswith("sae_lens_dfc.")
     }
 

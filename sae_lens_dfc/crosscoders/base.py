@@ -19,6 +19,7 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_lens_dfc import ranks
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.crosscoders.losses import (
     dead_latent_loss,
@@ -185,20 +186,25 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
 
     @torch.no_grad()
     def fit_normalization(self, acts: Float[Tensor, "n d_in"]) -> None:
-        """Set each model's mean and scale from raw activations."""
+        """Set each model's mean and scale from raw activations, those of all ranks together.
+
+        Each rank gives as many. It is no matter of one rank's first batch that the others take over: the first
+        training step may fit them too, when `DistributedDataParallel` has long made the ranks alike.
+        """
         target = self.cfg.d_in / 2
         acts = acts.float()
         for i, inputs in enumerate(self.partition.models.values()):
             x = acts[:, inputs]
             if self.cfg.normalization == "variance":
-                self.input_mean[inputs] = x.mean(dim=0)
-                power = (x - x.mean(dim=0)).pow(2).sum(dim=-1).mean()
+                mean = ranks.mean_of_rows(x)
+                self.input_mean[inputs] = mean
+                power = ranks.mean_of_rows((x - mean).pow(2).sum(dim=-1))
             elif self.cfg.normalization == "median_norm":
-                power = x.norm(dim=-1).median().pow(2)
+                power = ranks.gathered(x.norm(dim=-1)).median().pow(2)
             else:
                 power = x.new_tensor(target)
             self.input_scale[i] = math.sqrt(target) / power.sqrt().clamp(min=1e-12)
-        self.b_dec.data = self._normalize(acts).mean(dim=0).to(self.dtype)
+        self.b_dec.data = ranks.mean_of_rows(self._normalize(acts)).to(self.dtype)
 
     @property
     def is_normalization_fitted(self) -> bool:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_dfc import ranks
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder, TopKTrainingCrosscoderConfig
 
 
@@ -120,18 +121,18 @@ class DSFTrainingCrosscoder(TopKTrainingCrosscoder[DSFTrainingCrosscoderConfig])
 def linear_map(
     x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], ridge: float = 1e-3
 ) -> Float[Tensor, "d_x d_y"]:
-    """The least-squares map from `x` to `y`, both centred, with a ridge of a share of `x`'s mean variance.
+    """The least-squares map from all ranks' `x` to `y`, both centred, with a ridge of a share of `x`'s mean variance.
 
     Raises:
         ValueError: There are fewer than twice as many pairs as dimensions.
     """
-    (n, d_x), dtype = x.shape, x.dtype
+    n, d_x, dtype = ranks.n_rows(x), x.shape[1], x.dtype
     if n < 2 * d_x:
         raise ValueError(
             f"A linear map from {d_x} dimensions needs at least {2 * d_x} pairs, got {n}. "
             "Raise n_batches_for_norm_estimate or the batch."
         )
-    x, y = (v.double() - v.double().mean(dim=0) for v in (x, y))
-    covariance = x.T @ x
+    x, y = (v.double() - ranks.mean_of_rows(v.double()) for v in (x, y))
+    covariance, products = ranks.total(x.T @ x), ranks.total(x.T @ y)
     covariance += ridge * covariance.diagonal().mean() * torch.eye(d_x).to(covariance)
-    return torch.linalg.solve(covariance, x.T @ y).to(dtype)
+    return torch.linalg.solve(covariance, products).to(dtype)

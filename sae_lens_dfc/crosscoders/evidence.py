@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae_lens_dfc import ranks
 from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, Partition
 
 OTHER_MODEL = {A_EXCLUSIVE: "b", B_EXCLUSIVE: "a"}
@@ -75,14 +76,17 @@ class OtherModelTest:
         self.n_batches += 1
 
     def compute(self) -> dict[str, Evidence]:
-        """The evidence, by exclusive partition.
+        """The evidence of all ranks together, by exclusive partition: each of them finds the same.
 
         Raises:
             ValueError: Fewer than two batches were counted.
         """
         if self.n_batches < 2:
             raise ValueError(f"A test needs at least two batches, got {self.n_batches}.")
-        return {name: _evidence(*halves) for name, halves in self._halves.items()}
+        return {
+            name: _evidence(*(half.of_all_ranks() for half in halves))
+            for name, halves in self._halves.items()
+        }
 
 
 @dataclass
@@ -109,6 +113,11 @@ class _Sums:
         self.y += y.sum(dim=0)
         self.squares += x.pow(2).sum(dim=0)
         self.products += x.T @ y
+
+    def of_all_ranks(self) -> "_Sums":
+        n = int(ranks.total(torch.tensor(self.n, device=self.x.device)))
+        sums = self.firings, self.x, self.y, self.squares, self.products
+        return _Sums(n, *(ranks.total(x) for x in sums))
 
     def slopes(self) -> Float[Tensor, "n_x n_y"]:
         covariance = self.products - torch.outer(self.x, self.y) / self.n

@@ -6,12 +6,13 @@ from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float
-from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_dfc import ranks
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
+from sae_lens_dfc.crosscoders.selection import keep_largest
 
 
 @dataclass(kw_only=True)
@@ -23,7 +24,7 @@ class TopKTrainingCrosscoderConfig(CrosscoderTrainingConfig, ABC):
     """
 
     k: float = 100.0
-    """Latents active for each pair, on average over the batch."""
+    """Latents active for each pair, on average over the batch, which is that of all ranks together."""
     k_initial: float | None = None
     """Latents active at the first step; none starts with k (1000 in arXiv 2602.11729, appendix B.1)."""
     k_anneal_steps: int = 0
@@ -85,7 +86,7 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
         kept: list[Tensor] = []
         for latents, share in self.budgets():
             size = latents.stop - latents.start
-            kept.append(BatchTopK(min(share * k, size))(scores[..., latents]))
+            kept.append(keep_largest(scores[..., latents], min(share * k, size)))
         return torch.cat(kept, dim=-1)
 
     @override
@@ -111,12 +112,22 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
     @torch.no_grad()
     def _update_thresholds(self, feature_acts: Tensor) -> None:
         lr = self.cfg.topk_threshold_lr
-        for i, (latents, _) in enumerate(self.budgets()):
-            positive = feature_acts[..., latents]
-            positive = positive[positive > 0]
-            if positive.numel() == 0:
+        own = [smallest_positive(feature_acts[..., latents]) for latents, _ in self.budgets()]
+        for i, smallest in enumerate(
+            ranks.smallest(torch.stack(own).to(self.topk_threshold.dtype))
+        ):
+            if smallest.isinf():
                 continue
-            smallest = positive.min().to(self.topk_threshold.dtype)
             # The first value replaces the unset 0: an average from 0 would let too many latents pass in a short run.
             step = lr if self.topk_threshold[i] > 0 else 1.0
             self.topk_threshold[i] += step * (smallest - self.topk_threshold[i])
+
+
+def smallest_positive(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """The smallest value above 0; infinity if there is none.
+
+    >>> smallest_positive(torch.tensor([3.0, 0.0, 2.0])), smallest_positive(torch.zeros(2))
+    (tensor(2.), tensor(inf))
+    """
+    positive = x[x > 0]
+    return positive.min() if positive.numel() > 0 else x.new_tensor(torch.inf)

@@ -1,0 +1,116 @@
+"""SAELens' trainer on several ranks: gradients are averaged, counts are everyone's, and rank 0 alone saves."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from sae_lens_dfc import ranks
+
+
+def for_this_rank(cfg: SAETrainerConfig) -> SAETrainerConfig:
+    """The trainer's settings on this rank: those of the whole training, but rank 0 alone logs and saves.
+
+    `train_batch_size_samples` stays the batch of all ranks together and `total_training_samples` the samples
+    of all, so that the schedules, the firing rates and what is written down are those of one process.
+
+    >>> cfg = SAETrainerConfig(total_training_samples=4096, train_batch_size_samples=64)
+    >>> for_this_rank(cfg) is cfg  # alone
+    True
+
+    Raises:
+        ValueError: The batch does not divide into the ranks.
+    """
+    batch, n = cfg.train_batch_size_samples, ranks.world_size()
+    if batch % n != 0:
+        raise ValueError(
+            f"train_batch_size_samples={batch} does not divide into {n} processes: the mean of their gradients would "
+            "not be the batch's. Set it to a multiple."
+        )
+    if ranks.rank() == 0:
+        return cfg
+    return replace(
+        cfg,
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        logger=replace(cfg.logger, log_to_wandb=False),
+    )
+
+
+@contextmanager
+def data_parallel(trainer: SAETrainer[Any, Any]) -> Iterator[None]:
+    """While this is open, each of the trainer's steps is one step of all ranks on their batches together.
+
+    The crosscoder stays the object it is; only its `training_forward_pass` leads through
+    `DistributedDataParallel` meanwhile. Its weights become those of rank 0. Its buffers are left alone:
+    they come from figures that the ranks settle together, and to broadcast them would hide it if they did not.
+    In one process nothing changes.
+
+    Raises:
+        ValueError: On a step, the batch is not this rank's share of `train_batch_size_samples`.
+    """
+    if ranks.world_size() == 1:
+        yield
+        return
+    crosscoder = trainer.sae.to(trainer.cfg.device)
+    step = _Step(crosscoder.training_forward_pass, crosscoder.parameters())
+    # Gradients that are views of the buckets: a copy of them would be a quarter more memory.
+    parallel = DistributedDataParallel(step, gradient_as_bucket_view=True)
+
+    def training_forward_pass(step_input: TrainStepInput) -> TrainStepOutput:
+        _check_share(trainer, step_input.sae_in)
+        output = parallel(step_input)
+        _count_the_others(trainer, output.feature_acts)
+        return output
+
+    crosscoder.training_forward_pass = training_forward_pass
+    try:
+        yield
+    finally:
+        del crosscoder.training_forward_pass
+
+
+class _Step(nn.Module):
+    """A training step as `DistributedDataParallel` wants it, a module's forward: of parameters alone, no buffers."""
+
+    def __init__(
+        self,
+        forward_pass: Callable[[TrainStepInput], TrainStepOutput],
+        parameters: Iterable[nn.Parameter],
+    ):
+        super().__init__()
+        self.forward_pass = forward_pass
+        self.shared = nn.ParameterList(parameters)
+
+    @override
+    def forward(self, step_input: TrainStepInput) -> TrainStepOutput:
+        return self.forward_pass(step_input)
+
+
+def _check_share(trainer: SAETrainer[Any, Any], batch: Tensor) -> None:
+    n, whole = ranks.world_size(), trainer.cfg.train_batch_size_samples
+    if len(batch) * n != whole:
+        raise ValueError(
+            f"Rank {ranks.rank()} got a batch of {len(batch)}, but {n} processes share "
+            f"train_batch_size_samples={whole}. Make batches of {whole // n} on each."
+        )
+
+
+@torch.no_grad()
+def _count_the_others(trainer: SAETrainer[Any, Any], feature_acts: Tensor) -> None:
+    """Count in what the other ranks saw on this step; SAELens' trainer then counts what this one saw."""
+    own = feature_acts.bool().float().sum(dim=0)
+    others = ranks.total(own) - own
+    trainer.act_freq_scores += others
+    # The trainer adds 1, as for every latent, and sets to 0 only those that fired here.
+    trainer.n_forward_passes_since_fired[others > 0] = -1
+    trainer.n_training_samples += (ranks.world_size() - 1) * len(feature_acts)
