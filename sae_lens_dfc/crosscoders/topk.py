@@ -113,9 +113,8 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
     def _update_thresholds(self, feature_acts: Tensor) -> None:
         lr = self.cfg.topk_threshold_lr
         own = [smallest_positive(feature_acts[..., latents]) for latents, _ in self.budgets()]
-        for i, smallest in enumerate(
-            ranks.smallest(torch.stack(own).to(self.topk_threshold.dtype))
-        ):
+        everyones = ranks.smallest(torch.stack(own).to(self.topk_threshold.dtype))
+        for i, smallest in enumerate(everyones):
             if smallest.isinf():
                 continue
             # The first value replaces the unset 0: an average from 0 would let too many latents pass in a short run.
