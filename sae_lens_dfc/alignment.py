@@ -15,6 +15,8 @@ NO_PARTNER = "no_partner"
 OUT_OF_ORDER = "out_of_order"
 TAIL = "tail"
 TOO_LONG = "too_long"
+TEMPLATE = "chat_template"
+ALTERED = "altered_message"
 
 REASONS = {
     INSIDE_CHARACTER: "the token ends inside a character, the other model has no token that ends there",
@@ -22,6 +24,8 @@ REASONS = {
     OUT_OF_ORDER: "the tokenizer maps this token to text before its predecessor's",
     TAIL: "it lies after the last position that both models share",
     TOO_LONG: "no shared position for a whole context",
+    TEMPLATE: "it belongs to the chat template, not to a message, or to one that this template alters",
+    ALTERED: "the other model's chat template drops, alters or moves this message",
 }
 
 
@@ -169,16 +173,38 @@ def align(a: Tokens, b: Tokens) -> tuple[list[Segment], Coverage]:
     >>> coverage.dropped_a, coverage.dropped_b
     (Counter({'no_partner': 1}), Counter({'no_partner': 1}))
     """
-    in_a, in_b = _aligned(a, b)
-    segments = list(map(Segment, _cut_after(a.ids, in_a), _cut_after(b.ids, in_b)))
-    coverage = Coverage(
+    pairs = np.stack(_aligned(a, b), axis=1)
+    return cut(a.ids, b.ids, pairs), count(a, b, pairs)
+
+
+Pairs = Sequence[tuple[int, int]] | Int[np.ndarray, "pairs 2"]
+"""Positions in A's tokens and in B's."""
+
+
+def cut(ids_a: Sequence[int], ids_b: Sequence[int], pairs: Pairs) -> list[Segment]:
+    """The tokens of each model as segments, each ending in a pair; what lies after the last pair is left out.
+
+    >>> cut([1, 2, 3], [7, 8, 9], pairs=[(0, 1), (1, 2)])
+    [Segment(ids_a=(1,), ids_b=(7, 8)), Segment(ids_a=(2,), ids_b=(9,))]
+    """
+    in_a, in_b = _columns(pairs)
+    return list(map(Segment, _cut_after(ids_a, in_a), _cut_after(ids_b, in_b)))
+
+
+def count(a: Tokens, b: Tokens, pairs: Pairs) -> Coverage:
+    """How many tokens these pairs cover, and why the others are in none."""
+    in_a, in_b = _columns(pairs)
+    return Coverage(
         tokens_a=len(a.ids),
         tokens_b=len(b.ids),
         pairs=len(in_a),
         dropped_a=_reasons(a, in_a),
         dropped_b=_reasons(b, in_b),
     )
-    return segments, coverage
+
+
+def _columns(pairs: Pairs) -> Int[np.ndarray, "2 pairs"]:
+    return np.asarray(pairs, dtype=np.int64).reshape(-1, 2).T
 
 
 def _cut_after(ids: Sequence[int], positions: Int[np.ndarray, " n"]) -> list[tuple[int, ...]]:

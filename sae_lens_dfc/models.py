@@ -44,6 +44,8 @@ class ModelConfig:
     """Branch, tag or commit of a hub model."""
     prepend_bos: bool = True
     """Whether each context starts with the tokenizer's beginning-of-sequence token, where it has one."""
+    chat_template: str | None = None
+    """Jinja chat template, or a file that holds one, for a tokenizer that has none; none takes the tokenizer's own."""
 
 
 @dataclass
@@ -206,6 +208,7 @@ def load_model(cfg: ModelConfig) -> HookedModel:
     """
     if not cfg.model_name:
         raise ValueError("A model has no name. Set model_a.model_name and model_b.model_name.")
+    chat_template = None if cfg.chat_template is None else read_chat_template(cfg.chat_template)
     tokenizer = load_tokenizer(cfg.model_name, cfg.revision)
     # Asked before TransformerLens gets the tokenizer: it invents such a token where there is none.
     has_bos = tokenizer.bos_token_id is not None
@@ -218,6 +221,9 @@ def load_model(cfg: ModelConfig) -> HookedModel:
             f"{type(error).__name__}: {first_line(error)} "
             "Give a hub name, a folder with config.json and weights, or a .gguf file."
         ) from error
+    if chat_template is not None:
+        # Only now: TransformerLens may have loaded the tokenizer again, as its files have it.
+        model.tokenizer.chat_template = chat_template  # type: ignore[union-attr]
     return HookedModel(
         model=model,
         hook_name=cfg.hook_name,
@@ -225,6 +231,26 @@ def load_model(cfg: ModelConfig) -> HookedModel:
         prepend_bos=cfg.prepend_bos and has_bos,
         revision=cfg.revision,
     )
+
+
+def read_chat_template(template_or_file: str) -> str:
+    """A Jinja template as it is, or the text of the file with that name.
+
+    Raises:
+        ValueError: It is neither.
+
+    >>> read_chat_template("{{ messages }}")
+    '{{ messages }}'
+    """
+    if "{{" in template_or_file or "{%" in template_or_file:
+        return template_or_file
+    path = Path(template_or_file)
+    if not path.is_file():
+        raise ValueError(
+            f"chat_template={template_or_file!r} is neither a Jinja template (it has no {{{{ or {{%) nor a file. "
+            "Give one of the two."
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def _load_hf_model(cfg: ModelConfig) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """Two hooked models read as one: the same text in, their activations side by side out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_dfc.alignment import Coverage, Segment, align
+from sae_lens_dfc.chat import chat_segments
 from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
 from sae_lens_dfc.texts import clean
 from sae_lens_dfc.tokens import tokenize
@@ -51,6 +52,12 @@ class ModelPair:
         tokens_a = tokenize(self.a.tokenizer, text)
         tokens_b = tokens_a if self.a is self.b else tokenize(self.b.tokenizer, text)
         return align(tokens_a, tokens_b)
+
+    def chat_segments(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> tuple[list[Segment], Coverage]:
+        """One chat, each model in its own template, cut where both have read the same of a message."""
+        return chat_segments(self.a.tokenizer, self.b.tokenizer, messages)
 
     def activations(
         self, contexts: Sequence[Sequence[Segment]]

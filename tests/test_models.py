@@ -28,6 +28,25 @@ def test_both_classes_give_the_activations_of_hugging_face(
     torch.testing.assert_close(acts, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("class_name", ["TransformerBridge", "HookedTransformer"])
+def test_a_chat_template_comes_from_the_configuration_or_a_file_it_names(
+    llama_config: ModelConfig, class_name: Any, tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    for given in (template, str(tmp_path / "chat.jinja")):
+        cfg = replace(llama_config, model_class_name=class_name, chat_template=given)
+        assert load_model(cfg).tokenizer.chat_template == template
+    assert load_model(llama_config).tokenizer.chat_template is None
+
+
+def test_a_chat_template_that_is_neither_template_nor_file_is_refused(
+    llama_config: ModelConfig,
+) -> None:
+    with pytest.raises(ValueError, match=r"chat_template='chatml' is neither a Jinja template"):
+        load_model(replace(llama_config, chat_template="chatml"))
+
+
 def test_padding_changes_no_activation(llama: HookedModel) -> None:
     short, long = torch.tensor([[0, 5, 9]]), torch.tensor([[0, 8, 3, 7, 7, 2]])
     ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)

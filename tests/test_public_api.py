@@ -13,6 +13,7 @@ LAYERS = [
     "texts",
     "tokens",
     "alignment",
+    "chat",
     "models",
     "pair",
     "activations",

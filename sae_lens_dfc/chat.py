@@ -1,0 +1,260 @@
+"""A chat in two chat templates: which positions of its messages both models have read to the same character."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import accumulate
+from math import inf
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from sae_lens_dfc.alignment import (
+    ALTERED,
+    TEMPLATE,
+    Coverage,
+    Segment,
+    aligned_positions,
+    count,
+    cut,
+)
+from sae_lens_dfc.texts import clean, first_line
+from sae_lens_dfc.tokens import Tokens, tokenize
+
+
+def chat_segments(
+    tokenizer_a: PreTrainedTokenizerBase,
+    tokenizer_b: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+) -> tuple[list[Segment], Coverage]:
+    """One chat, each model in its own template, cut where both have read the same of a message.
+
+    A pair lies inside a message, of which both models have then read the same characters; whitespace
+    at the message's start that one template strips does not count. A message that one template
+    drops, moves or changes anywhere but at its ends is read and has no pairs. The tokens of a
+    template belong to the segment of the next pair; after the last one they are left out.
+
+    Args:
+        tokenizer_a: A's tokenizer, with a chat template.
+        tokenizer_b: B's.
+        messages: Mappings with `role` and `content`, in order. Other keys go to the templates as they are.
+
+    Returns:
+        Segments, without the beginning-of-sequence token that a template may start with, and how
+        many tokens they pair.
+
+    Raises:
+        ValueError: The messages are not such, or a tokenizer has no chat template or one that refuses them.
+    """
+    chat = check_messages(messages)
+    a = _read(tokenizer_a, chat)
+    b = a if tokenizer_a is tokenizer_b else _read(tokenizer_b, chat)
+    shared = _shared(a, b)
+    pairs: list[tuple[int, int]] = []
+    coverage = Coverage()
+    for in_a, in_b in shared.values():
+        first_a, part_a = _part(a, in_a)
+        first_b, part_b = _part(b, in_b)
+        part_pairs = aligned_positions(part_a, part_b)
+        coverage.add(count(part_a, part_b, part_pairs))
+        pairs += [(first_a + i, first_b + j) for i, j in part_pairs]
+    outside_a = _outside(a, shared, n_inside=coverage.tokens_a)
+    outside_b = _outside(b, shared, n_inside=coverage.tokens_b)
+    coverage.add(
+        Coverage(outside_a.total(), outside_b.total(), dropped_a=outside_a, dropped_b=outside_b)
+    )
+    # Each context starts with the model's own beginning-of-sequence token (`ModelPair.bos_segment`);
+    # with the template's too the model would read two.
+    pairs = [(i - a.n_bos, j - b.n_bos) for i, j in pairs]
+    return cut(a.tokens.ids[a.n_bos :], b.tokens.ids[b.n_bos :], pairs), coverage
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages of a chat, their contents in a form that every tokenizer accepts.
+
+    Raises:
+        ValueError: It is not a list of mappings with strings `role` and `content`, or is empty.
+
+    >>> check_messages([{"role": "user", "content": "Hi"}])
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    wanted = "A chat is a list of messages, each a mapping with strings 'role' and 'content'"
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"{wanted}; got {_shortened(messages)}. Give such a list.")
+    for i, message in enumerate(messages):
+        is_mapping = isinstance(message, Mapping)
+        if not is_mapping or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(
+                f"{wanted}; message {i} is {_shortened(message)}. Give both as strings."
+            )
+    return [{**message, "content": clean(message["content"])} for message in messages]
+
+
+def _shortened(value: Any, n_chars: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= n_chars else f"{text[:n_chars]}…"
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = False,
+) -> str:
+    """The messages in the tokenizer's chat template.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        messages: As `check_messages` gives them.
+        add_generation_prompt: Whether the template is to end where the model's answer starts.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or it refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"Tokenizer {tokenizer.name_or_path!r} has no chat template. Give one as chat_template in its "
+            "model's ModelConfig: a Jinja template, or a file that holds one."
+        )
+    chat = [dict(message) for message in messages]
+    try:
+        return tokenizer.apply_chat_template(  # type: ignore[return-value]
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:
+        roles = ", ".join(message["role"] for message in chat)
+        raise ValueError(
+            f"The chat template of tokenizer {tokenizer.name_or_path!r} refuses messages of the roles {roles}: "
+            f"{first_line(error)} Leave out what it cannot take, or give another as chat_template in ModelConfig."
+        ) from error
+
+
+def n_leading_bos(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """1 when the tokens start with the tokenizer's beginning-of-sequence token, else 0."""
+    return int(len(ids) > 0 and ids[0] == tokenizer.bos_token_id)
+
+
+def contrastive_documents(row: Mapping[str, Any]) -> Iterator[list[dict[str, str]]]:
+    """The two chats of a row that `sae-lens-dfc generate` wrote: the prompt with A's answer, and with B's.
+
+    Both models read both, as in the data of the delta crosscoder (arXiv 2603.04426).
+
+    Raises:
+        ValueError: The row has no such columns.
+
+    >>> row = {"prompt": "Hi", "completion_a": "Hello!", "completion_b": "Yes?"}
+    >>> [chat[1]["content"] for chat in contrastive_documents(row)]
+    ['Hello!', 'Yes?']
+    """
+    for name in ("prompt", "completion_a", "completion_b"):
+        if not isinstance(row.get(name), str):
+            raise ValueError(
+                f"A contrastive row has the texts prompt, completion_a and completion_b; {name} is "
+                f"{_shortened(row.get(name))}, among the columns {list(row)}. Make rows with sae-lens-dfc generate."
+            )
+    for name in ("completion_a", "completion_b"):
+        yield [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row[name]},
+        ]
+
+
+class _Content(NamedTuple):
+    """The characters of a message's content that a rendering has, all but whitespace at its ends."""
+
+    offset: int
+    """Where in the rendering the content's first character is, or would be."""
+    start: int
+    """First character of the content that is there."""
+    end: int
+
+
+class _Reading(NamedTuple):
+    """What one model reads of a chat."""
+
+    tokens: Tokens
+    """The rendering's."""
+    n_bos: int
+    """Beginning-of-sequence tokens at its start, 0 or 1."""
+    contents: list[_Content | None]
+    """Each message's content, or none where the template drops or alters it."""
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> _Reading:
+    rendering = render_chat(tokenizer, chat)
+    tokens = tokenize(tokenizer, rendering)
+    contents = [_locate(tokenizer, chat, i, rendering) for i in range(len(chat))]
+    return _Reading(tokens, n_leading_bos(tokenizer, tokens.ids), contents)
+
+
+def _locate(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], i: int, rendering: str
+) -> _Content | None:
+    # The text itself may stand in other messages and in the template. So the chat is rendered with a mark in
+    # its place: the content is what stands between the same text before and the same text after.
+    mark = "\ue000\ue001"
+    while mark in rendering:
+        mark = f"\ue000{mark}"
+    try:
+        marked = render_chat(tokenizer, [*chat[:i], {**chat[i], "content": mark}, *chat[i + 1 :]])
+    except ValueError:
+        return None  # a template that looks into contents, and takes this one but not the mark
+    before, found, after = marked.partition(mark)
+    end = len(rendering) - len(after)
+    unchanged = rendering.startswith(before) and rendering.endswith(after) and len(before) <= end
+    if not found or mark in after or not unchanged:
+        return None
+    content, there = chat[i]["content"], rendering[len(before) : end]
+    start = _indent(content) - _indent(there)
+    if start < 0 or content[start:][: len(there)] != there or content.strip() != there.strip():
+        return None
+    return _Content(len(before) - start, start, start + len(there))
+
+
+def _indent(text: str) -> int:
+    return len(text) - len(text.lstrip())
+
+
+def _shared(a: _Reading, b: _Reading) -> dict[int, tuple[_Content, _Content]]:
+    """The messages that both have in one order, by number: the characters that both have, in A and in B."""
+    shared: dict[int, tuple[_Content, _Content]] = {}
+    limit_a = limit_b = inf
+    # From the last message on: a template that moves one moves the system prompt, which comes first.
+    for i in reversed(range(len(a.contents))):
+        in_a, in_b = a.contents[i], b.contents[i]
+        if in_a is None or in_b is None:
+            continue
+        if in_a.offset + in_a.end > limit_a or in_b.offset + in_b.end > limit_b:
+            continue
+        limit_a, limit_b = in_a.offset + in_a.start, in_b.offset + in_b.start
+        start, end = max(in_a.start, in_b.start), min(in_a.end, in_b.end)
+        shared[i] = in_a._replace(start=start, end=end), in_b._replace(start=start, end=end)
+    return dict(reversed(shared.items()))
+
+
+def _inside(reading: _Reading, content: _Content) -> range:
+    """Positions of the tokens that lie wholly inside these characters."""
+    tokens = reading.tokens
+    start, end = content.offset + content.start, content.offset + content.end
+    reach = list(accumulate(tokens.ends, max))
+    first, stop = bisect_right(reach, start), bisect_right(reach, end)
+    # Judged by where the token before it ends: some tokenizers leave a space that is in a token out of its span.
+    whole_before = reach[first - 1] == start and tokens.whole[first - 1] if first else start == 0
+    first = max(first if whole_before else first + 1, reading.n_bos)
+    return range(first, max(first, stop))
+
+
+def _part(reading: _Reading, content: _Content) -> tuple[int, Tokens]:
+    """The first position inside these characters, and the tokens there, counted from the first character."""
+    positions = _inside(reading, content)
+    part = slice(positions.start, positions.stop)
+    tokens, start = reading.tokens, content.offset + content.start
+    ends = [end - start for end in tokens.ends[part]]
+    return positions.start, Tokens(tokens.ids[part], ends, tokens.whole[part], tokens.strings[part])
+
+
+def _outside(reading: _Reading, shared: Container[int], n_inside: int) -> Counter[str]:
+    """Tokens outside the shared messages, by reason."""
+    n_tokens = len(reading.tokens.ids) - reading.n_bos - n_inside
+    others = (c for i, c in enumerate(reading.contents) if c is not None and i not in shared)
+    altered = sum(len(_inside(reading, content)) for content in others)
+    return +Counter({ALTERED: altered, TEMPLATE: n_tokens - altered})
