@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-dfc demo | train | align | evaluate | report | benchmark`.
+"""The command line: `sae-lens-dfc demo | train | align | evaluate | report | generate | benchmark`.
 
 What a person reads goes to standard output, progress and logs to standard error. A failure is one
 line and exit status 1, wrong usage 2.
@@ -35,6 +35,7 @@ from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
 from sae_lens_dfc.demo import DemoConfig, run_demo
 from sae_lens_dfc.evaluate import alignment_metrics, check_models, evaluate
+from sae_lens_dfc.generate import GenerateOptions, generate
 from sae_lens_dfc.measured_run import (
     METRICS_FILENAME,
     REPORT_FILENAME,
@@ -217,6 +218,12 @@ def write_report(options: ReportOptions) -> None:
     _say(json.dumps({"report": str(target)}) if options.json else f"Report: {target}")
 
 
+def write_answers(options: GenerateOptions) -> None:
+    """Write both models' answers to the prompts and say where."""
+    n_rows = generate(options)
+    _say(f"Answers to {n_rows} prompts: {options.output}")
+
+
 def benchmark(options: BenchmarkOptions) -> None:
     """Run what is missing, then write and print the tables."""
     if options.jobs < 1:
@@ -286,6 +293,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "align": (AlignOptions, align_texts),
     "evaluate": (EvaluateOptions, evaluate_run),
     "report": (ReportOptions, write_report),
+    "generate": (GenerateOptions, write_answers),
     "benchmark": (BenchmarkOptions, benchmark),
 }
 

@@ -201,7 +201,7 @@ def _locate(
     before, found, after = marked.partition(mark)
     end = len(rendering) - len(after)
     unchanged = rendering.startswith(before) and rendering.endswith(after) and len(before) <= end
-    if not found or mark in after or not unchanged:
+    if not found or not unchanged:
         return None
     content, there = chat[i]["content"], rendering[len(before) : end]
     start = _indent(content) - _indent(there)

@@ -351,6 +351,27 @@ def test_a_token_that_straddles_a_message_and_the_template_is_the_templates(
     assert "".join(paired_text(a, messages, segments, 0)) == "cat"
 
 
+def test_a_token_with_the_last_byte_of_a_template_is_the_templates(chatty: Chatty) -> None:
+    a = copy.deepcopy(chatty["byte_bpe_japanese", "bare"])
+    a.chat_template = "{% for m in messages %}ン{{ m.content }}{% endfor %}"
+    # The second token is the last byte of the template's character and all of the message's.
+    assert tokenize(a, "ンを").strings == ["ãĥ", "³ãĤĴ"]
+    segments, coverage = chat_segments(a, chatty["byte_bpe_japanese", "bare"], [user("を")])
+    assert segments == []
+    assert coverage.dropped_a == {TEMPLATE: 2}
+
+
+@pytest.mark.parametrize("content", ["\tx", "x\t", "\tx\t", "a\tx"])
+def test_a_message_whose_whitespace_a_template_changes_is_not_paired(
+    chatty: Chatty, content: str
+) -> None:
+    a, b = chatty["byte_bpe", "chatml"], copy.deepcopy(chatty["byte_bpe", "chatml"])
+    for spaces in (" ", "  "):
+        b.chat_template = CHATML.replace("m.content", f"m.content | replace('\t', '{spaces}')")
+        segments, _ = chat_segments(a, b, [user(content), assistant("y")])
+        assert paired_text(a, [user(content), assistant("y")], segments, 0) == ["y"]
+
+
 def test_messages_pair_in_templates_as_their_texts_do_without(chatty: Chatty) -> None:
     a, b = chatty["byte_bpe", "chatml"], chatty["sentencepiece_bpe", "gemma"]
     _, coverage = chat_segments(a, b, QUESTION)

@@ -16,6 +16,7 @@ LAYERS = [
     "chat",
     "models",
     "pair",
+    "generate",
     "activations",
     "provider",
     "crosscoders.partition",
