@@ -27,8 +27,7 @@ from simple_parsing import (
 )
 
 import sae_lens_dfc  # noqa: F401  (registers the architectures)
-from sae_lens_dfc.activations import MAX_CHARS, PairCounts, PairedRows
-from sae_lens_dfc.alignment import REASONS, Coverage, Segment, align
+from sae_lens_dfc.alignment import REASONS, Coverage, align
 from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
 from sae_lens_dfc.benchmark.tables import plot, spread, tables
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
@@ -48,10 +47,11 @@ from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES, find_recipe, flattened
 from sae_lens_dfc.report import measures_table, render_report, text_table
+from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.training.data import Collected, PairedText
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
 ARCHITECTURES: dict[str, Any] = {
@@ -205,13 +205,13 @@ def evaluate_run(options: EvaluateOptions) -> None:
 
 def write_report(options: ReportOptions) -> None:
     """Write a trained crosscoder's page."""
-    measured, rows, contexts, text = _measure(options.run, options)
+    measured, text, pair, cfg = _measure(options.run, options)
     stored = Path(options.run) / METRICS_FILENAME
     # The run's own baselines and null belong beside the fresh measures, on the same text.
     same_text = options.dataset is None and stored.is_file()
     beside = json.loads(stored.read_text()) if same_text else {}
     measured = measured._replace(metrics={**beside, **measured.metrics})
-    page = report_data(measured, rows, contexts, text.pair, settings(text.cfg))
+    page = report_data(measured, text.rows, text.contexts, pair, settings(cfg))
     target = Path(options.output or Path(options.run) / REPORT_FILENAME)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(render_report(page), encoding="utf-8")
@@ -240,9 +240,9 @@ def benchmark(options: BenchmarkOptions) -> None:
 
 class _OnHeldOutText(NamedTuple):
     measured: Measured
-    rows: list[PairedRows]
-    contexts: list[list[Segment]]
-    text: PairedText
+    text: Collected
+    pair: ModelPair
+    cfg: CrosscoderRunnerConfig
 
 
 def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
@@ -251,13 +251,11 @@ def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
     crosscoder.to(cfg.device)
     pair = ModelPair.load(cfg.model_a, cfg.model_b)
     check_models(crosscoder, pair)
-    text, counts = PairedText(cfg, pair), PairCounts()
-    read = text.held_out_contexts if options.dataset is None else text.all_contexts
-    contexts = list(read(counts))
-    rows = text.collect(contexts, counts, "Held-out activations")
-    metrics, firing = evaluate(crosscoder, [r.acts for r in rows])
-    measured = Measured(crosscoder, metrics | alignment_metrics(counts), firing)
-    return _OnHeldOutText(measured, rows, contexts, text)
+    part = "held_out" if options.dataset is None else "all"
+    text = PairedText(cfg, pair).collect(part, "Held-out activations")
+    metrics, firing = evaluate(crosscoder, [r.acts for r in text.rows])
+    measured = Measured(crosscoder, metrics | alignment_metrics(text.counts), firing)
+    return _OnHeldOutText(measured, text, pair, cfg)
 
 
 def _run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:

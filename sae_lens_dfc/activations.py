@@ -1,38 +1,41 @@
-"""An aligned text -> rows of activations `(n, d_a + d_b)`, without the positions that would spoil them."""
+"""Batches of contexts -> rows of activations `(n, d_a + d_b)`, without the positions that would spoil them."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_lens_dfc.alignment import Coverage, Segment, pack
-from sae_lens_dfc.pair import ModelPair, segment_ends
-from sae_lens_dfc.texts import split_text
+from sae_lens_dfc.contexts import Context, ContextBatch, PairCounts
+from sae_lens_dfc.norms import RunningMedian
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.segments import Segments
 
-# Long enough for any sentence-level effect, short enough for tokenizers that take quadratic time.
-MAX_CHARS = 20_000
-# Norms kept for the running median: its error is then about 1 %.
-N_NORMS = 10_000
+MAX_NOT_FINITE = 0.01
+"""Share of pairs with a NaN or an infinity above which a model is taken to be broken."""
+# What the contexts count is for a whole pool of batches at once; these are up to date after each batch.
+COUNTED_HERE = ("pairs", "first_position", "outlier", "outlier_a", "outlier_b", "not_finite")
+# Below this many pairs one bad row would be more than that share.
+MIN_PAIRS_TO_JUDGE = 1_000
 
 
-@dataclass
-class PairCounts:
-    """What became of the text: tokens paired or not, and pairs used or not."""
+@dataclass(frozen=True)
+class Bookmark:
+    """Where a stream stands; a stream that starts there goes on as if it had never stopped."""
 
-    coverage: Coverage = field(default_factory=Coverage)
-    texts: int = 0
-    """Documents read."""
-    pairs: int = 0
-    """Pairs of activations handed on."""
-    first_position: int = 0
-    """Pairs left out because one of the two stands at position 0 of its context."""
-    outlier: int = 0
-    """Pairs left out because one norm is above `outlier_factor` times its model's median."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """What JSON can hold."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Marked(NamedTuple):
+    """A batch of rows of activations, and where the next one begins."""
+
+    acts: Float[Tensor, "n d_in"]
+    after: Bookmark
 
 
 class PairedRows(NamedTuple):
@@ -44,97 +47,118 @@ class PairedRows(NamedTuple):
     """Number of the context, counted from 0."""
     segment: Int[Tensor, " n"]
     """Number of the segment in its context."""
-
-
-def aligned_contexts(
-    pair: ModelPair, texts: Iterable[str], context_size: int, counts: PairCounts
-) -> Iterator[list[Segment]]:
-    """Texts -> contexts of at most `context_size` tokens in either model, each starting as `pair.bos_segment` says."""
-    bos = pair.bos_segment
-    room = context_size - 1
-    for text in texts:
-        counts.texts += 1
-        for piece in split_text(text, MAX_CHARS):
-            segments, coverage = pair.segments(piece)
-            counts.coverage.add(coverage)
-            for context in pack(segments, room, counts.coverage):
-                yield [bos, *context]
+    contexts: Sequence[Context] = ()
+    """The contexts they are from."""
+    after: Bookmark = Bookmark()
+    """Where the next rows begin."""
 
 
 def paired_activations(
     pair: ModelPair,
-    contexts: Iterable[Sequence[Segment]],
+    batches: Iterable[ContextBatch],
     counts: PairCounts,
-    batch_size_prompts: int = 16,
     outlier_factor: float = 2.0,
+    start: Bookmark | None = None,
 ) -> Iterator[PairedRows]:
-    """Contexts -> rows of both models' activations, in the order of the text.
+    """Batches of contexts -> rows of both models' activations.
 
     Position 0 is left out by position, not by token: it is an outlier whatever stands there. A pair
     is left out when either side's norm is over `outlier_factor` times its model's running median
-    (arXiv 2602.11729, appendix B.1.4).
+    (arXiv 2602.11729, appendix B.1.4), or when any number in it is NaN or infinite.
 
     Args:
         pair: The two models.
-        contexts: Segments of text, each list one context.
+        batches: Contexts, each batch one forward pass.
         counts: Where to count what was used and what was not.
-        batch_size_prompts: Contexts in one forward pass.
         outlier_factor: How far above the median a norm may be; infinity keeps all.
+        start: Where `batches` begin, when not at the beginning.
+
+    Raises:
+        ValueError: More than 1 % of the pairs are not finite.
     """
-    iterator = iter(contexts)
-    seen = 0
-    medians = [_RunningMedian(), _RunningMedian()]
-    while batch := list(islice(iterator, batch_size_prompts)):
-        acts = torch.cat(pair.activations(batch))
-        _check_finite(acts, pair)
-        later = torch.cat([_after_first_position(context) for context in batch]).to(acts.device)
-        ordinary = later & _ordinary(acts, later, pair.d_a, medians, outlier_factor)
-        context = torch.cat([torch.full((len(c),), seen + i) for i, c in enumerate(batch)])
-        segment = torch.cat([torch.arange(len(c)) for c in batch])
-        is_text = segment > 0
-        counts.first_position += int((is_text & ~later.cpu()).sum())
-        counts.outlier += int((later & ~ordinary).sum())
-        counts.pairs += int(ordinary.sum())
-        seen += len(batch)
-        where = ordinary.cpu()
-        yield PairedRows(acts[ordinary], context[where], segment[where])
+    medians = [RunningMedian(), RunningMedian()]
+    if start is not None:
+        for name, n in start.values["rows"].items():
+            setattr(counts, name, n)
+        medians = [RunningMedian(start.tensors["norms_a"]), RunningMedian(start.tensors["norms_b"])]
+    for batch in batches:
+        yield _rows(pair, batch, counts, medians, outlier_factor)
+    _check_finite(counts, at_least=0)
 
 
-def _check_finite(acts: Tensor, pair: ModelPair) -> None:
-    # One NaN would make the running median NaN, and every later pair an outlier.
-    for x, which in ((acts[:, : pair.d_a], "a"), (acts[:, pair.d_a :], "b")):
-        if not x.isfinite().all():
-            raise ValueError(
-                f"Model {which}'s activations are not all finite numbers. Load it in another dtype: "
-                "float16 overflows in some models where bfloat16 does not."
-            )
+def _rows(
+    pair: ModelPair,
+    batch: ContextBatch,
+    counts: PairCounts,
+    medians: Sequence[RunningMedian],
+    outlier_factor: float,
+) -> PairedRows:
+    contexts = [Segments.of(context.segments) for context in batch.contexts]
+    acts = torch.cat(pair.activations(contexts))
+    later = torch.cat([_after_first_position(context) for context in contexts]).to(acts.device)
+    finite = acts.isfinite().all(dim=-1)
+    usable = later & finite
+    norms = acts[:, : pair.d_a].norm(dim=-1), acts[:, pair.d_a :].norm(dim=-1)
+    ordinary_a, ordinary_b = (
+        _ordinary(n, usable, median, outlier_factor)
+        for n, median in zip(norms, medians, strict=True)
+    )
+    ordinary = usable & ordinary_a & ordinary_b
+    lengths = torch.tensor([len(context) for context in contexts])
+    context = torch.tensor([c.number for c in batch.contexts]).repeat_interleave(lengths)
+    segment = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    counts.first_position += int(((segment > 0) & ~later.cpu()).sum())
+    counts.not_finite += int((later & ~finite).sum())
+    counts.outlier += int((usable & ~(ordinary_a & ordinary_b)).sum())
+    counts.outlier_a += int((usable & ~ordinary_a).sum())
+    counts.outlier_b += int((usable & ~ordinary_b).sum())
+    counts.pairs += int(ordinary.sum())
+    _check_finite(counts, at_least=MIN_PAIRS_TO_JUDGE)
+    where = ordinary.cpu()
+    done = {name: getattr(counts, name) for name in COUNTED_HERE}
+    after = Bookmark(
+        {"text": batch.after, "rows": done},
+        {"norms_a": medians[0].values, "norms_b": medians[1].values},
+    )
+    return PairedRows(acts[ordinary], context[where], segment[where], batch.contexts, after)
 
 
-def _after_first_position(context: Sequence[Segment]) -> Bool[Tensor, " n_segments"]:
-    ends_a = torch.tensor(segment_ends([s.ids_a for s in context]))
-    ends_b = torch.tensor(segment_ends([s.ids_b for s in context]))
-    return (ends_a > 0) & (ends_b > 0)
+def _check_finite(counts: PairCounts, at_least: int) -> None:
+    seen = counts.pairs + counts.outlier + counts.not_finite
+    if counts.not_finite > MAX_NOT_FINITE * seen and seen >= at_least:
+        raise ValueError(
+            f"{counts.not_finite} of {seen} pairs of activations hold NaN or infinity. Load the models in another "
+            "dtype: float16 overflows in some where bfloat16 does not."
+        )
+
+
+def _after_first_position(context: Segments) -> Bool[Tensor, " n_segments"]:
+    return torch.from_numpy((context.last_a > 0) & (context.last_b > 0))
 
 
 def _ordinary(
-    acts: Tensor, use: Tensor, d_a: int, medians: Sequence["_RunningMedian"], factor: float
+    norms: Float[Tensor, " n"], use: Bool[Tensor, " n"], median: RunningMedian, factor: float
 ) -> Bool[Tensor, " n"]:
-    ordinary = torch.ones_like(use)
-    for x, median in zip((acts[:, :d_a], acts[:, d_a:]), medians, strict=True):
-        norms = x.norm(dim=-1)
-        median.update(norms[use])
-        ordinary &= norms <= factor * median.compute()
-    return ordinary
+    median.update(norms[use])
+    return norms <= factor * median.compute()
 
 
-class _RunningMedian:
-    """Median of the last `N_NORMS` values."""
+def origins(rows: PairedRows) -> dict[str, Int[Tensor, " n"]]:
+    """For each row: the document, and in each model the position in its context and the token.
 
-    def __init__(self) -> None:
-        self._values: deque[float] = deque(maxlen=N_NORMS)
-
-    def update(self, values: Tensor) -> None:
-        self._values.extend(values.tolist())
-
-    def compute(self) -> float:
-        return float(torch.tensor(self._values).median()) if self._values else 0.0
+    Positions count the beginning-of-sequence token.
+    """
+    columns: dict[str, list[Tensor]] = {}
+    for context in rows.contexts:
+        at = rows.segment[rows.context == context.number].numpy()
+        segments = Segments.of(context.segments)
+        of_context = {
+            "document": np.full(len(at), context.document),
+            "position_a": segments.last_a[at],
+            "position_b": segments.last_b[at],
+            "token_a": segments.ids_a[segments.last_a[at]],
+            "token_b": segments.ids_b[segments.last_b[at]],
+        }
+        for name, values in of_context.items():
+            columns.setdefault(name, []).append(torch.from_numpy(values))
+    return {name: torch.cat(values) for name, values in columns.items()}

@@ -1,13 +1,14 @@
 """Two tokenizations of one text: which positions have read the same text, and why the others have not."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sae_lens_dfc.segments import Segment, Segments
 from sae_lens_dfc.tokens import Tokens
 
 INSIDE_CHARACTER = "inside_character"
@@ -27,13 +28,6 @@ REASONS = {
     TEMPLATE: "it belongs to the chat template, not to a message, or to one that this template alters",
     ALTERED: "the other model's chat template drops, alters or moves this message",
 }
-
-
-class Segment(NamedTuple):
-    """The tokens of each model between one shared position and the next; its last tokens are a pair."""
-
-    ids_a: tuple[int, ...]
-    ids_b: tuple[int, ...]
 
 
 @dataclass
@@ -81,6 +75,21 @@ class Coverage:
             "dropped_a": dict(self.dropped_a),
             "dropped_b": dict(self.dropped_b),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Coverage":
+        """The counts back from `to_dict`.
+
+        >>> Coverage.from_dict(Coverage(10, 8, 8).to_dict()) == Coverage(10, 8, 8)
+        True
+        """
+        return cls(
+            values["tokens_a"],
+            values["tokens_b"],
+            values["pairs"],
+            Counter(values["dropped_a"]),
+            Counter(values["dropped_b"]),
+        )
 
     def drop(self, reason: str) -> None:
         """Count a pair that could not be used after all."""
@@ -162,13 +171,13 @@ def _open(tokens: Tokens, position: int, end: int) -> bool:
     return not tokens.whole[position] or int(tokens.ends[position]) == end
 
 
-def align(a: Tokens, b: Tokens) -> tuple[list[Segment], Coverage]:
+def align(a: Tokens, b: Tokens) -> tuple[Segments, Coverage]:
     """The text as segments, each ending in a pair, and what was left out.
 
     >>> a = Tokens([1, 2, 3], ends=[4, 5, 7], whole=[True] * 3, strings=["1989", "!", "ok"])
     >>> b = Tokens([7, 8, 9], ends=[3, 4, 7], whole=[True] * 3, strings=["198", "9", "!ok"])
     >>> segments, coverage = align(a, b)
-    >>> segments
+    >>> list(segments)
     [Segment(ids_a=(1,), ids_b=(7, 8)), Segment(ids_a=(2, 3), ids_b=(9,))]
     >>> coverage.dropped_a, coverage.dropped_b
     (Counter({'no_partner': 1}), Counter({'no_partner': 1}))
@@ -181,14 +190,17 @@ Pairs = Sequence[tuple[int, int]] | Int[np.ndarray, "pairs 2"]
 """Positions in A's tokens and in B's."""
 
 
-def cut(ids_a: Sequence[int], ids_b: Sequence[int], pairs: Pairs) -> list[Segment]:
+def cut(ids_a: Sequence[int], ids_b: Sequence[int], pairs: Pairs) -> Segments:
     """The tokens of each model as segments, each ending in a pair; what lies after the last pair is left out.
 
-    >>> cut([1, 2, 3], [7, 8, 9], pairs=[(0, 1), (1, 2)])
+    >>> list(cut([1, 2, 3], [7, 8, 9], pairs=[(0, 1), (1, 2)]))
     [Segment(ids_a=(1,), ids_b=(7, 8)), Segment(ids_a=(2,), ids_b=(9,))]
     """
-    in_a, in_b = _columns(pairs)
-    return list(map(Segment, _cut_after(ids_a, in_a), _cut_after(ids_b, in_b)))
+    ends_a, ends_b = _columns(pairs) + 1
+    n_a, n_b = (int(ends[-1]) if len(ends) else 0 for ends in (ends_a, ends_b))
+    return Segments(
+        np.array(ids_a[:n_a], dtype=np.int64), np.array(ids_b[:n_b], dtype=np.int64), ends_a, ends_b
+    )
 
 
 def count(a: Tokens, b: Tokens, pairs: Pairs) -> Coverage:
@@ -205,17 +217,6 @@ def count(a: Tokens, b: Tokens, pairs: Pairs) -> Coverage:
 
 def _columns(pairs: Pairs) -> Int[np.ndarray, "2 pairs"]:
     return np.asarray(pairs, dtype=np.int64).reshape(-1, 2).T
-
-
-def _cut_after(ids: Sequence[int], positions: Int[np.ndarray, " n"]) -> list[tuple[int, ...]]:
-    """The ids in pieces that end at these positions.
-
-    >>> _cut_after([5, 6, 7, 8], np.array([0, 2]))
-    [(5,), (6, 7)]
-    """
-    ids = tuple(ids)
-    ends: list[int] = (positions + 1).tolist()
-    return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _reasons(tokens: Tokens, paired: Int[np.ndarray, " n"]) -> Counter[str]:
@@ -235,9 +236,7 @@ def _reasons(tokens: Tokens, paired: Int[np.ndarray, " n"]) -> Counter[str]:
     return Counter({reason: int(n) for reason, n in counts.items() if n > 0})
 
 
-def pack(
-    segments: Sequence[Segment], context_size: int, coverage: Coverage
-) -> Iterator[Sequence[Segment]]:
+def pack(segments: Sequence[Segment], context_size: int, coverage: Coverage) -> Iterator[Segments]:
     """Contexts of whole segments, none longer than `context_size` tokens in either model.
 
     A text is therefore never cut at different places for the two models. A segment that fills a
@@ -247,18 +246,16 @@ def pack(
     >>> [len(context) for context in pack(segments, 3, Coverage())]
     [2, 1]
     """
-    lengths = [(len(segment.ids_a), len(segment.ids_b)) for segment in segments]
-    read = np.cumsum(np.array(lengths, dtype=np.int64).reshape(-1, 2), axis=0)
-    start, start_read = 0, np.zeros(2, dtype=np.int64)
+    segments = Segments.of(segments)
+    start = read_a = read_b = 0
     while start < len(segments):
-        fits_a, fits_b = (
-            int(np.searchsorted(read[:, model], start_read[model] + context_size, side="right"))
-            for model in (0, 1)
+        end = min(
+            int(np.searchsorted(segments.ends_a, read_a + context_size, side="right")),
+            int(np.searchsorted(segments.ends_b, read_b + context_size, side="right")),
         )
-        end = min(fits_a, fits_b)
         if end > start:
             yield segments[start:end]
         else:
             coverage.drop(TOO_LONG)
             end = start + 1
-        start, start_read = end, read[end - 1]
+        start, read_a, read_b = end, int(segments.ends_a[end - 1]), int(segments.ends_b[end - 1])

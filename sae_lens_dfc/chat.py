@@ -13,11 +13,11 @@ from sae_lens_dfc.alignment import (
     ALTERED,
     TEMPLATE,
     Coverage,
-    Segment,
     aligned_positions,
     count,
     cut,
 )
+from sae_lens_dfc.segments import Segments
 from sae_lens_dfc.texts import clean, first_line
 from sae_lens_dfc.tokens import Tokens, tokenize
 
@@ -26,7 +26,7 @@ def chat_segments(
     tokenizer_a: PreTrainedTokenizerBase,
     tokenizer_b: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
-) -> tuple[list[Segment], Coverage]:
+) -> tuple[Segments, Coverage]:
     """One chat, each model in its own template, cut where both have read the same of a message.
 
     A pair lies inside a message, of which both models have then read the same characters; whitespace

@@ -11,7 +11,7 @@ from sae_lens.training.types import DataProvider
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.activations import PairCounts
+from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.exclusivity import decoder_metrics
@@ -63,6 +63,7 @@ def alignment_metrics(counts: PairCounts) -> dict[str, float]:
         "alignment/coverage_b": counts.coverage.b,
         "alignment/first_position": counts.first_position,
         "alignment/outlier": counts.outlier,
+        "alignment/not_finite": counts.not_finite,
     }
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sae_lens_dfc.activations import PairedRows
-from sae_lens_dfc.alignment import Segment
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms
 from sae_lens_dfc.metrics.sparsity import Firing
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.segments import Segment
 
 # A latent that fired less often is not worth a reader's time: its contexts say nothing of the next one.
 MIN_FIRINGS = 5

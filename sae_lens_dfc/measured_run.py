@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
-from sae_lens_dfc.activations import PairCounts, PairedRows
-from sae_lens_dfc.alignment import Segment
+from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.crosscoders.base import T_CONFIG, CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
@@ -22,6 +21,7 @@ from sae_lens_dfc.metrics.sparsity import Firing
 from sae_lens_dfc.output import all_or_nothing, check_output
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.report import ReportData, render_report
+from sae_lens_dfc.segments import Segment, Segments
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner, with_models
@@ -37,7 +37,7 @@ class PairData:
 
     training: list[PairedRows]
     held_out: list[PairedRows]
-    contexts: list[list[Segment]]
+    contexts: list[Segments]
     """Text of the held-out rows."""
     metrics: dict[str, float]
     """Alignment coverage over all text that was read."""
@@ -45,18 +45,15 @@ class PairData:
     @classmethod
     def collect(cls, text: PairedText, name: str) -> "PairData":
         """Run both models over the whole text, once."""
-        counts, held_counts = PairCounts(), PairCounts()
-        held_contexts = list(text.held_out_contexts(held_counts))
-        held = text.collect(held_contexts, held_counts, f"{name}: held-out activations")
-        if held_counts.pairs == 0:
+        held = text.collect("held_out", f"{name}: held-out activations")
+        if held.counts.pairs == 0:
             raise ValueError(
-                f"No pair is held out: {held_counts.texts} documents are, of every {text.cfg.held_out_every}th. "
+                f"No pair is held out: {held.counts.texts} documents are, of every {text.cfg.held_out_every}th. "
                 "Give more documents, or lower held_out_every."
             )
-        contexts = list(text.training_contexts(counts))
-        training = text.collect(contexts, counts, f"{name}: activations")
-        counts.coverage.add(held_counts.coverage)
-        return cls(training, held, held_contexts, alignment_metrics(counts))
+        training = text.collect("training", f"{name}: activations")
+        training.counts.coverage.add(held.counts.coverage)
+        return cls(training.rows, held.rows, held.contexts, alignment_metrics(training.counts))
 
 
 def measured_run(
@@ -78,7 +75,7 @@ def measured_run(
         ValueError: The folder holds a run, or the settings, models and text do not fit.
     """
     check_output(output, overwrite)
-    cfg = with_models(replace(cfg, output_path=None), pair)
+    cfg = with_models(replace(cfg, output_path=None), pair.describe())
     data = PairData.collect(PairedText(cfg, pair), "The two models")
     run = train_and_measure(cfg, pair, data)
     crosscoder, metrics = run.crosscoder, run.metrics

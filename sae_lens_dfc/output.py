@@ -2,18 +2,29 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 
-def check_output(path: str | Path, overwrite: bool) -> None:
+def check_output(
+    path: str | Path,
+    overwrite: bool,
+    what: str = "run",
+    marks: Sequence[str] = (RUNNER_CFG_FILENAME, SAE_CFG_FILENAME),
+) -> None:
     """Refuse, before any work, a folder that cannot be written or holds something that should stay.
 
+    Args:
+        path: The folder.
+        overwrite: Whether it may hold one.
+        what: What it may hold.
+        marks: Files of which a folder that holds one has at least one.
+
     Raises:
-        ValueError: It holds a run and `overwrite` is false, holds anything else, or cannot be written.
+        ValueError: It holds one and `overwrite` is false, holds anything else, or cannot be written.
     """
     path = Path(path).resolve()
     if path.is_file():
@@ -27,12 +38,20 @@ def check_output(path: str | Path, overwrite: bool) -> None:
         raise ValueError(f"Output folder {path} cannot be made in {ancestor}. Name another.")
     if not path.is_dir() or not any(path.iterdir()):
         return
-    if not (path / RUNNER_CFG_FILENAME).is_file() and not (path / SAE_CFG_FILENAME).is_file():
-        raise ValueError(f"Output folder {path} holds files that are not a run. Name another.")
+    if not is_made(path, marks):
+        raise ValueError(f"Output folder {path} holds files that are not a {what}. Name another.")
     if not overwrite:
         raise ValueError(
-            f"Output folder {path} already holds a run. Pass --overwrite or name another."
+            f"Output folder {path} already holds a {what}. Pass --overwrite or name another."
         )
+
+
+def is_made(
+    path: str | Path, marks: Sequence[str] = (RUNNER_CFG_FILENAME, SAE_CFG_FILENAME)
+) -> bool:
+    """Whether a folder holds a run, or what else has these files, in itself or in its folders."""
+    found = [*Path(path).glob("*"), *Path(path).glob("*/*")]
+    return any(file.name in marks for file in found)
 
 
 @contextmanager
@@ -47,3 +66,17 @@ def all_or_nothing(path: str | Path) -> Iterator[Path]:
         if path.exists():
             path.rename(Path(temporary) / "old")
         fresh.rename(path)
+
+
+@contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """A temporary file that takes `path`'s place when the block ends well: whoever looks sees all of it or none."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

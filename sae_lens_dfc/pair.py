@@ -1,17 +1,21 @@
 """Two hooked models read as one: the same text in, their activations side by side out."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_dfc.alignment import Coverage, Segment, align
+from sae_lens_dfc.alignment import Coverage, align
 from sae_lens_dfc.chat import chat_segments
 from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
+from sae_lens_dfc.segments import Segment, Segments
 from sae_lens_dfc.texts import clean
 from sae_lens_dfc.tokens import tokenize
 
@@ -46,16 +50,14 @@ class ModelPair:
     def d_b(self) -> int:
         return self.b.d_model
 
-    def segments(self, text: str) -> tuple[list[Segment], Coverage]:
+    def segments(self, text: str) -> tuple[Segments, Coverage]:
         """One text cut where both models have read the same of it."""
         text = clean(text)
         tokens_a = tokenize(self.a.tokenizer, text)
         tokens_b = tokens_a if self.a is self.b else tokenize(self.b.tokenizer, text)
         return align(tokens_a, tokens_b)
 
-    def chat_segments(
-        self, messages: Sequence[Mapping[str, str]]
-    ) -> tuple[list[Segment], Coverage]:
+    def chat_segments(self, messages: Sequence[Mapping[str, str]]) -> tuple[Segments, Coverage]:
         """One chat, each model in its own template, cut where both have read the same of a message."""
         return chat_segments(self.a.tokenizer, self.b.tokenizer, messages)
 
@@ -65,36 +67,21 @@ class ModelPair:
         """Both models' activations at the end of each segment, context by context.
 
         A context is read from its first segment on; the caller decides whether that is a
-        beginning-of-sequence segment (`bos_segment`).
+        beginning-of-sequence segment (`bos_segment`). Models on two devices run at the same time.
         """
-        acts_a = self._one_model(self.a, [[s.ids_a for s in context] for context in contexts])
+        read = [Segments.of(context) for context in contexts]
+        read_a = partial(_read, self.a, [c.ids_a for c in read], [c.last_a for c in read])
+        read_b = partial(_read, self.b, [c.ids_b for c in read], [c.last_b for c in read])
         if self.a is self.b:
-            acts_b = acts_a
+            acts_a = acts_b = read_a()
+        elif self.a.device == self.b.device:
+            acts_a, acts_b = read_a(), read_b()
         else:
-            acts_b = self._one_model(self.b, [[s.ids_b for s in context] for context in contexts])
-        return [
-            torch.cat([a.float(), b.to(a.device).float()], dim=-1)
-            for a, b in zip(acts_a, acts_b, strict=True)
-        ]
-
-    @staticmethod
-    def _one_model(
-        model: HookedModel, contexts: Sequence[Sequence[tuple[int, ...]]]
-    ) -> list[Tensor]:
-        rows = [[i for ids in context for i in ids] for context in contexts]
-        longest = max(map(len, rows))
-        if longest > model.n_ctx:
-            raise ValueError(
-                f"A context of {longest} tokens is more than model {model.name!r} can read ({model.n_ctx}). "
-                "Lower context_size; in SAELens' own runner it counts segments of one or more tokens."
-            )
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        acts = model.activations(ids, mask)
-        return [acts[i, segment_ends(context)] for i, context in enumerate(contexts)]
+            with ThreadPoolExecutor(1) as other:
+                later = other.submit(read_b)
+                acts_a, acts_b = read_a(), later.result()
+        joined = torch.cat([acts_a.float(), acts_b.to(acts_a.device).float()], dim=-1)
+        return list(joined.split([len(context) for context in read]))
 
     @property
     def bos_segment(self) -> Segment:
@@ -137,15 +124,22 @@ class ModelPair:
         return self._numbers[segment]
 
 
-def segment_ends(segments: Sequence[tuple[int, ...]]) -> list[int]:
-    """Position of each segment's last token; 0 for empty segments at the start.
-
-    >>> segment_ends([(1,), (5, 6), (7,)])
-    [0, 2, 3]
-    """
-    ends: list[int] = []
-    position = -1
-    for ids in segments:
-        position += len(ids)
-        ends.append(max(position, 0))
-    return ends
+def _read(
+    model: HookedModel,
+    rows: Sequence[Int[np.ndarray, " _"]],
+    positions: Sequence[Int[np.ndarray, " _"]],
+) -> Float[Tensor, "n_positions d_model"]:
+    """One model's activations at these positions of each row of tokens, row after row."""
+    longest = max(map(len, rows))
+    if longest > model.n_ctx:
+        raise ValueError(
+            f"A context of {longest} tokens is more than model {model.name!r} can read ({model.n_ctx}). "
+            "Lower context_size; in SAELens' own runner it counts segments of one or more tokens."
+        )
+    ids = np.zeros((len(rows), longest), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    acts = model.activations(torch.from_numpy(ids), torch.from_numpy(mask)).flatten(end_dim=1)
+    where = np.concatenate([i * longest + at for i, at in enumerate(positions)])
+    return acts[torch.from_numpy(where).to(acts.device)]

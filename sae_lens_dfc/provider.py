@@ -1,37 +1,55 @@
-"""Rows of paired activations -> shuffled batches: the `DataProvider` that SAELens' trainer takes."""
+"""Rows of paired activations -> shuffled batches: the `DataProvider` that SAELens' trainer takes, able to resume."""
 
 from collections.abc import Callable, Iterator
-from itertools import cycle
+from itertools import count
 
-from sae_lens.training.mixing_buffer import mixing_buffer
+import torch
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
-from sae_lens_dfc.activations import PairedRows
+from sae_lens_dfc.activations import Bookmark, Marked, PairedRows
+
+StartRows = Callable[[Bookmark | None], Iterator[PairedRows]]
+"""Starts a pass over the text, at a place or, with none, at the beginning."""
 
 
-def epochs(make_rows: Callable[[], Iterator[PairedRows]], keep_in_memory: bool) -> Iterator[Tensor]:
-    """Activations of the same text again and again.
-
-    Args:
-        make_rows: Starts one pass over the text.
-        keep_in_memory: Keep the first pass's activations and repeat those, rather than run both models anew.
+def epochs(start_rows: StartRows, start: Bookmark | None = None) -> Iterator[Marked]:
+    """Activations of the same text again and again, the models run anew in each pass.
 
     Raises:
         ValueError: A pass gave no pair at all.
     """
-    if keep_in_memory:
-        yield from cycle(acts.cpu() for acts in _at_least_one(make_rows()))
-    while True:
-        yield from _at_least_one(make_rows())
+    first = 0 if start is None else int(start.values["epoch"])
+    for epoch in count(first):
+        rows = start_rows(start)
+        for row in _not_empty(rows) if start is None else rows:
+            after = Bookmark({**row.after.values, "epoch": epoch}, row.after.tensors)
+            yield Marked(row.acts, after)
+        start = None
 
 
-def _at_least_one(rows: Iterator[PairedRows]) -> Iterator[Tensor]:
+def epochs_in_memory(start_rows: StartRows, start: Bookmark | None = None) -> Iterator[Marked]:
+    """The same with the first pass's activations kept and repeated; to resume takes that first pass again.
+
+    Raises:
+        ValueError: The pass gave no pair at all.
+    """
+    done = 0 if start is None else int(start.values["done"])
+    memory: list[Tensor] = []
+    for i, rows in enumerate(_not_empty(start_rows(None)), start=1):
+        memory.append(rows.acts.cpu())
+        if i > done:
+            yield Marked(memory[-1], Bookmark({"done": i}))
+    for i in count(max(done, len(memory))):
+        yield Marked(memory[i % len(memory)], Bookmark({"done": i + 1}))
+
+
+def _not_empty(rows: Iterator[PairedRows]) -> Iterator[PairedRows]:
     empty = True
     for batch in rows:
         if len(batch.acts) > 0:
             empty = False
-            yield batch.acts
+            yield batch
     if empty:
         raise ValueError(
             "The text has no paired position: at no character do both tokenizers end a token (after position 0). "
@@ -39,21 +57,92 @@ def _at_least_one(rows: Iterator[PairedRows]) -> Iterator[Tensor]:
         )
 
 
-def shuffled_batches(
-    acts: Iterator[Tensor],
+def shuffled(
+    start_rows: Callable[[Bookmark | None], Iterator[Marked]],
     batch_size: int,
     buffer_size: int,
     mix_fraction: float = 0.5,
-    prefetch: int = 1,
-) -> Iterator[Tensor]:
-    """Shuffled batches of rows; a row's two models stay together. Close it when it is a `PrefetchingIterator`.
+    seed: int = 0,
+    start: Bookmark | None = None,
+) -> Iterator[Marked]:
+    """Shuffled batches of rows; a row's two models stay together.
+
+    It draws as SAELens' `mixing_buffer` does. That one keeps its rows inside a generator and draws from
+    torch's global random numbers, so where it stands cannot be saved; and it copies its whole buffer at
+    each new batch of rows.
 
     Args:
-        acts: Rows of activations in the order of the text.
+        start_rows: Starts the rows in the order of the text, at a place or, with none, at the beginning.
         batch_size: Rows in a batch.
         buffer_size: Rows among which the shuffle draws.
-        mix_fraction: Share of the buffer kept back at each draw, see SAELens' `mixing_buffer`.
-        prefetch: Batches made ahead in a thread; 0 makes them when they are asked for.
+        mix_fraction: Share of the buffer kept back at each draw; 0 does not shuffle.
+        seed: Of the shuffle.
+        start: Where to begin, when not at the beginning.
+
+    Raises:
+        ValueError: The buffer is smaller than a batch, or the fraction outside [0, 1).
     """
-    batches = mixing_buffer(buffer_size, batch_size, acts, mix_fraction)
-    return PrefetchingIterator(batches, prefetch) if prefetch > 0 else batches
+    if buffer_size < batch_size or not 0 <= mix_fraction < 1:
+        raise ValueError(
+            f"A shuffle needs a buffer of at least a batch and a mixing fraction in [0, 1), got {buffer_size} rows for "
+            f"batches of {batch_size}, and {mix_fraction}."
+        )
+    draws = torch.Generator().manual_seed(seed)
+    buffer: Tensor | None = None
+    upstream: Bookmark | None = None
+    to_serve = 0
+    if start is not None:
+        tensors = dict(start.tensors)
+        draws.set_state(tensors.pop("draws"))
+        buffer, to_serve = tensors.pop("buffer"), int(start.values["to_serve"])
+        upstream = Bookmark(start.values["rows"], tensors)
+    rows = start_rows(upstream)
+    while True:
+        while buffer is not None and upstream is not None and to_serve > 0:
+            batch, buffer = buffer[:batch_size], buffer[batch_size:]
+            to_serve -= 1
+            tensors = {**upstream.tensors, "buffer": buffer, "draws": draws.get_state()}
+            yield Marked(batch, Bookmark({"to_serve": to_serve, "rows": upstream.values}, tensors))
+        buffer, upstream = _filled(buffer, rows, buffer_size)
+        if upstream is None:
+            return
+        if mix_fraction > 0:
+            order = torch.randperm(len(buffer), generator=draws)
+            buffer = buffer.index_select(0, order.to(buffer.device))
+        to_serve = max(1, (len(buffer) - int(buffer_size * mix_fraction)) // batch_size)
+
+
+def _filled(
+    buffer: Tensor | None, rows: Iterator[Marked], size: int
+) -> tuple[Tensor, Bookmark | None]:
+    """The buffer with new rows, at least `size` in all, and the place after them; no place when the rows end before."""
+    chunks = [] if buffer is None else [buffer]
+    for chunk, after in rows:
+        chunks.append(chunk)
+        if sum(map(len, chunks)) >= size:
+            return torch.cat(chunks), after
+    return torch.empty(0), None
+
+
+class Batches(Iterator[Tensor]):
+    """Batches without their marks, as SAELens' trainer takes them; it remembers where the last one handed out ends.
+
+    Args:
+        marked: The batches.
+        prefetch: Batches made ahead in a thread; 0 makes them when they are asked for.
+        start: Where they begin, when not at the beginning.
+    """
+
+    def __init__(self, marked: Iterator[Marked], prefetch: int, start: Bookmark | None = None):
+        self._marked = PrefetchingIterator(marked, prefetch) if prefetch > 0 else marked
+        self.after = start
+        """Where the next batch begins; none before the first."""
+
+    def __next__(self) -> Tensor:
+        batch, self.after = next(self._marked)
+        return batch
+
+    def close(self) -> None:
+        """Stop the thread. Without this it would wait for somebody to take its next batch."""
+        if isinstance(self._marked, PrefetchingIterator):
+            self._marked.close()

@@ -6,17 +6,13 @@ that decisions made on its result are the same everywhere.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Num, Shaped
 from torch import Tensor
-
-T = TypeVar("T")
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 # torchrun sets them; without any one of them `init_process_group` would wait or fail obscurely.
@@ -90,13 +86,10 @@ def _own_device(device: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def own_share(items: Iterable[T]) -> Iterator[T]:
-    """Every `world_size()`-th item, from this rank's on: together the ranks have each item once.
-
-    >>> list(own_share("abc"))
-    ['a', 'b', 'c']
-    """
-    return islice(items, rank(), None, world_size())
+def wait() -> None:
+    """Wait until all ranks are here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 # --- what ranks settle together ---

@@ -5,11 +5,13 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from itertools import islice
+from copy import deepcopy
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
 CPYTHON_DOCS = "cpython-docs"
@@ -28,6 +30,10 @@ _NOT_LIBRARY = {
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+Place = dict[str, Any]
+"""Where a reading stands, in values that JSON can hold; a reading that starts there goes on as if it had never stopped."""
+
+
 def load_texts(
     dataset_path: str,
     text_column: str = "text",
@@ -38,8 +44,7 @@ def load_texts(
     """Documents of a data set, one string each; can be iterated again and again.
 
     Args:
-        dataset_path: A name on the Hugging Face hub, a folder written by `save_to_disk`, a `.txt` file (cut into documents
-            of 4,000 characters), a `.jsonl`, `.json`, `.csv` or `.parquet` file, or "cpython-docs", which comes with Python.
+        dataset_path: As in `open_rows`.
         text_column: The column that holds the text.
         split: Which split of the data set.
         streaming: Whether to read a hub data set as it downloads.
@@ -51,21 +56,94 @@ def load_texts(
     >>> sum(len(text) for text in load_texts("cpython-docs")) > 1_000_000
     True
     """
-    if dataset_path == CPYTHON_DOCS:
-        return cpython_docs()
-    path = Path(dataset_path)
-    if path.suffix == ".txt" and path.is_file():
-        return list(split_text(path.read_text(encoding="utf-8"), DOCUMENT_CHARS))
-    dataset = _open_dataset(path, dataset_path, split, streaming, dataset_name)
-    columns = list(next(iter(dataset), {}))
-    if not columns:
-        raise ValueError(f"Data set {dataset_path!r} is empty. Give one with text in it.")
-    if text_column not in columns:
+    rows = open_rows(dataset_path, text_column, split, streaming, dataset_name)
+    if text_column not in rows.columns:
         raise ValueError(
-            f"Data set {dataset_path!r} has no text column {text_column!r}; its columns are {columns}. "
+            f"Data set {dataset_path!r} has no text column {text_column!r}; its columns are {rows.columns}. "
             "Name one of them as text_column."
         )
-    return _Column(dataset, text_column)
+    return _Column(rows, text_column)
+
+
+def open_rows(
+    dataset_path: str,
+    text_column: str = "text",
+    split: str = "train",
+    streaming: bool = True,
+    dataset_name: str | None = None,
+) -> "Rows":
+    """The rows of a data set.
+
+    Args:
+        dataset_path: A name on the Hugging Face hub, a folder written by `save_to_disk`, a `.txt` file (cut into documents
+            of 4,000 characters), a `.jsonl`, `.json`, `.csv` or `.parquet` file, or "cpython-docs", which comes with Python.
+        text_column: Name of the only column of a source that is plain text.
+        split: Which split of the data set.
+        streaming: Whether to read a hub data set as it downloads.
+        dataset_name: Which configuration of a hub data set.
+
+    Raises:
+        ValueError: There is no such file or data set, or it is empty.
+    """
+    path = Path(dataset_path)
+    if dataset_path == CPYTHON_DOCS:
+        dataset = _from_texts(cpython_docs(), text_column)
+    elif path.suffix == ".txt" and path.is_file():
+        texts = split_text(path.read_text(encoding="utf-8"), DOCUMENT_CHARS)
+        dataset = _from_texts(texts, text_column)
+    else:
+        dataset = _open_dataset(path, dataset_path, split, streaming, dataset_name)
+    rows = Rows(dataset, dataset_path)
+    if not rows.columns:
+        raise ValueError(f"Data set {dataset_path!r} is empty. Give one with text in it.")
+    return rows
+
+
+class Rows:
+    """Rows of a data set, to be read from any place on, as often as one likes, also at the same time.
+
+    >>> rows = Rows(Dataset.from_dict({"text": ["a", "b", "c"]}), "mine")
+    >>> (_, place), *_ = rows.read()
+    >>> [row["text"] for row, _ in rows.read(place)]
+    ['b', 'c']
+    """
+
+    def __init__(self, dataset: Dataset | IterableDataset, name: str):
+        self.dataset = dataset
+        self.name = name
+        """What to call the data set in messages."""
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Names of the columns; none when there is no row."""
+        return list(next(iter(self.dataset), {}))
+
+    def share(self, rank: int, world_size: int) -> "Rows":
+        """The part of the rows that one of several processes reads."""
+        if world_size == 1:
+            return self
+        part = split_dataset_by_node(self.dataset, rank, world_size)  # type: ignore[type-var]
+        return Rows(part, self.name)
+
+    def read(self, place: Place | None = None) -> Iterator[tuple[dict[str, Any], Place]]:
+        """Each row with the place after it."""
+        if isinstance(self.dataset, Dataset):
+            start = 0 if place is None else int(place["row"])
+            if start < len(self.dataset):
+                rest = self.dataset.select(range(start, len(self.dataset)))
+                for i, row in enumerate(rest, start=start + 1):
+                    yield row, {"row": i}  # type: ignore[misc]
+            return
+        # A streamed data set holds one place at a time; each reading has its own.
+        dataset = deepcopy(self.dataset)
+        if place is not None:
+            dataset.load_state_dict(place)
+        for row in dataset:
+            yield row, dataset.state_dict()
+
+
+def _from_texts(texts: Iterable[str], column: str) -> Dataset:
+    return Dataset.from_dict({column: [clean(text) for text in texts]})
 
 
 def first_line(error: BaseException) -> str:
@@ -92,13 +170,13 @@ def _open_dataset(
 class _Column:
     """One column of a data set, as an iterable that starts afresh each time."""
 
-    def __init__(self, dataset: Dataset | IterableDataset, column: str):
-        self._dataset = dataset
+    def __init__(self, rows: Rows, column: str):
+        self._rows = rows
         self._column = column
 
     def __iter__(self) -> Iterator[str]:
-        for row in self._dataset:
-            text = row[self._column]  # type: ignore[index]
+        for row, _ in self._rows.read():
+            text = row[self._column]
             if not isinstance(text, str | None):
                 raise ValueError(
                     f"Column {self._column!r} holds {type(text).__name__}, not text. Name a column of strings."
@@ -185,21 +263,3 @@ def split_text(text: str, max_chars: int) -> Iterator[str]:
             end = cut if cut > start else end
         yield text[start:end]
         start = end
-
-
-def held_out(texts: Iterable[str], every: int) -> Iterator[str]:
-    """Each `every`-th document: the part that training never sees.
-
-    >>> list(held_out("abcdefg", every=3))
-    ['c', 'f']
-    """
-    return islice(iter(texts), every - 1, None, every)
-
-
-def training_part(texts: Iterable[str], every: int) -> Iterator[str]:
-    """The documents that `held_out` leaves.
-
-    >>> list(training_part("abcdefg", every=3))
-    ['a', 'b', 'd', 'e', 'g']
-    """
-    return (text for i, text in enumerate(texts, start=1) if i % every != 0)

@@ -1,6 +1,8 @@
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+from datasets import Dataset
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
@@ -16,7 +18,30 @@ from sae_lens_dfc import (
     StandardTrainingCrosscoder,
     StandardTrainingCrosscoderConfig,
 )
+from sae_lens_dfc.contexts import Context, ContextBatch, ContextStream
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.segments import Segment, Segments
+from sae_lens_dfc.sources import Source, SourceConfig
+from sae_lens_dfc.texts import Rows
+
+
+def source_of(texts: Sequence[Any], weight: float = 1.0, column: str = "text") -> Source:
+    rows = Rows(Dataset.from_dict({column: list(texts)}), "mine")
+    return Source(SourceConfig("mine", weight, column), rows)
+
+
+def stream_of(pair: ModelPair, texts: Sequence[str], **kwargs: Any) -> ContextStream:
+    settings: dict[str, Any] = {"context_size": 32, **kwargs}
+    return ContextStream(pair, [source_of(texts)], **settings)
+
+
+def batches_of(contexts: Sequence[Sequence[Segment]], size: int = 16) -> list[ContextBatch]:
+    """Contexts in their order, all of one document."""
+    numbered = [Context(Segments.of(c), i, 0) for i, c in enumerate(contexts)]
+    starts = range(0, len(numbered), size)
+    return [ContextBatch(numbered[i : i + size], {"batches": i // size + 1}) for i in starts]
+
 
 T = TypeVar("T", bound=TrainingCrosscoder[Any])
 

@@ -14,11 +14,11 @@ from sae_lens_dfc.alignment import (
     TAIL,
     TOO_LONG,
     Coverage,
-    Segment,
     align,
     aligned_positions,
     pack,
 )
+from sae_lens_dfc.segments import Segment
 from sae_lens_dfc.texts import clean, reference_pages
 from sae_lens_dfc.tokens import Tokens, tokenize
 from tests.conftest import TOKENIZERS

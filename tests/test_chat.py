@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from sae_lens_dfc.alignment import ALTERED, REASONS, TEMPLATE, Segment, align
+from sae_lens_dfc.alignment import ALTERED, REASONS, TEMPLATE, align
 from sae_lens_dfc.chat import (
     chat_segments,
     check_messages,
@@ -21,6 +21,7 @@ from sae_lens_dfc.chat import (
     render_chat,
 )
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.segments import Segment
 from sae_lens_dfc.tokens import tokenize
 
 Chat = list[dict[str, str]]

@@ -1,18 +1,19 @@
 import torch
 
-from sae_lens_dfc.activations import PairCounts, aligned_contexts, paired_activations
+from sae_lens_dfc.activations import paired_activations
+from sae_lens_dfc.contexts import PairCounts, in_order
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.evaluate import evaluate
 from sae_lens_dfc.latents import latent_cards, strongest_latents
 from sae_lens_dfc.metrics.sparsity import Firing
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import reference_pages
-from tests.helpers import make_dfc, train_steps
+from tests.helpers import make_dfc, stream_of, train_steps
 
 
 def crosscoder_on(pair: ModelPair) -> tuple[Crosscoder, list, list]:  # type: ignore[type-arg]
-    contexts = list(aligned_contexts(pair, reference_pages()[:4], 32, PairCounts()))
-    rows = list(paired_activations(pair, contexts, PairCounts()))
+    batches = list(stream_of(pair, reference_pages()[:4]).batches(PairCounts()))
+    rows, contexts = list(paired_activations(pair, batches, PairCounts())), in_order(batches)
     crosscoder = make_dfc(d_a=pair.d_a, d_b=pair.d_b, d_sae=40, k=8)
     return train_steps(crosscoder, torch.cat([r.acts for r in rows])).to_inference(), rows, contexts
 

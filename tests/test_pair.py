@@ -1,8 +1,8 @@
 import torch
 
-from sae_lens_dfc.alignment import Segment
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.segments import Segment
 
 TEXT = "The cat sat on the mat in 1989, naïvely."
 

@@ -1,68 +1,135 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import pytest
 import torch
-from sae_lens.training.prefetch import PrefetchingIterator
+from torch import Tensor
 
-from sae_lens_dfc.activations import PairedRows
-from sae_lens_dfc.provider import epochs, shuffled_batches
+from sae_lens_dfc.activations import Bookmark, Marked, PairedRows
+from sae_lens_dfc.provider import Batches, epochs, epochs_in_memory, shuffled
+
+N, SIZE = 40, 25
+Repeat = Callable[..., Iterator[Marked]]
+EITHER = pytest.mark.parametrize("repeat", [epochs, epochs_in_memory])
 
 
-def marked_rows(n: int = 40, size: int = 25) -> Iterator[PairedRows]:
+def marked_rows(start: Bookmark | None = None) -> Iterator[PairedRows]:
     """Rows whose two models carry the same mark: row i is (i, i, 1000 + i)."""
-    for start in range(0, n * size, size):
-        mark = torch.arange(start, start + size).float()
-        nowhere = torch.zeros(size, dtype=torch.long)
-        yield PairedRows(torch.stack([mark, mark, 1000 + mark], dim=1), nowhere, nowhere)
+    nowhere = torch.zeros(SIZE, dtype=torch.long)
+    for i in range(0 if start is None else start.values["next"], N):
+        mark = torch.arange(i * SIZE, (i + 1) * SIZE).float()
+        after = Bookmark({"next": i + 1}, {"last": mark[-1:]})
+        yield PairedRows(torch.stack([mark, mark, 1000 + mark], dim=1), nowhere, nowhere, (), after)
 
 
-def batches(prefetch: int, keep: bool = True) -> Iterator[torch.Tensor]:
-    return shuffled_batches(
-        epochs(marked_rows, keep), batch_size=32, buffer_size=200, prefetch=prefetch
+def marked_batches(
+    repeat: Repeat = epochs,
+    start: Bookmark | None = None,
+    mix_fraction: float = 0.5,
+) -> Iterator[Marked]:
+    return shuffled(
+        lambda place: repeat(marked_rows, place),
+        batch_size=32,
+        buffer_size=200,
+        mix_fraction=mix_fraction,
+        seed=7,
+        start=start,
     )
 
 
+@EITHER
 @pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("keep", [True, False])
-def test_rows_stay_paired_through_every_shuffle(prefetch: int, keep: bool) -> None:
-    source = batches(prefetch, keep)
+def test_rows_stay_paired_through_every_shuffle(prefetch: int, repeat: Repeat) -> None:
+    source = Batches(marked_batches(repeat), prefetch)
     for batch in islice(source, 100):
         assert torch.equal(batch[:, 0], batch[:, 1])
         assert torch.equal(batch[:, 0] + 1000, batch[:, 2])
-    if isinstance(source, PrefetchingIterator):
-        source.close()
+    source.close()
 
 
 def test_the_order_is_shuffled() -> None:
-    first = torch.cat(list(islice(batches(0), 5)))[:, 0]
+    first = torch.cat([m.acts for m in islice(marked_batches(), 5)])[:, 0]
     assert not torch.equal(first, first.sort().values)
     # A buffer of 200 rows mixes rows that were far apart: neighbours differ by about a third of it.
     assert (first[1:] - first[:-1]).abs().mean() > 40
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_an_epoch_serves_each_row_once_before_the_next(keep: bool) -> None:
-    rows = torch.cat(list(islice(epochs(marked_rows, keep), 80)))[:, 0]
+def test_without_mixing_rows_keep_their_order() -> None:
+    rows = torch.cat([m.acts for m in islice(marked_batches(mix_fraction=0), 30)])[:, 0]
+    assert torch.equal(rows, torch.arange(960.0))
+
+
+def test_no_row_is_lost_or_served_twice_before_the_next_epoch() -> None:
+    served = torch.cat([m.acts for m in islice(marked_batches(), 200)])[:, 0].long()
+    counts = served.bincount(minlength=N * SIZE)
+    # 6,400 of a thousand rows: six whole epochs, part of the seventh, and up to a buffer held back.
+    assert counts.min() >= 6 - 1 and counts.max() <= 7 + 1
+    assert counts.sum() == 6400
+
+
+@EITHER
+def test_an_epoch_gives_each_row_once_before_the_next(repeat: Repeat) -> None:
+    rows = torch.cat([m.acts for m in islice(repeat(marked_rows), 80)])[:, 0]
     assert torch.equal(rows, torch.arange(1000.0).repeat(2))
+
+
+@EITHER
+@pytest.mark.parametrize("n", [0, 1, 5, 6, 7, 31, 33, 70, 200])
+def test_batches_from_a_bookmark_are_those_that_would_have_come(n: int, repeat: Repeat) -> None:
+    whole = list(islice(marked_batches(repeat), n + 40))
+    start = whole[n - 1].after if n else None
+    rest = list(islice(marked_batches(repeat, start), 40))
+    for one, other in zip(rest, whole[n:], strict=True):
+        assert torch.equal(one.acts, other.acts)
+        assert one.after.values == other.after.values
+        assert one.after.tensors.keys() == other.after.tensors.keys()
+
+
+def test_what_is_made_ahead_does_not_move_the_bookmark() -> None:
+    ahead, plain = Batches(marked_batches(), prefetch=4), marked_batches()
+    for _ in range(20):
+        batch, marked = next(ahead), next(plain)
+        assert torch.equal(batch, marked.acts)
+        assert ahead.after is not None and ahead.after.values == marked.after.values
+    ahead.close()
 
 
 def test_keeping_in_memory_runs_the_models_once() -> None:
     passes = 0
 
-    def count() -> Iterator[PairedRows]:
+    def count(start: Bookmark | None) -> Iterator[PairedRows]:
         nonlocal passes
         passes += 1
-        return marked_rows(2)
+        return islice(marked_rows(start), 2)
 
-    list(islice(epochs(count, keep_in_memory=True), 10))
+    list(islice(epochs_in_memory(count), 10))
     assert passes == 1
-    list(islice(epochs(count, keep_in_memory=False), 10))
+    list(islice(epochs(count), 10))
     assert passes == 1 + 5
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_text_without_a_pair_is_an_error_not_an_endless_loop(keep: bool) -> None:
+@EITHER
+def test_a_text_without_a_pair_is_an_error_not_an_endless_loop(repeat: Repeat) -> None:
     empty = PairedRows(torch.empty(0, 3), torch.empty(0).long(), torch.empty(0).long())
     with pytest.raises(ValueError, match="no paired position"):
-        next(epochs(lambda: iter([empty]), keep))
+        next(repeat(lambda _: iter([empty])))
+
+
+def test_a_buffer_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 10 rows for batches of 32"):
+        next(shuffled(lambda _: iter(list[Marked]()), batch_size=32, buffer_size=10))
+
+
+def test_the_shuffle_leaves_torchs_own_random_numbers_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(islice(marked_batches(), 20))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_that_end_end_the_batches() -> None:
+    def once(_: Bookmark | None) -> Iterator[Marked]:
+        return (Marked(rows.acts, rows.after) for rows in marked_rows())
+
+    rows: list[Tensor] = [m.acts for m in shuffled(once, batch_size=32, buffer_size=200)]
+    assert 750 < sum(map(len, rows)) <= 1000

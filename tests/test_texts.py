@@ -6,7 +6,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_lens_dfc.texts import clean, cpython_docs, held_out, load_texts, split_text, training_part
+from sae_lens_dfc.texts import clean, cpython_docs, load_texts, split_text
 
 
 @given(st.text(), st.integers(1, 20))
@@ -20,16 +20,6 @@ def test_pieces_join_to_the_text_and_none_is_too_long(text: str, max_chars: int)
 def test_cleaned_text_has_the_same_length_and_can_be_encoded(text: str) -> None:
     assert len(clean(text)) == len(text)
     clean(text).encode("utf-8")
-
-
-@given(st.lists(st.integers(), unique=True), st.integers(2, 6))
-def test_training_and_held_out_share_no_document_and_miss_none(
-    documents: list[int], every: int
-) -> None:
-    texts = [str(d) for d in documents]
-    training, held = list(training_part(texts, every)), list(held_out(texts, every))
-    assert sorted(training + held) == sorted(texts)
-    assert len(held) == len(texts) // every
 
 
 def test_every_local_format_gives_the_same_documents(tmp_path: Path) -> None:

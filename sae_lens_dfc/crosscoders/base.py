@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -326,6 +327,13 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         return metrics
 
     # --- saving ---
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training needs to go on besides parameters and buffers, on this rank."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `training_state` gave."""
 
     @torch.no_grad()
     @override

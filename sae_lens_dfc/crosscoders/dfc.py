@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -145,6 +145,15 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
             if partition.sizes[name] > 0
         ]
 
+    @override
+    def training_state(self) -> dict[str, Tensor]:
+        return {} if self._test is None else self._test.state()
+
+    @override
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        here = {name: x.to(self.device) for name, x in state.items()}
+        self._test = OtherModelTest.of(self.partition, here) if here else None
+
     # --- tests of exclusivity ---
 
     @override
@@ -164,7 +173,7 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
         if test is None or n_batches < self.cfg.test_window:
             logger.warning(
                 "Step %d: exclusive latents are not tested, since evidence is from %d of %d steps: training was "
-                "resumed in between.",
+                "resumed in between by something other than CrosscoderTrainingRunner.",
                 *(step, n_batches, self.cfg.test_window),
             )
             return

@@ -1,6 +1,7 @@
 """Whether the other model has what an exclusive latent stands for."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,25 @@ class OtherModelTest:
             name: _evidence(*(half.of_all_ranks() for half in halves))
             for name, halves in self._halves.items()
         }
+
+    def state(self) -> dict[str, Tensor]:
+        """What was counted so far, as tensors by name."""
+        state = {"n_batches": torch.tensor(self.n_batches)}
+        for name, halves in self._halves.items():
+            for i, half in enumerate(halves):
+                state |= {f"{name}.{i}.{key}": torch.as_tensor(x) for key, x in vars(half).items()}
+        return state
+
+    @classmethod
+    def of(cls, partition: Partition, state: Mapping[str, Tensor]) -> "OtherModelTest":
+        """A test that goes on from `state`."""
+        test = cls(partition, int(state["n_batches"]))
+        for name in OTHER_MODEL:
+            for i in range(2):
+                sums = {f.name: state[f"{name}.{i}.{f.name}"] for f in fields(_Sums)}
+                sums["n"] = int(sums["n"])  # type: ignore[assignment]
+                test._halves.setdefault(name, []).append(_Sums(**sums))  # type: ignore[arg-type]
+        return test
 
 
 @dataclass

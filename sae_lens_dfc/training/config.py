@@ -1,6 +1,6 @@
 """Everything a training run needs, in one dataclass; the command line is made from it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,17 +10,16 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
 from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.texts import first_line
+from sae_lens_dfc.training.data import DataConfig, require_positive
 
 POSITIVE = (
-    "training_pairs",
-    "eval_pairs",
-    "store_batch_size_prompts",
-    "outlier_factor",
     "train_batch_size_tokens",
     "n_batches_in_buffer",
     "n_batches_for_norm_estimate",
     "feature_sampling_window",
+    "cache_window_shards",
     "lr",
 )
 
@@ -29,12 +28,16 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
+def _sae_from_dict(values: dict[str, Any]) -> CrosscoderTrainingConfig:
+    return get_sae_training_class(values["architecture"])[1].from_dict(values)  # type: ignore[return-value]
+
+
 def _no_wandb() -> LoggingConfig:
     return LoggingConfig(log_to_wandb=False)
 
 
-@dataclass
-class CrosscoderRunnerConfig:
+@dataclass(kw_only=True)
+class CrosscoderRunnerConfig(DataConfig):
     """Settings of `CrosscoderTrainingRunner`; names are those of SAELens' runner wherever it has them.
 
     Raises:
@@ -43,33 +46,15 @@ class CrosscoderRunnerConfig:
 
     sae: CrosscoderTrainingConfig
     """The crosscoder."""
-    model_a: ModelConfig = field(default_factory=ModelConfig)
-    """The first model."""
-    model_b: ModelConfig = field(default_factory=ModelConfig)
-    """The second model."""
-
-    dataset_path: str = "cpython-docs"
-    """Hub name, file (.txt, .jsonl, .csv, .parquet), folder written by save_to_disk, or cpython-docs, which ships with Python."""
-    dataset_name: str | None = None
-    """Configuration of a hub data set."""
-    dataset_split: str = "train"
-    """Split of a hub data set."""
-    text_column: str = "text"
-    """Column that holds the text."""
-    streaming: bool = True
-    """Read a hub data set as it downloads."""
-    held_out_every: int = 10
-    """Each so many-th document is kept from training, for evaluation."""
-    training_pairs: int | None = None
-    """At most so many distinct pairs are trained on, again and again if need be; none takes the whole text."""
-    eval_pairs: int = 20_000
-    """At most so many held-out pairs are evaluated."""
-    context_size: int = 128
-    """Tokens in one context, in either model."""
-    store_batch_size_prompts: int = 16
-    """Contexts in one forward pass of the models."""
-    outlier_factor: float = 2.0
-    """A pair is left out when one of its norms is above this many times its model's running median."""
+    other_saes: list[CrosscoderTrainingConfig] = field(
+        default_factory=list, metadata={"cmd": False}
+    )
+    """More crosscoders to train on the same batches, each saved in a folder of its own; in a --config file `sae` is then
+    a list. The i-th is initialised with seed + i, so the same settings twice are two seeds."""
+    cache_path: str | None = None
+    """Folder that `sae-lens-dfc cache` wrote: train on its rows, and run no model."""
+    cache_window_shards: int = 16
+    """Shards of the cache among which rows are shuffled."""
     keep_in_memory: bool = False
     """Keep the activations of the first pass, all of them, and train further passes from those; false runs the models
     again."""
@@ -108,56 +93,83 @@ class CrosscoderRunnerConfig:
     """Steps over which firing rates are counted."""
     autocast: bool = False
     """Train in bfloat16 where torch deems it safe."""
+    compile_sae: bool = False
+    """Compile the crosscoder's training step with torch.compile."""
+    sae_compilation_mode: str | None = None
+    """Mode of torch.compile for the crosscoder."""
     device: str = "cpu"
     """Device of the crosscoder."""
-    seed: int = 42
-    """Seed of the initial weights and of the shuffle."""
 
     output_path: str | None = None
     """Folder for the trained crosscoder; none saves nothing."""
     overwrite: bool = False
     """Replace what the output folder holds."""
+    resume: bool = False
+    """Go on from the last checkpoint, exactly as if training had not been stopped; from the beginning if there is none."""
     n_checkpoints: int = 0
-    """Checkpoints during training."""
+    """Checkpoints during training, evenly spaced; the last two are kept."""
     checkpoint_path: str | None = None
     """Folder for checkpoints."""
     logger: LoggingConfig = field(default_factory=_no_wandb)
     """Logging to Weights & Biases, off unless asked for."""
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}.")
+        super().__post_init__()
+        require_positive(self, POSITIVE)
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={self.device!r} is not here: {first_line(error)}") from error
-        if self.held_out_every < 2:
-            raise ValueError(
-                f"held_out_every must be at least 2, got {self.held_out_every}: 1 would leave nothing to train on."
-            )
-        if self.context_size < 2:
-            raise ValueError(f"context_size must be at least 2, got {self.context_size}.")
         if self.training_tokens < self.train_batch_size_tokens:
             raise ValueError(
                 f"training_tokens={self.training_tokens} is less than one batch "
                 f"(train_batch_size_tokens={self.train_batch_size_tokens})."
             )
-        if self.test_at and not isinstance(self.sae, DFCTrainingCrosscoderConfig):
+        if self.test_at and not any(
+            isinstance(s, DFCTrainingCrosscoderConfig) for s in self.all_saes
+        ):
             raise ValueError(
                 f"test_at={self.test_at} is for a dfc, and this is a {self.sae.architecture()}: it has no exclusive "
                 "latents to test."
             )
-        steps = self.training_steps
-        late = [step for step in getattr(self.sae, "test_steps", []) if step >= steps]
+        late = [step for step in self.test_steps if step >= self.training_steps]
         if late:
             raise ValueError(
-                f"sae.test_steps={late} never come: training has {steps} steps (training_tokens / "
+                f"sae.test_steps={late} never come: training has {self.training_steps} steps (training_tokens / "
                 "train_batch_size_tokens). Test earlier, or train longer."
             )
         if self.n_checkpoints > 0 and self.checkpoint_path is None:
             raise ValueError(f"n_checkpoints={self.n_checkpoints} needs a checkpoint_path.")
+        if self.resume and self.checkpoint_path is None:
+            raise ValueError(
+                "resume needs a checkpoint_path: the one of the training to go on with."
+            )
+
+    @property
+    def all_saes(self) -> list[CrosscoderTrainingConfig]:
+        return [self.sae, *self.other_saes]
+
+    @property
+    def saes(self) -> dict[str, CrosscoderTrainingConfig]:
+        """The crosscoders by name: "crosscoder" when there is one, else number and architecture."""
+        if not self.other_saes:
+            return {"crosscoder": self.sae}
+        return {f"{i}_{sae.architecture()}": sae for i, sae in enumerate(self.all_saes)}
+
+    def of_one(self, name: str) -> "CrosscoderRunnerConfig":
+        """The settings of a training of that crosscoder alone."""
+        return replace(self, sae=self.saes[name], other_saes=[])
+
+    @property
+    def test_steps(self) -> list[int]:
+        """The steps at which any of the crosscoders is tested."""
+        steps = {
+            step
+            for sae in self.all_saes
+            if isinstance(sae, DFCTrainingCrosscoderConfig)
+            for step in sae.test_steps
+        }
+        return sorted(steps)
 
     @property
     def training_steps(self) -> int:
@@ -171,12 +183,13 @@ class CrosscoderRunnerConfig:
     @property
     def counting_window(self) -> int:
         """SAELens' `feature_sampling_window`; firing is counted anew after the last test, which may move latents."""
-        tests = getattr(self.sae, "test_steps", [])
+        tests = self.test_steps
         return tests[-1] if tests else self.feature_sampling_window
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON."""
-        return {**asdict(self), "sae": self.sae.to_dict()}
+        others = [sae.to_dict() for sae in self.other_saes]
+        return {**asdict(self), "sae": self.sae.to_dict(), "other_saes": others}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CrosscoderRunnerConfig":
@@ -185,13 +198,14 @@ class CrosscoderRunnerConfig:
         Raises:
             TypeError: There is a setting that this version does not know.
         """
-        sae_class = get_sae_training_class(values["sae"]["architecture"])[1]
         parsed: dict[str, Any] = {
             **values,
-            "sae": sae_class.from_dict(values["sae"]),
+            "sae": _sae_from_dict(values["sae"]),
+            "other_saes": [_sae_from_dict(sae) for sae in values["other_saes"]],
             "model_a": ModelConfig(**values["model_a"]),
             "model_b": ModelConfig(**values["model_b"]),
             "logger": LoggingConfig(**values["logger"]),
+            "sources": [SourceConfig(**source) for source in values["sources"]],
         }
         return cls(**parsed)
 

@@ -1,29 +1,124 @@
-"""A pair of models and a text, as a configuration says: what to train on and what to hold out."""
+"""A pair of models and its text, as a configuration says: what to train on and what to hold out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.activations import (
-    PairCounts,
-    PairedRows,
-    aligned_contexts,
-    paired_activations,
-)
-from sae_lens_dfc.alignment import Segment
+from sae_lens_dfc.activations import Bookmark, PairedRows, paired_activations
+from sae_lens_dfc.contexts import ContextStream, PairCounts, Part, in_order
+from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.texts import held_out, load_texts, training_part
-from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.segments import Segments
+from sae_lens_dfc.sources import Source, SourceConfig
+
+POSITIVE = ("training_pairs", "eval_pairs", "store_batch_size_prompts", "outlier_factor", "n_ranks")
+
+
+@dataclass
+class DataConfig:
+    """Two models and the text they read: what training and caching have in common.
+
+    Raises:
+        ValueError: A number is out of its range; the message names it.
+    """
+
+    model_a: ModelConfig = field(default_factory=ModelConfig)
+    """The first model."""
+    model_b: ModelConfig = field(default_factory=ModelConfig)
+    """The second model."""
+
+    dataset_path: str = "cpython-docs"
+    """Hub name, file (.txt, .jsonl, .csv, .parquet), folder written by save_to_disk, or cpython-docs, which ships with Python."""
+    dataset_name: str | None = None
+    """Configuration of a hub data set."""
+    dataset_split: str = "train"
+    """Split of a hub data set."""
+    text_column: str | None = None
+    """Column that holds text, chat messages or token ids; none takes the usual one that is there."""
+    streaming: bool = True
+    """Read a hub data set as it downloads."""
+    sources: list[SourceConfig] = field(default_factory=list, metadata={"cmd": False})
+    """Several data sets with weights, in place of the one that dataset_path names; in a --config file only."""
+    held_out_every: int = 10
+    """Each so many-th document is kept from training, for evaluation."""
+    training_pairs: int | None = None
+    """At most so many distinct pairs are trained on, again and again if need be; none takes the whole text."""
+    eval_pairs: int = 20_000
+    """At most so many held-out pairs are evaluated."""
+    context_size: int = 128
+    """Tokens in one context, in either model."""
+    store_batch_size_prompts: int = 16
+    """Contexts of that size in one forward pass of the models; of shorter ones there are more."""
+    outlier_factor: float = 2.0
+    """A pair is left out when one of its norms is above this many times its model's running median."""
+    seed: int = 42
+    """Seed of the initial weights and of the shuffle."""
+    n_ranks: int = 1
+    """Processes that share the text between them; torchrun sets it."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, POSITIVE)
+        if self.held_out_every < 2:
+            raise ValueError(
+                f"held_out_every must be at least 2, got {self.held_out_every}: 1 would leave nothing to train on."
+            )
+        if self.context_size < 2:
+            raise ValueError(f"context_size must be at least 2, got {self.context_size}.")
+
+    @property
+    def all_sources(self) -> list[SourceConfig]:
+        """The data sets to read: `sources`, or the one of the flat fields."""
+        flat = SourceConfig(
+            self.dataset_path,
+            text_column=self.text_column,
+            dataset_name=self.dataset_name,
+            dataset_split=self.dataset_split,
+            streaming=self.streaming,
+        )
+        return self.sources or [flat]
+
+
+def require_positive(cfg: object, names: Sequence[str]) -> None:
+    """Raise ValueError for the first of these settings that is set and not above 0."""
+    for name in names:
+        value = getattr(cfg, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value}.")
+
+
+def open_pair(cfg: DataConfig) -> ModelPair:
+    """Open the two models that `cfg` names.
+
+    Raises:
+        ValueError: One of them cannot be opened, or does not fit.
+    """
+    return ModelPair.load(cfg.model_a, cfg.model_b)
+
+
+class Collected(NamedTuple):
+    """A part of the text in memory, with what became of it."""
+
+    rows: list[PairedRows]
+    contexts: list[Segments]
+    """By the number that the rows name."""
+    counts: PairCounts
 
 
 class PairedText:
     """The text of `cfg`, read by both models of `pair`.
 
+    Args:
+        cfg: What to read.
+        pair: The two models.
+        rank: Which of the `n_ranks` processes this is, when it reads its share of the text only.
+
     Raises:
         ValueError: The text cannot be read, has no such column, or its contexts are too long for a model.
     """
 
-    def __init__(self, cfg: CrosscoderRunnerConfig, pair: ModelPair):
+    def __init__(self, cfg: DataConfig, pair: ModelPair, rank: int | None = None):
         self.cfg = cfg
         self.pair = pair
         for model in (pair.a, pair.b):
@@ -32,58 +127,43 @@ class PairedText:
                     f"context_size={cfg.context_size} is more than model {model.name!r} can read ({model.n_ctx} "
                     "tokens). Lower context_size."
                 )
-        self.texts = load_texts(
-            cfg.dataset_path, cfg.text_column, cfg.dataset_split, cfg.streaming, cfg.dataset_name
+        # Which documents are held out was decided within each process's share: all shares together are the text.
+        self.ranks = range(cfg.n_ranks) if rank is None else [rank]
+        self.sources = [
+            Source.open(source, r, cfg.n_ranks) for source in cfg.all_sources for r in self.ranks
+        ]
+
+    def stream(self, part: Part) -> ContextStream:
+        """The contexts of a part of the text, as many as `training_pairs` or `eval_pairs` need."""
+        cfg = self.cfg
+        n_pairs = cfg.eval_pairs
+        if part == "training":
+            n_pairs = cfg.training_pairs and -(-cfg.training_pairs * len(self.ranks) // cfg.n_ranks)
+        return ContextStream(
+            self.pair,
+            self.sources,
+            cfg.context_size,
+            cfg.store_batch_size_prompts,
+            part,
+            cfg.held_out_every,
+            n_pairs,
+            cfg.seed,
         )
-
-    def training_contexts(self, counts: PairCounts) -> Iterator[list[Segment]]:
-        """The contexts of the training text, as many as `training_pairs` need."""
-        texts = training_part(self.texts, self.cfg.held_out_every)
-        contexts = aligned_contexts(self.pair, texts, self.cfg.context_size, counts)
-        n_pairs = self.cfg.training_pairs
-        return contexts if n_pairs is None else take_pairs(contexts, n_pairs)
-
-    def held_out_contexts(self, counts: PairCounts) -> Iterator[list[Segment]]:
-        """The contexts kept from training, as many as `eval_pairs` need."""
-        texts = held_out(self.texts, self.cfg.held_out_every)
-        contexts = aligned_contexts(self.pair, texts, self.cfg.context_size, counts)
-        return take_pairs(contexts, self.cfg.eval_pairs)
-
-    def all_contexts(self, counts: PairCounts) -> Iterator[list[Segment]]:
-        """The contexts of all of the text, as many as `eval_pairs` need: for a text that was not trained on."""
-        contexts = aligned_contexts(self.pair, self.texts, self.cfg.context_size, counts)
-        return take_pairs(contexts, self.cfg.eval_pairs)
 
     def rows(
-        self, contexts: Iterable[Sequence[Segment]], counts: PairCounts
+        self, part: Part, counts: PairCounts, start: Bookmark | None = None
     ) -> Iterator[PairedRows]:
-        """Both models' activations at these contexts."""
-        return paired_activations(
-            self.pair,
-            contexts,
-            counts,
-            self.cfg.store_batch_size_prompts,
-            self.cfg.outlier_factor,
+        """Both models' activations at a part of the text, from a place on."""
+        place = None if start is None else start.values["text"]
+        batches = self.stream(part).batches(counts, place)
+        return paired_activations(self.pair, batches, counts, self.cfg.outlier_factor, start)
+
+    def collect(self, part: Part, name: str) -> Collected:
+        """Both models' activations at a part of the text, in memory, under a progress bar."""
+        counts = PairCounts()
+        batches = list(self.stream(part).batches(counts))
+        rows = paired_activations(self.pair, batches, counts, self.cfg.outlier_factor)
+        bar = tqdm(rows, name, len(batches), unit=" batches")
+        return Collected(
+            [r._replace(acts=r.acts.cpu(), contexts=()) for r in bar], in_order(batches), counts
         )
-
-    def collect(
-        self, contexts: Sequence[Sequence[Segment]], counts: PairCounts, name: str
-    ) -> list[PairedRows]:
-        """Both models' activations at these contexts, in memory, under a progress bar."""
-        n_batches = -(-len(contexts) // self.cfg.store_batch_size_prompts)
-        bar = tqdm(self.rows(contexts, counts), name, n_batches, unit=" batches")
-        return [rows._replace(acts=rows.acts.cpu()) for rows in bar]
-
-
-def take_pairs(contexts: Iterable[list[Segment]], n_pairs: int) -> Iterator[list[Segment]]:
-    """The first contexts that hold `n_pairs` pairs between them, the last one cut short.
-
-    >>> contexts = [[Segment((), ())] * 4, [Segment((), ())] * 4]
-    >>> [len(context) - 1 for context in take_pairs(contexts, n_pairs=5)]
-    [3, 2]
-    """
-    for context in contexts:
-        if n_pairs <= 0:
-            return
-        yield context[: n_pairs + 1]
-        n_pairs -= len(context) - 1

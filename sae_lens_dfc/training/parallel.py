@@ -1,4 +1,4 @@
-"""SAELens' trainer on several ranks: gradients are averaged, counts are everyone's, and rank 0 alone saves."""
+"""SAELens' trainer on several ranks: gradients are averaged, and counts are everyone's."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from sae_lens_dfc import ranks
 
 
 def for_this_rank(cfg: SAETrainerConfig) -> SAETrainerConfig:
-    """The trainer's settings on this rank: those of the whole training, but rank 0 alone logs and saves.
+    """The trainer's settings on this rank: those of the whole training, but rank 0 alone logs.
 
     `train_batch_size_samples` stays the batch of all ranks together and `total_training_samples` the samples
     of all, so that the schedules, the firing rates and what is written down are those of one process.
@@ -37,13 +37,7 @@ def for_this_rank(cfg: SAETrainerConfig) -> SAETrainerConfig:
         )
     if ranks.rank() == 0:
         return cfg
-    return replace(
-        cfg,
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
-        logger=replace(cfg.logger, log_to_wandb=False),
-    )
+    return replace(cfg, logger=replace(cfg.logger, log_to_wandb=False))
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""The recipe, read top to bottom: two models and text in, a trained crosscoder out."""
+"""The recipe, read top to bottom: two models and text in, trained crosscoders out."""
 
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -14,27 +15,45 @@ import torch
 import wandb
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import get_sae_training_class
-from sae_lens.training.prefetch import PrefetchingIterator
-from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.activations import PairCounts, PairedRows
-from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
-from sae_lens_dfc.crosscoders.dfc import exclusivity_tests
+from sae_lens_dfc import ranks
+from sae_lens_dfc.activations import Bookmark, Marked, PairedRows
+from sae_lens_dfc.cache import PairedActivationsCache
+from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
+from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivity_tests
 from sae_lens_dfc.evaluate import HeldOutEvaluator
+from sae_lens_dfc.manifest import first_difference
 from sae_lens_dfc.output import all_or_nothing, check_output
 from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.provider import epochs, shuffled_batches
+from sae_lens_dfc.provider import Batches, epochs, epochs_in_memory, shuffled
+from sae_lens_dfc.training.caching import with_cache
+from sae_lens_dfc.training.checkpoint import checkpoints, load_place
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.training.data import PairedText, open_pair
+from sae_lens_dfc.training.parallel import data_parallel, for_this_rank
+from sae_lens_dfc.training.trainer import CrosscoderTrainer
 
 logger = logging.getLogger(__name__)
 
+# What may differ between a training and its resumption: none of it changes a batch or a weight.
+MAY_CHANGE = (
+    "resume",
+    "overwrite",
+    "output_path",
+    "checkpoint_path",
+    "logger",
+    "prefetch_llm_batches",
+)
+
+Crosscoders = dict[str, TrainingCrosscoder[Any]]
+
 
 class CrosscoderTrainingRunner:
-    """Trains a crosscoder on two models and one text.
+    """Trains a crosscoder, or several at once, on two models and one text.
 
     Args:
         cfg: All settings.
@@ -42,7 +61,7 @@ class CrosscoderTrainingRunner:
         override_rows: Activations already computed, in place of running the models.
 
     Raises:
-        ValueError: Something in the configuration does not fit the models, the text or the output folder.
+        ValueError: Something in the configuration does not fit the models, the text, the cache or the output folder.
     """
 
     def __init__(
@@ -53,9 +72,20 @@ class CrosscoderTrainingRunner:
     ):
         if cfg.output_path is not None:
             check_output(cfg.output_path, cfg.overwrite)
-        self.pair = override_pair or ModelPair.load(cfg.model_a, cfg.model_b)
-        self.cfg = with_models(cfg, self.pair)
-        if override_rows is None:
+        self.cache: PairedActivationsCache | None = None
+        if cfg.cache_path is not None:
+            self.cache = PairedActivationsCache(cfg.cache_path)
+            cfg = with_cache(cfg, self.cache)
+        elif cfg.n_ranks != ranks.world_size():
+            raise ValueError(
+                f"n_ranks={cfg.n_ranks}, and {ranks.world_size()} processes are here. Leave it to torchrun."
+            )
+        self._cfg_as_given = cfg
+        self._override_pair = override_pair
+        self.models = self.cache.models if self.cache else self.pair.describe()
+        """What is known of the two models."""
+        self.cfg = with_models(cfg, self.models)
+        if override_rows is None and self.cache is None:
             _ = self.data  # raises when the text does not fit
         self.counts = PairCounts()
         """What became of the training text, counted once however often it is repeated."""
@@ -63,123 +93,247 @@ class CrosscoderTrainingRunner:
         self._is_text_counted = False
 
     @cached_property
+    def pair(self) -> ModelPair:
+        """The two models; training on a cache does not open them."""
+        return self._override_pair or open_pair(self._cfg_as_given)
+
+    @cached_property
     def data(self) -> PairedText:
-        """The text; rows already computed do not open it again."""
-        return PairedText(self.cfg, self.pair)
+        """The text that this process reads; rows already computed do not open it."""
+        return PairedText(self.cfg, self.pair, ranks.rank())
 
     def run(self) -> TrainingCrosscoder[Any]:
-        """Train, save if `output_path` is set, and return the crosscoder in eval mode."""
+        """Train, save if `output_path` is set, and return the crosscoder in eval mode.
+
+        Raises:
+            ValueError: There are several: `run_all` returns them.
+        """
+        if self.cfg.other_saes:
+            raise ValueError(f"{len(self.cfg.saes)} crosscoders are configured. Call run_all().")
+        (only,) = self.run_all().values()
+        return only
+
+    def run_all(self) -> Crosscoders:
+        """Train all crosscoders on the same batches, save each if `output_path` is set, and return them by name."""
         cfg = self.cfg
         self.counts, self._is_text_counted = PairCounts(), False
-        torch.manual_seed(cfg.seed)
-        architecture = cfg.sae.architecture()
-        crosscoder = get_sae_training_class(architecture)[0](cfg.sae)
-        assert isinstance(crosscoder, TrainingCrosscoder)
-        crosscoder.to(cfg.device)
-        self._set_metadata(crosscoder)
+        crosscoders = {
+            name: self._new(sae, cfg.seed + i) for i, (name, sae) in enumerate(cfg.saes.items())
+        }
         # Before the batches: their thread runs the models too, and hooks are not made for two threads.
         evaluator = self._evaluator()
-        batches = shuffled_batches(
-            epochs(self.training_rows, cfg.keep_in_memory),
-            batch_size=cfg.train_batch_size_tokens,
-            buffer_size=cfg.n_batches_in_buffer * cfg.train_batch_size_tokens,
-            mix_fraction=cfg.activations_mixing_fraction,
-            prefetch=cfg.prefetch_llm_batches,
-        )
+        checkpoint = self._checkpoint()
+        start = None if checkpoint is None else self._read_place(checkpoint)
+        batches = Batches(self._marked_batches(start), cfg.prefetch_llm_batches, start)
         try:
-            n_batches = cfg.n_batches_for_norm_estimate
-            sample = tqdm(islice(batches, n_batches), "Estimating scales", n_batches, leave=False)
-            crosscoder.fit_normalization(torch.cat(list(sample)).to(cfg.device))
-            trainer = SAETrainer(
-                cfg=cfg.to_sae_trainer_config(),
-                sae=crosscoder,
-                data_provider=batches,
-                evaluator=evaluator,
+            if checkpoint is None:
+                self._fit_normalization(crosscoders, batches)
+            trainer = CrosscoderTrainer(
+                for_this_rank(cfg.to_sae_trainer_config()),
+                crosscoders,
+                batches,
+                lambda: {"cfg": cfg.to_dict(), "counts": self.counts.to_dict()},
+                evaluator,
             )
             self._start_wandb()
-            trainer.fit()
+            with ExitStack() as open_trainers:
+                for one in trainer.trainers.values():
+                    self._compile(one.sae)
+                    open_trainers.enter_context(data_parallel(one))
+                if checkpoint is not None:
+                    trainer.resume(checkpoint)
+                trainer.fit()
         finally:
-            if isinstance(batches, PrefetchingIterator):
-                batches.close()
-            if cfg.logger.log_to_wandb:
+            batches.close()
+            if self._logs:
                 wandb.finish()
-        crosscoder.eval()
-        n_samples = trainer.n_training_samples
-        n_pairs = min(n_samples, self.counts.pairs)  # a batch made ahead may not have been used
-        crosscoder.cfg.metadata.samples_trained, crosscoder.cfg.metadata.pairs_trained = (
-            n_samples,
-            n_pairs,
-        )
-        logger.info("Trained on %d samples of %d distinct pairs", n_samples, n_pairs)
-        if cfg.output_path is not None:
-            with all_or_nothing(cfg.output_path) as folder:
-                self._save(crosscoder, trainer.log_feature_sparsity, folder)
+        self._finish(crosscoders, trainer)
+        return crosscoders
+
+    # --- before training ---
+
+    def _new(self, sae: CrosscoderTrainingConfig, seed: int) -> TrainingCrosscoder[Any]:
+        torch.manual_seed(seed)
+        crosscoder = get_sae_training_class(sae.architecture())[0](sae)
+        assert isinstance(crosscoder, TrainingCrosscoder)
+        crosscoder.to(self.cfg.device)
+        metadata = crosscoder.cfg.metadata
+        a, b = self.models["model_a"], self.models["model_b"]
+        metadata.model_a, metadata.model_b = a, b
+        metadata.model_name = f"{a['model_name']} x {b['model_name']}"
+        metadata.hook_name = f"{a['hook_name']} x {b['hook_name']}"
+        metadata.dataset_path = ", ".join(source.dataset_path for source in self.cfg.all_sources)
+        metadata.context_size = self.cfg.context_size
         return crosscoder
 
-    def training_rows(self) -> Iterator[PairedRows]:
-        """One pass over the training text."""
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, if that is asked for and there is one."""
+        if not self.cfg.resume or self.cfg.checkpoint_path is None:
+            return None
+        found = checkpoints(Path(self.cfg.checkpoint_path))
+        if not found:
+            logger.info(
+                "No checkpoint in %s: training starts at its beginning", self.cfg.checkpoint_path
+            )
+            return None
+        logger.info("Training goes on from %s", found[-1])
+        return found[-1]
+
+    def _read_place(self, checkpoint: Path) -> Bookmark | None:
+        place, values = load_place(checkpoint)
+        was, now = values["cfg"], json.loads(json.dumps(self.cfg.to_dict()))
+        for name in MAY_CHANGE:
+            was[name] = now[name] = None
+        difference = first_difference(was, now)
+        if difference:
+            raise ValueError(
+                f"Checkpoint {checkpoint} is of another training: {difference}. Resume with the settings it was begun "
+                "with, or name another checkpoint_path."
+            )
+        self.counts.load(values["counts"])
+        self._is_text_counted = (
+            place is not None and place.values.get("rows", {}).get("epoch", 0) > 0
+        )
+        return place
+
+    def _fit_normalization(self, crosscoders: Crosscoders, batches: Batches) -> None:
+        n_batches = self.cfg.n_batches_for_norm_estimate
+        sample = tqdm(islice(batches, n_batches), "Estimating scales", n_batches, leave=False)
+        acts = torch.cat(list(sample)).to(self.cfg.device)
+        for crosscoder in crosscoders.values():
+            crosscoder.fit_normalization(acts)
+
+    def _compile(self, crosscoder: TrainingCrosscoder[Any]) -> None:
+        if self.cfg.compile_sae:
+            crosscoder.training_forward_pass = torch.compile(
+                crosscoder.training_forward_pass, mode=self.cfg.sae_compilation_mode
+            )
+
+    # --- the data ---
+
+    def _marked_batches(self, start: Bookmark | None) -> Iterator[Marked]:
+        cfg = self.cfg
+        batch_size = cfg.train_batch_size_tokens // ranks.world_size()
+        if self.cache is not None:
+            return self.cache.batches(
+                batch_size,
+                cfg.seed,
+                cfg.cache_window_shards,
+                start,
+                share=(ranks.rank(), ranks.world_size()),
+            )
+        in_memory = cfg.keep_in_memory or self._rows is not None
+        repeat = epochs_in_memory if in_memory else epochs
+        return shuffled(
+            lambda place: repeat(self.training_rows, place),
+            batch_size,
+            cfg.n_batches_in_buffer * batch_size,
+            cfg.activations_mixing_fraction,
+            cfg.seed,
+            start,
+        )
+
+    def training_rows(self, start: Bookmark | None = None) -> Iterator[PairedRows]:
+        """One pass over the training text, from a place on."""
         if self._rows is not None:
             self.counts.pairs = sum(len(rows.acts) for rows in self._rows)
             return iter(self._rows)
         counts = PairCounts() if self._is_text_counted else self.counts
         self._is_text_counted = True
-        return self.data.rows(self.data.training_contexts(counts), counts)
+        return self.data.rows("training", counts, start)
 
-    def _set_metadata(self, crosscoder: TrainingCrosscoder[Any]) -> None:
-        metadata = crosscoder.cfg.metadata
-        for name, value in self.pair.describe().items():
-            metadata[name] = value
-        metadata.model_name = f"{self.pair.a.name} x {self.pair.b.name}"
-        metadata.hook_name = f"{self.pair.a.hook_name} x {self.pair.b.hook_name}"
-        metadata.dataset_path = self.cfg.dataset_path
-        metadata.context_size = self.cfg.context_size
+    # --- logging and saving ---
+
+    @property
+    def _logs(self) -> bool:
+        return self.cfg.logger.log_to_wandb and ranks.rank() == 0
 
     def _evaluator(self) -> HeldOutEvaluator | None:
-        if not self.cfg.logger.log_to_wandb:
+        if not self._logs:
             return None
-        counts = PairCounts()
-        contexts = list(self.data.held_out_contexts(counts))
-        rows = self.data.collect(contexts, counts, "Held-out activations")
-        return HeldOutEvaluator([batch.acts for batch in rows])
+        held_out = PairedText(self.cfg, self.pair).collect("held_out", "Held-out activations")
+        return HeldOutEvaluator([rows.acts for rows in held_out.rows])
 
     def _start_wandb(self) -> None:
         log = self.cfg.logger
-        if log.log_to_wandb:
+        if self._logs:
             wandb.init(
                 project=log.wandb_project,
                 entity=log.wandb_entity,
                 config=self.cfg.to_dict(),
                 name=log.run_name,
                 id=log.wandb_id,
+                resume="allow" if self.cfg.resume else None,
             )
 
+    def _finish(self, crosscoders: Crosscoders, trainer: CrosscoderTrainer) -> None:
+        n_samples = trainer.n_training_samples
+        n_pairs = len(self.cache) if self.cache else self._total(self.counts.pairs)
+        n_pairs = min(n_samples, n_pairs)  # a batch made ahead may not have been used
+        for crosscoder in crosscoders.values():
+            crosscoder.eval()
+            metadata = crosscoder.cfg.metadata
+            metadata.samples_trained, metadata.pairs_trained = n_samples, n_pairs
+        logger.info("Trained on %d samples of %d distinct pairs", n_samples, n_pairs)
+        if self.cfg.output_path is None or ranks.rank() > 0:
+            return
+        with all_or_nothing(self.cfg.output_path) as folder:
+            for name, crosscoder in crosscoders.items():
+                # One run fills the folder; of several, each has a folder in it that is a run of its own.
+                own = folder / name if len(crosscoders) > 1 else folder
+                sparsity = trainer.trainers[name].log_feature_sparsity
+                self._save(crosscoder, self.cfg.of_one(name), sparsity, own)
+
     def _save(
-        self, crosscoder: TrainingCrosscoder[Any], log_feature_sparsity: Tensor, folder: Path
+        self,
+        crosscoder: TrainingCrosscoder[Any],
+        cfg: CrosscoderRunnerConfig,
+        log_feature_sparsity: Tensor,
+        folder: Path,
     ) -> None:
         crosscoder.save_inference_model(folder)
         save_file({"sparsity": log_feature_sparsity}, folder / SPARSITY_FILENAME)
-        (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict(), indent=2))
+        (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict(), indent=2))
+
+    def _total(self, n: int) -> int:
+        return int(ranks.total(torch.tensor(n, device=self.cfg.device)))
 
 
-def with_models(cfg: CrosscoderRunnerConfig, pair: ModelPair) -> CrosscoderRunnerConfig:
+def with_models(
+    cfg: CrosscoderRunnerConfig, models: dict[str, dict[str, Any]]
+) -> CrosscoderRunnerConfig:
     """The same settings with the models' hooks, their widths where they are 0, and the steps of the tests.
+
+    Args:
+        cfg: Settings.
+        models: `ModelPair.describe()`, or what a cache says of its models.
 
     Raises:
         ValueError: A width is set, but is not the model's.
     """
-    for which, model in (("a", pair.a), ("b", pair.b)):
-        said = getattr(cfg.sae, f"d_{which}")
-        if said not in (0, model.d_model):
-            raise ValueError(
-                f"sae.d_{which}={said}, but hook {model.hook_name!r} of model {model.name!r} is {model.d_model} wide. "
-                f"Set d_{which}={model.d_model}, or leave it out."
-            )
-    # Training writes into the metadata: a copy, or two runs from one configuration would name each other's models.
-    metadata = deepcopy(cfg.sae.metadata)
-    tests = exclusivity_tests(cfg.test_at, cfg.training_steps) if cfg.test_at else {}
+    first, *others = [_with_models(sae, cfg, models) for sae in cfg.all_saes]
     return replace(
         cfg,
-        sae=replace(cfg.sae, d_in=0, d_a=pair.d_a, d_b=pair.d_b, metadata=metadata, **tests),
-        model_a=replace(cfg.model_a, hook_name=pair.a.hook_name),
-        model_b=replace(cfg.model_b, hook_name=pair.b.hook_name),
+        sae=first,
+        other_saes=others,
+        model_a=replace(cfg.model_a, hook_name=models["model_a"]["hook_name"]),
+        model_b=replace(cfg.model_b, hook_name=models["model_b"]["hook_name"]),
     )
+
+
+def _with_models(
+    sae: CrosscoderTrainingConfig, cfg: CrosscoderRunnerConfig, models: dict[str, dict[str, Any]]
+) -> CrosscoderTrainingConfig:
+    widths: dict[str, int] = {}
+    for which in ("a", "b"):
+        said, model = getattr(sae, f"d_{which}"), models[f"model_{which}"]
+        widths[f"d_{which}"] = model["d_model"]
+        if said not in (0, model["d_model"]):
+            raise ValueError(
+                f"sae.d_{which}={said}, but hook {model['hook_name']!r} of model {model['model_name']!r} is "
+                f"{model['d_model']} wide. Set d_{which}={model['d_model']}, or leave it out."
+            )
+    is_tested = cfg.test_at and isinstance(sae, DFCTrainingCrosscoderConfig)
+    tests = exclusivity_tests(cfg.test_at, cfg.training_steps) if is_tested else {}
+    # Training writes into the metadata: a copy, or two runs from one configuration would name each other's models.
+    return replace(sae, d_in=0, metadata=deepcopy(sae.metadata), **widths, **tests)

@@ -32,7 +32,7 @@ from sae_lens_dfc import (
     DSFTrainingCrosscoderConfig,
     StandardTrainingCrosscoderConfig,
 )
-from sae_lens_dfc.activations import PairCounts
+from sae_lens_dfc.contexts import PairCounts, in_order
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.evaluate import evaluate
 from sae_lens_dfc.models import ModelConfig
@@ -149,8 +149,7 @@ def test_training_beats_the_untrained_crosscoder(
     cfg: CrosscoderRunnerConfig, pair: ModelPair
 ) -> None:
     runner = CrosscoderTrainingRunner(cfg, pair)
-    counts = PairCounts()
-    held = [r.acts for r in runner.data.rows(runner.data.held_out_contexts(counts), counts)]
+    held = [rows.acts for rows in runner.data.rows("held_out", PairCounts())]
     untrained = DFCTrainingCrosscoder(fresh(DFC))
     untrained.fit_normalization(torch.cat(held))
     before, _ = evaluate(untrained.to_inference(), held)
@@ -174,8 +173,8 @@ def test_the_same_seed_gives_the_same_weights(
 def test_no_held_out_document_is_trained_on(cfg: CrosscoderRunnerConfig, pair: ModelPair) -> None:
     data = CrosscoderTrainingRunner(cfg, pair).data
     counts = [PairCounts(), PairCounts()]
-    training = {tuple(c) for c in data.training_contexts(counts[0])}
-    held = {tuple(c) for c in data.held_out_contexts(counts[1])}
+    training = {tuple(c) for c in in_order(data.stream("training").batches(counts[0]))}
+    held = {tuple(c) for c in in_order(data.stream("held_out").batches(counts[1]))}
     assert (counts[0].texts, counts[1].texts) == (9, 3)
     assert held and not training & held
 
@@ -303,9 +302,12 @@ def test_wandb_gets_the_held_out_measures(
     log = LoggingConfig(log_to_wandb=True, wandb_log_frequency=5, eval_every_n_wandb_logs=2)
     CrosscoderTrainingRunner(replace(cfg, logger=log), pair).run()
     assert calls == ["init", "finish"]
-    assert {"held_out/explained_variance/a", "metrics/l0/a_exclusive", "losses/mse_loss_b"} <= set(
-        logged
-    )
+    # SAELens' trainer of several crosscoders puts each one's name in front, also when there is one.
+    assert {
+        "crosscoder/held_out/explained_variance/a",
+        "crosscoder/metrics/l0/a_exclusive",
+        "crosscoder/losses/mse_loss_b",
+    } <= set(logged)
 
 
 # --- SAELens' own runners, unmodified ---

@@ -1,0 +1,198 @@
+"""Where a training stands, all of it, on disk: written whole or not at all, and read without running anything."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lens_dfc import ranks
+from sae_lens_dfc.activations import Bookmark
+from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+
+TRAINER_FILENAME = "trainer_state.safetensors"
+KEPT = 2
+"""Checkpoints kept: if the machine dies while one is moved away, there is another."""
+
+COUNTERS = ("n_training_samples", "n_frac_active_samples", "started_fine_tuning")
+TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
+
+
+class State(NamedTuple):
+    """What one file of a checkpoint holds."""
+
+    values: dict[str, Any]
+    """What JSON can hold; its floats come back bit by bit."""
+    tensors: dict[str, Tensor]
+
+
+def save_state(path: Path, state: State) -> None:
+    """Write a state as safetensors, its values in the file's header."""
+    tensors = {name: x.detach().cpu().clone() for name, x in state.tensors.items()}
+    save_file(tensors, path, metadata={"values": json.dumps(state.values)})
+
+
+def load_state(path: Path) -> State:
+    """Read what `save_state` wrote.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            values = json.loads(file.metadata()["values"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"Checkpoint {path} cannot be read: {error} Remove its folder to resume from the one before."
+        ) from error
+    return State(values, tensors)
+
+
+# --- SAELens' trainer ---
+
+
+def trainer_state(trainer: SAETrainer[Any, Any]) -> State:
+    """Optimizer, schedules and counters of SAELens' trainer, which itself pickles them.
+
+    SAELens checkpoints before it counts the step that it has just made; here the step is counted.
+    """
+    optimizer = trainer.optimizer.state_dict()
+    values = {
+        **{name: getattr(trainer, name) for name in COUNTERS},
+        "n_training_steps": trainer.n_training_steps + 1,
+        "param_groups": optimizer["param_groups"],
+        "lr_scheduler": trainer.lr_scheduler.state_dict(),
+        "coefficients": {n: s.state_dict() for n, s in trainer.coefficient_schedulers.items()},
+    }
+    tensors = {name: getattr(trainer, name) for name in TENSORS}
+    for parameter, moments in optimizer["state"].items():
+        tensors |= {f"optimizer.{parameter}.{name}": x for name, x in moments.items()}
+    return State(values, tensors)
+
+
+def load_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
+    """Take over what `trainer_state` gave."""
+    values, tensors = state
+    for name in (*COUNTERS, "n_training_steps"):
+        setattr(trainer, name, values[name])
+    for name in TENSORS:
+        setattr(trainer, name, tensors[name].to(trainer.cfg.device))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        if name.startswith("optimizer."):
+            _, parameter, moment = name.split(".")
+            moments.setdefault(int(parameter), {})[moment] = x
+    trainer.optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
+    trainer.lr_scheduler.load_state_dict(values["lr_scheduler"])
+    for name, scheduler in values["coefficients"].items():
+        trainer.coefficient_schedulers[name].load_state_dict(scheduler)
+
+
+# --- a whole checkpoint ---
+
+
+def save_checkpoint(
+    folder: Path,
+    trainers: Mapping[str, SAETrainer[Any, Any]],
+    data: Bookmark | None,
+    values: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint and remove those before the last two.
+
+    Each crosscoder is in a folder of its own, in SAELens' form, with its trainer's state beside it. What
+    differs between processes, each writes to a file of its own.
+
+    Args:
+        folder: The checkpoint, a new folder named by the number of samples.
+        trainers: SAELens' trainers by name of crosscoder, at a step's end.
+        data: Where the batches stand.
+        values: What else is to be had again.
+    """
+    with _made_by_all(folder) as temporary:
+        if ranks.rank() == 0:
+            for name, trainer in trainers.items():
+                trainer.sae.save_model(temporary / name)
+                save_state(temporary / name / TRAINER_FILENAME, trainer_state(trainer))
+        own = _own_state(trainers, data)
+        save_state(temporary / _own_filename(), State({**own.values, **values}, own.tensors))
+    if ranks.rank() == 0:
+        for old in checkpoints(folder.parent)[:-KEPT]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]]) -> None:
+    """Put trainers, crosscoders and random numbers where a checkpoint says; the values it was saved with.
+
+    Raises:
+        ValueError: A file is missing or damaged.
+    """
+    for name, trainer in trainers.items():
+        state = load_state(folder / name / TRAINER_FILENAME)
+        trainer.sae.load_weights_from_checkpoint(folder / name)
+        load_trainer_state(trainer, state)
+    _, tensors = load_state(folder / _own_filename())
+    for name, trainer in trainers.items():
+        crosscoder: TrainingCrosscoder[Any] = trainer.sae
+        crosscoder.load_training_state(_under(f"crosscoder.{name}.", tensors))
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([*_under("random.cuda.", tensors).values()])
+
+
+def load_place(folder: Path) -> tuple[Bookmark | None, dict[str, Any]]:
+    """Where a checkpoint's batches stand on this rank, and the values it was saved with."""
+    values, tensors = load_state(folder / _own_filename())
+    data = values.pop("data")
+    return None if data is None else Bookmark(data, _under("data.", tensors)), values
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _own_state(trainers: Mapping[str, SAETrainer[Any, Any]], data: Bookmark | None) -> State:
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states = torch.cuda.get_rng_state_all()
+        tensors |= {f"random.cuda.{i:03d}": state for i, state in enumerate(states)}
+    for name, trainer in trainers.items():
+        crosscoder: TrainingCrosscoder[Any] = trainer.sae
+        for key, x in crosscoder.training_state().items():
+            tensors[f"crosscoder.{name}.{key}"] = x
+    if data is not None:
+        tensors |= {f"data.{name}": x for name, x in data.tensors.items()}
+    return State({"data": None if data is None else data.values}, tensors)
+
+
+def _own_filename() -> str:
+    return f"rank-{ranks.rank():05d}.safetensors"
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+
+
+@contextmanager
+def _made_by_all(folder: Path) -> Iterator[Path]:
+    """A temporary folder for all ranks to write into, which takes its name when all have."""
+    temporary = folder.with_name(f".{folder.name}.new")
+    if ranks.rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    ranks.wait()
+    yield temporary
+    ranks.wait()
+    if ranks.rank() == 0:
+        temporary.rename(folder)
+    ranks.wait()
