@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-dfc demo | train | align | evaluate | report | generate | benchmark`.
+"""The command line: `sae-lens-dfc demo | train | cache | align | evaluate | report | generate | benchmark`.
 
 What a person reads goes to standard output, progress and logs to standard error. A failure is one
 line and exit status 1, wrong usage 2.
@@ -8,13 +8,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from simple_parsing import (
@@ -27,7 +26,9 @@ from simple_parsing import (
 )
 
 import sae_lens_dfc  # noqa: F401  (registers the architectures)
+from sae_lens_dfc import ranks
 from sae_lens_dfc.alignment import REASONS, Coverage, align
+from sae_lens_dfc.arguments import parsed_with_lists, with_files
 from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
 from sae_lens_dfc.benchmark.tables import plot, spread, tables
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
@@ -44,12 +45,14 @@ from sae_lens_dfc.measured_run import (
 )
 from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.output import is_made
 from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.recipes import RECIPES, find_recipe, flattened
+from sae_lens_dfc.recipes import RECIPES
 from sae_lens_dfc.report import measures_table, render_report, text_table
 from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
+from sae_lens_dfc.training.caching import CacheConfig, cache_activations
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import Collected, PairedText
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
@@ -61,7 +64,7 @@ ARCHITECTURES: dict[str, Any] = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainOptions(CrosscoderRunnerConfig):
     """Train a crosscoder on two models and save it."""
 
@@ -69,6 +72,18 @@ class TrainOptions(CrosscoderRunnerConfig):
     """The crosscoder."""
     output_path: str | None = "runs/crosscoder"
     """Folder for the trained crosscoder."""
+    n_checkpoints: int = 10
+    """Checkpoints during training, evenly spaced; the last two are kept."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_path is None and self.output_path is not None:
+            self.checkpoint_path = f"{self.output_path.rstrip('/')}-checkpoints"
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
+class CacheOptions(CacheConfig):
+    """Run two models over a text once and keep their activations, for `train --cache-path`."""
 
 
 @dataclass
@@ -147,9 +162,29 @@ def demo(options: DemoConfig) -> None:
 
 
 def train(options: TrainOptions) -> None:
-    """Train and save."""
-    CrosscoderTrainingRunner(options).run()
-    _say(f"Crosscoder: {options.output_path}")
+    """Train and save, with the other processes if torchrun started any."""
+    output = options.output_path
+    if options.resume and output is not None and is_made(output):
+        _say(f"Crosscoder: {output} (it was finished already)")
+        return
+    with ranks.process_group(options.device) as device:
+        cfg = replace(options, device=device, n_ranks=ranks.world_size())
+        trained = CrosscoderTrainingRunner(cfg).run_all()
+        if ranks.rank() == 0:
+            folders = [output] if len(trained) == 1 else [f"{output}/{name}" for name in trained]
+            _say("\n".join(f"Crosscoder: {folder}" for folder in folders))
+
+
+def cache(options: CacheOptions) -> None:
+    """Write a cache, with the other processes if torchrun started any."""
+    with ranks.process_group(options.model_a.device.partition(":")[0]):
+        cached = cache_activations(replace(options, n_ranks=ranks.world_size()))
+        if ranks.rank() == 0:
+            counts = cached.manifest["counts"]["coverage"]
+            _say(f"Cache: {cached.folder}, {len(cached):,} rows of {cached.d_a} + {cached.d_b}")
+            _say(
+                f"Paired: {counts['coverage_a']:.1%} of A's tokens, {counts['coverage_b']:.1%} of B's"
+            )
 
 
 def align_texts(options: AlignOptions) -> None:
@@ -288,11 +323,18 @@ def _moved(model: ModelConfig, name: str | None, device: str | None) -> ModelCon
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (DemoConfig, demo),
     "train": (TrainOptions, train),
+    "cache": (CacheOptions, cache),
     "align": (AlignOptions, align_texts),
     "evaluate": (EvaluateOptions, evaluate_run),
     "report": (ReportOptions, write_report),
     "generate": (GenerateOptions, write_answers),
     "benchmark": (BenchmarkOptions, benchmark),
+}
+
+
+TAKE_RECIPES = {
+    name: {f.name for f in fields(COMMANDS[name][0])} | extra
+    for name, extra in (("train", {"architecture"}), ("cache", set[str]()))
 }
 
 
@@ -317,7 +359,7 @@ def _parser() -> ArgumentParser:
         command.add_argument(
             "--config", metavar="FILE", help="YAML file of these flags; flags given here win"
         )
-        if name == "train":
+        if name in TAKE_RECIPES:
             listed = "; ".join(f"{recipe}: {r.summary}" for recipe, r in RECIPES.items())
             command.add_argument(
                 "--recipe",
@@ -328,61 +370,13 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _with_files(args: Sequence[str]) -> list[str]:
-    """The arguments with what `--recipe NAME` and `--config FILE` stand for put in front of the flags, as flags."""
-    config = _value_of(args, "--config")
-    values = {} if config is None else _read_config(Path(config))
-    recipe = values.pop("recipe", None)
-    if args[:1] == ["train"]:
-        recipe = _value_of(args, "--recipe") or recipe
-    flags = list(_flags(values))
-    if recipe is not None:
-        given = (arg.partition("=")[0] for arg in [*flags, *args])
-        names = {name.removeprefix("--").replace("-", "_") for name in given}
-        flags = [*_flags(find_recipe(recipe, names).settings), *flags]
-    return [*args[:1], *flags, *args[1:]]
-
-
-def _value_of(args: Sequence[str], flag: str) -> str | None:
-    for i, arg in enumerate(args):
-        name, _, value = arg.partition("=")
-        if name == flag and (value or i + 1 < len(args)):
-            return value or args[i + 1]
-    return None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"Could not read configuration {path}: {error}".replace("\n", " ")
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"Configuration {path} must be a mapping of flags to values.")
-    return values
-
-
-def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in flattened(settings).items():
-        if value is True:
-            yield _flag(name)
-        elif isinstance(value, list):
-            yield from (_flag(name), *map(str, value))
-        elif value is not None:
-            yield f"{_flag(name)}={value}"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("sae_lens_dfc").setLevel(logging.INFO)
     try:
-        parsed = _parser().parse_args(_with_files(sys.argv[1:] if args is None else args))
+        arguments = with_files(sys.argv[1:] if args is None else args, TAKE_RECIPES)
+        parsed = parsed_with_lists(arguments, lambda flags: _parser().parse_args(flags))
         COMMANDS[parsed.command][1](parsed.options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"sae-lens-dfc: error: {' '.join(str(error).split())}\n")

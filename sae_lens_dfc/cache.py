@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
 from itertools import accumulate, count
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -80,11 +81,19 @@ class CacheWriter:
         Raises:
             OSError: A shard could not be written. What was written before stays.
         """
+        last = self.progress.after
+
+        def read() -> Iterator[PairedRows]:
+            nonlocal last
+            for batch in rows:
+                last = batch.after
+                yield batch
+
         self.folder.mkdir(parents=True, exist_ok=True)
         pending: deque[tuple[Future[Shard], Progress]] = deque()
         with ThreadPoolExecutor(self.n_writers) as threads:
             try:
-                shards = _shards(rows, self.progress, self.header)
+                shards = _shards(read(), self.progress, self.header)
                 for i, (columns, progress) in enumerate(shards, start=len(self.progress.shards)):
                     path = self.folder / f"rows-{self.rank:05d}-{i:06d}.safetensors"
                     pending.append((threads.submit(_write_shard, path, columns), progress))
@@ -94,9 +103,9 @@ class CacheWriter:
             finally:
                 while pending:
                     self._finish(pending)
-        self.progress.done = True
-        self.progress.counts = counts
-        self.progress.save(self.path, self.header)
+        done = replace(self.progress, after=last, skip=0, counts=counts, done=True)
+        done.save(self.path, self.header)
+        self.progress = done
 
     def _finish(self, pending: deque[tuple[Future[Shard], Progress]]) -> None:
         """Wait for the oldest shard, and count it in."""
@@ -210,8 +219,9 @@ class PairedActivationsCache:
     @property
     def models(self) -> dict[str, dict[str, Any]]:
         """What is known of the two models, as `ModelPair.describe()` says it."""
+        only_here = ("dtype", "chat_template")
         described = self.manifest["models"]
-        return {n: {k: v for k, v in m.items() if k != "dtype"} for n, m in described.items()}
+        return {n: {k: v for k, v in m.items() if k not in only_here} for n, m in described.items()}
 
     def shard(self, i: int) -> dict[str, Tensor]:
         """One shard's columns, mapped to memory: acts `(rows, d_a + d_b)`, and the rows' origins if they are kept.

@@ -1,10 +1,14 @@
 """Sources of text -> batches of contexts: mixed by weight, cut to size, of like length, and resumable."""
 
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
+
+from typing_extensions import override
 
 from sae_lens_dfc.alignment import Coverage, pack
 from sae_lens_dfc.pair import ModelPair
@@ -77,7 +81,7 @@ class ContextBatch(NamedTuple):
 class ContextStream:
     """Contexts of several sources, each source as large a share of the pairs as its weight says.
 
-    The next document is of the source that is furthest behind its share. A pass ends when that source
+    The next context is of the source that is furthest behind its share. A pass ends when that source
     has ended, or with `n_pairs`. Contexts come in batches of like length, so that little is padding; the
     order of batches is drawn from `seed`.
 
@@ -118,17 +122,16 @@ class ContextStream:
         done = 0 if place is None else int(place["batches"])
         while True:
             start = reading.place()
-            pool = reading.pool()
+            pool = list(islice(reading, POOL_BATCHES * self.batch_size_prompts))
+            reading.count()
             if not pool:
                 return
-            batches = bucketed(
-                pool, self.batch_size_prompts, self.context_size, f"{self.seed} {pool[0].number}"
-            )
+            seed = f"{self.seed} {pool[0].number}"
+            batches = bucketed(pool, self.batch_size_prompts, self.context_size, seed)
             for i in range(done, len(batches)):
                 last = i + 1 == len(batches)
-                yield ContextBatch(
-                    batches[i], reading.place() if last else {**start, "batches": i + 1}
-                )
+                after = reading.place() if last else {**start, "batches": i + 1}
+                yield ContextBatch(batches[i], after)
             done = 0
 
     def is_read(self, document: int) -> bool:
@@ -137,79 +140,121 @@ class ContextStream:
         return self.part == "all" or is_held_out == (self.part == "held_out")
 
 
-class _Reading:
-    """One pass over the sources: what is read so far, and how to go on."""
+class _Reading(Iterator[Context]):
+    """One pass over the sources, context by context."""
 
     def __init__(self, stream: ContextStream, counts: PairCounts, place: Place | None):
-        n = len(stream.sources)
-        place = place or {
-            "rows": [None] * n,
-            "documents": [0] * n,
-            "pairs": [0] * n,
-            "contexts": 0,
-            "coverage": Coverage().to_dict(),
-            "texts": 0,
-        }
         self.stream = stream
         self.counts = counts
-        self.rows: list[Place | None] = list(place["rows"])
-        self.documents: list[int] = list(place["documents"])
-        self.pairs: list[int] = list(place["pairs"])
-        self.n_contexts = int(place["contexts"])
-        counts.coverage, counts.texts = Coverage.from_dict(place["coverage"]), int(place["texts"])
-        self.readers = [s.read(p) for s, p in zip(stream.sources, self.rows, strict=True)]
+        places = [None] * len(stream.sources) if place is None else place["sources"]
+        self.n_contexts = 0 if place is None else int(place["contexts"])
+        self.n_texts = 0 if place is None else int(place["texts"])
+        self.sources = [
+            _SourceReading(source, stream, p)
+            for source, p in zip(stream.sources, places, strict=True)
+        ]
 
     def place(self) -> Place:
         return {
-            "rows": list(self.rows),
-            "documents": list(self.documents),
-            "pairs": list(self.pairs),
+            "sources": [source.place() for source in self.sources],
             "contexts": self.n_contexts,
-            "coverage": self.counts.coverage.to_dict(),
-            "texts": self.counts.texts,
+            "texts": self.n_texts,
             "batches": 0,
         }
 
-    def pool(self) -> list[Context]:
-        """Contexts of the next whole documents, enough for `POOL_BATCHES` batches; none at the end."""
-        size = POOL_BATCHES * self.stream.batch_size_prompts
-        pool: list[Context] = []
-        while len(pool) < size and self.n_left() > 0:
-            document = self.next_document()
-            if document is None:
-                break
-            pool += document
-        return pool
+    def count(self) -> None:
+        coverage = Coverage()
+        for source in self.sources:
+            coverage.add(source.coverage)
+        self.counts.coverage, self.counts.texts = coverage, self.n_texts
 
-    def n_left(self) -> float:
+    def n_left(self) -> int:
         n_pairs = self.stream.n_pairs
-        return float("inf") if n_pairs is None else n_pairs - sum(self.pairs)
+        return sys.maxsize if n_pairs is None else n_pairs - sum(s.n_pairs for s in self.sources)
 
-    def next_document(self) -> list[Context] | None:
-        """The contexts of the next document that is of the part; none when its source has ended."""
-        behind = [n / s.cfg.weight for n, s in zip(self.pairs, self.stream.sources, strict=True)]
-        which = behind.index(min(behind))
-        for document, self.rows[which] in self.readers[which]:
-            self.documents[which] += 1
-            if self.stream.is_read(self.documents[which] - 1):
-                return list(self.contexts(which, document))
-        return None
+    @override
+    def __next__(self) -> Context:
+        n_left = self.n_left()
+        source = min(self.sources, key=lambda s: s.n_pairs / s.source.cfg.weight)
+        while n_left > 0 and not source.has_context() and source.open_next(self.n_texts):
+            self.n_texts += 1
+        if n_left <= 0 or not source.has_context():
+            raise StopIteration
+        segments = source.take(n_left)
+        number, self.n_contexts = self.n_contexts, self.n_contexts + 1
+        return Context(segments.after(self.stream.pair.bos_segment), number, source.number)
 
-    def contexts(self, which: int, document: Any) -> Iterator[Context]:
-        stream, counts = self.stream, self.counts
-        number = counts.texts
-        counts.texts += 1
-        for segments, coverage in aligned_pieces(
-            stream.pair, document, stream.sources[which].cfg.tokenizer
-        ):
-            counts.coverage.add(coverage)
-            for packed in pack(segments, stream.context_size - 1, counts.coverage):
-                if self.n_left() <= 0:
-                    return
-                kept = packed[: int(min(self.n_left(), len(packed)))]
-                yield Context(kept.after(stream.pair.bos_segment), self.n_contexts, number)
-                self.n_contexts += 1
-                self.pairs[which] += len(kept)
+
+class _SourceReading:
+    """One source as far as it is read: whole documents, and so many contexts of the one after them."""
+
+    def __init__(self, source: Source, stream: ContextStream, place: Place | None):
+        self.source = source
+        self.stream = stream
+        self.before: Place | None = None
+        """The place of the document that is open; its contexts are made again when reading goes on from here."""
+        self.n_before = self.number = self.n_taken = self.n_pairs = 0
+        self.coverage_before, self.coverage = Coverage(), Coverage()
+        n_taken = 0
+        if place is not None:
+            self.before, self.n_before = place["before"], place["n_before"]
+            self.number, self.n_pairs, n_taken = place["number"], place["n_pairs"], place["n_taken"]
+            self.coverage_before = Coverage.from_dict(place["coverage_before"])
+            self.coverage = Coverage.from_dict(place["coverage_before"])
+        self.rows = source.read(self.before)
+        self.n_documents = self.n_before
+        self.contexts: Iterator[Segments] = iter(())
+        self.ahead: Segments | None = None
+        if place is not None and place["is_open"]:
+            self.open_next(self.number)
+            for _ in range(n_taken):
+                self.has_context()
+                self.ahead = None
+            self.n_taken = n_taken
+
+    def place(self) -> Place:
+        return {
+            "before": self.before,
+            "n_before": self.n_before,
+            "number": self.number,
+            "is_open": self.n_documents > self.n_before,
+            "n_taken": self.n_taken,
+            "n_pairs": self.n_pairs,
+            "coverage_before": self.coverage_before.to_dict(),
+        }
+
+    def open_next(self, number: int) -> bool:
+        """Open the next document that is of the part, under this number, if there is one."""
+        for document, after in self.rows:
+            self.n_documents += 1
+            if self.stream.is_read(self.n_documents - 1):
+                self.number = number
+                self.contexts = self.contexts_of(document, after)
+                return True
+            self.before, self.n_before = after, self.n_documents
+        return False
+
+    def contexts_of(self, document: Any, after: Place) -> Iterator[Segments]:
+        stream = self.stream
+        pieces = aligned_pieces(stream.pair, document, self.source.cfg.tokenizer)
+        for segments, coverage in pieces:
+            self.coverage.add(coverage)
+            yield from pack(segments, stream.context_size - 1, self.coverage)
+        self.before, self.n_before, self.n_taken = after, self.n_documents, 0
+        self.coverage_before = deepcopy(self.coverage)
+
+    def has_context(self) -> bool:
+        """Whether the open document has another context."""
+        if self.ahead is None:
+            self.ahead = next(self.contexts, None)
+        return self.ahead is not None
+
+    def take(self, n_left: int) -> Segments:
+        """That context, cut to `n_left` pairs."""
+        assert self.ahead is not None
+        taken, self.ahead = self.ahead[:n_left], None
+        self.n_taken, self.n_pairs = self.n_taken + 1, self.n_pairs + len(taken)
+        return taken
 
 
 def bucketed(

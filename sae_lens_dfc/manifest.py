@@ -51,8 +51,8 @@ class CacheHeader:
 
     def difference(self, other: Mapping[str, Any]) -> str | None:
         """The first thing in which another header, as plain values, is of another cache; none when it is not."""
-        own = json.loads(json.dumps(asdict(self)))
-        return first_difference({**other, "configs": None}, {**own, "configs": None})
+        own = json.loads(json.dumps({**asdict(self), "configs": None}))
+        return first_difference({name: other.get(name) for name in own} | {"configs": None}, own)
 
     @property
     def d_a(self) -> int:

@@ -49,9 +49,8 @@ def check_output(
 def is_made(
     path: str | Path, marks: Sequence[str] = (RUNNER_CFG_FILENAME, SAE_CFG_FILENAME)
 ) -> bool:
-    """Whether a folder holds a run, or what else has these files, in itself or in its folders."""
-    found = [*Path(path).glob("*"), *Path(path).glob("*/*")]
-    return any(file.name in marks for file in found)
+    """Whether a folder holds a run, or what else has one of these files."""
+    return any((Path(path) / mark).is_file() for mark in marks)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 from sae_lens.registry import get_sae_training_class
 
 from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 
 TEST_AT = (0.8, 0.95)
@@ -51,6 +52,11 @@ _DFC_PAPER: dict[str, Any] = {
         "normalization": "median_norm",
         "decoder_norm": "sum",
     },
+    # Which parts of them, the paper does not say.
+    "sources": [
+        {"dataset_path": "HuggingFaceFW/fineweb", "weight": 0.5},
+        {"dataset_path": "lmsys/lmsys-chat-1m", "weight": 0.5, "text_column": "conversation"},
+    ],
     "training_pairs": 100_000_000,
     "training_tokens": 204_800_000,
     "train_batch_size_tokens": 2048,
@@ -60,9 +66,6 @@ _DFC_PAPER: dict[str, Any] = {
     "dead_feature_window": 4882,
     "autocast": True,
 }
-_DFC_TEXT = (
-    "the paper mixes FineWeb and LMSYS-Chat-1M half and half; give a data set that holds the mix"
-)
 
 RECIPES: dict[str, Recipe] = {
     "dfc-tested": Recipe(
@@ -84,7 +87,6 @@ RECIPES: dict[str, Recipe] = {
         {
             "model_a.hook_name": "the paper says 'middle layers' and prints no index",
             "model_b.hook_name": "the paper says 'middle layers' and prints no index",
-            "dataset_path": _DFC_TEXT,
         },
     ),
     "gpt-oss-20b-vs-deepseek-r1-qwen3-8b": Recipe(
@@ -102,7 +104,6 @@ RECIPES: dict[str, Recipe] = {
                 "dtype": "bfloat16",
             },
         },
-        {"dataset_path": _DFC_TEXT},
     ),
     "delta-narrow-finetune": Recipe(
         "Delta-Crosscoder between a model and its narrow fine-tune, expansion factor 5 (arXiv 2603.04426, its Qwen2.5-7B runs)",
@@ -129,7 +130,7 @@ RECIPES: dict[str, Recipe] = {
             "model_b.model_name": "its fine-tune",
             "model_a.hook_name": "the paper takes one middle layer and its index is not public",
             "model_b.hook_name": "the same layer",
-            "dataset_path": "web text, chat and both models' answers to the same prompts, in one data set",
+            "sources": "web text, chat, and both models' answers to the same prompts (sae-lens-dfc generate)",
         },
     ),
 }
@@ -147,6 +148,8 @@ def find_recipe(name: str, given: Collection[str]) -> Recipe:
     """
     if name not in RECIPES:
         raise ValueError(f"There is no recipe {name!r}. Recipes: {', '.join(RECIPES)}.")
+    # One data set is a source too.
+    given = {*given, "sources"} if "dataset_path" in given else given
     needed = {key: why for key, why in RECIPES[name].required.items() if key not in given}
     if needed:
         reasons = "; ".join(f"{key} ({why})" for key, why in needed.items())
@@ -169,17 +172,20 @@ def recipe_config(name: str, **settings: Any) -> CrosscoderRunnerConfig:
     ...     "llama3.1-8b-vs-qwen3-8b",
     ...     model_a={"hook_name": "blocks.16.hook_resid_post"},
     ...     model_b={"hook_name": "blocks.18.hook_resid_post"},
-    ...     dataset_path="my-mix",
     ... )
-    >>> cfg.sae.k, cfg.sae.n_a_exclusive, cfg.model_b.model_name
-    (200, 6553, 'Qwen/Qwen3-8B')
+    >>> cfg.sae.k, cfg.sae.n_a_exclusive, cfg.model_b.model_name, cfg.sources[1].dataset_path
+    (200, 6553, 'Qwen/Qwen3-8B', 'lmsys/lmsys-chat-1m')
     """
-    merged = merge(find_recipe(name, flattened(settings)).settings, settings)
+    recipe = dict(find_recipe(name, flattened(settings)).settings)
+    if "dataset_path" in settings:
+        recipe.pop("sources", None)
+    merged = merge(recipe, settings)
     sae_class = get_sae_training_class(merged.pop("architecture"))[1]
     parts = {
         "sae": sae_class(**merged.pop("sae", {})),
         "model_a": ModelConfig(**merged.pop("model_a", {})),
         "model_b": ModelConfig(**merged.pop("model_b", {})),
+        "sources": [SourceConfig(**source) for source in merged.pop("sources", [])],
     }
     return CrosscoderRunnerConfig(**parts, **merged)
 

@@ -60,6 +60,7 @@ LAYERS = [
     "demo",
     "benchmark.recovery",
     "benchmark.tables",
+    "arguments",
     "__main__",
 ]
 

@@ -62,12 +62,23 @@ def test_what_is_given_wins_over_the_recipe() -> None:
     assert (cfg.sae.decoder_norm, cfg.test_at) == ("sum", [0.8, 0.95])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.required])
 def test_what_a_recipe_does_not_say_is_asked_for_with_the_reason(name: str) -> None:
     asked = RECIPES[name].required
     with pytest.raises(ValueError, match=f"Recipe '{name}' needs ") as error:
         recipe_config(name)
-    assert asked and all(f"{key} ({why})" in str(error.value) for key, why in asked.items())
+    assert all(f"{key} ({why})" in str(error.value) for key, why in asked.items())
+
+
+def test_the_papers_two_sources_give_way_to_one_data_set() -> None:
+    name = "gpt-oss-20b-vs-deepseek-r1-qwen3-8b"
+    sources = recipe_config(name).all_sources
+    assert [(s.dataset_path, s.weight) for s in sources] == [
+        ("HuggingFaceFW/fineweb", 0.5),
+        ("lmsys/lmsys-chat-1m", 0.5),
+    ]
+    (only,) = recipe_config(name, dataset_path="mine").all_sources
+    assert only.dataset_path == "mine"
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:

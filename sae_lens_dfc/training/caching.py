@@ -19,7 +19,7 @@ from sae_lens_dfc.manifest import (
     write_manifest,
 )
 from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.output import check_output
+from sae_lens_dfc.output import check_output, is_made
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -76,8 +76,20 @@ def cache_activations(cfg: CacheConfig, pair: ModelPair | None = None) -> Paired
     pair = pair or open_pair(cfg)
     text = PairedText(cfg, pair, ranks.rank())
     header = cache_header(cfg, pair)
-    ranks.wait()
-    writer = CacheWriter(folder, header, cfg.n_writers, ranks.rank())
+    if not (folder / MANIFEST_FILENAME).is_file():
+        _write(text, header, folder, cfg.n_writers)
+    cache = PairedActivationsCache(folder)
+    difference = header.difference(cache.manifest)
+    if difference:
+        raise ValueError(
+            f"{folder} holds another cache: {difference}. Name another folder, or cache again with --overwrite."
+        )
+    _check_length(cfg, cache)
+    return cache
+
+
+def _write(text: PairedText, header: CacheHeader, folder: Path, n_writers: int) -> None:
+    writer = CacheWriter(folder, header, n_writers, ranks.rank())
     if not writer.progress.done:
         counts = PairCounts()
         rows = text.rows("training", counts, writer.progress.after)
@@ -85,11 +97,12 @@ def cache_activations(cfg: CacheConfig, pair: ModelPair | None = None) -> Paired
         writer.write(iter(bar), counts)
     ranks.wait()
     if ranks.rank() == 0:
-        _complete(folder, header)
+        paths = [progress_path(folder, rank) for rank in range(ranks.world_size())]
+        manifest = write_manifest(folder, header, [Progress.load(path)[0] for path in paths])
+        for path in paths:
+            path.unlink()
+        logger.info("%d rows in %d files", manifest["rows"], len(manifest["shards"]))
     ranks.wait()
-    cache = PairedActivationsCache(folder)
-    _check_length(cfg, cache)
-    return cache
 
 
 def cache_header(cfg: CacheConfig, pair: ModelPair) -> CacheHeader:
@@ -97,6 +110,7 @@ def cache_header(cfg: CacheConfig, pair: ModelPair) -> CacheHeader:
     models = pair.describe()
     for model, described in ((pair.a, models["model_a"]), (pair.b, models["model_b"])):
         described["dtype"] = str(next(model.model.parameters()).dtype).removeprefix("torch.")
+        described["chat_template"] = model.tokenizer.chat_template
     configs = {name: asdict(getattr(cfg, name)) for name in ("model_a", "model_b")}
     return CacheHeader(
         models=models,
@@ -116,19 +130,13 @@ def _data(cfg: DataConfig) -> dict[str, Any]:
 
 
 def _check_folder(folder: Path, cfg: CacheConfig) -> None:
-    begun = [path.name for path in folder.glob("progress-*.safetensors")]
-    if not (cfg.resume and begun):
-        check_output(folder, cfg.overwrite, what="cache", marks=(MANIFEST_FILENAME, *begun))
+    marks = [MANIFEST_FILENAME, *(path.name for path in folder.glob("progress-*.safetensors"))]
+    if not (cfg.resume and is_made(folder, marks)):
+        check_output(folder, cfg.overwrite, what="cache", marks=marks)
     if cfg.overwrite and ranks.rank() == 0:
         # Before the new one is whole: there may be no room for both.
         shutil.rmtree(folder, ignore_errors=True)
     ranks.wait()
-
-
-def _complete(folder: Path, header: CacheHeader) -> None:
-    parts = [Progress.load(progress_path(folder, r))[0] for r in range(ranks.world_size())]
-    manifest = write_manifest(folder, header, parts)
-    logger.info("%d rows in %d files", manifest["rows"], len(manifest["shards"]))
 
 
 def _check_length(cfg: CacheConfig, cache: PairedActivationsCache) -> None:

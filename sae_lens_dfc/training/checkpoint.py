@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,9 +123,7 @@ def save_checkpoint(
                 save_state(temporary / name / TRAINER_FILENAME, trainer_state(trainer))
         own = _own_state(trainers, data)
         save_state(temporary / _own_filename(), State({**own.values, **values}, own.tensors))
-    if ranks.rank() == 0:
-        for old in checkpoints(folder.parent)[:-KEPT]:
-            shutil.rmtree(old)
+    remove_checkpoints(checkpoints(folder.parent)[:-KEPT])
 
 
 def load_checkpoint(folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]]) -> None:
@@ -158,6 +156,14 @@ def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name))
+
+
+def remove_checkpoints(folders: Sequence[Path]) -> None:
+    """Remove these, on one rank for all."""
+    ranks.wait()
+    if ranks.rank() == 0:
+        for folder in folders:
+            shutil.rmtree(folder)
 
 
 def _own_state(trainers: Mapping[str, SAETrainer[Any, Any]], data: Bookmark | None) -> State:

@@ -55,7 +55,7 @@ class DataConfig:
     """A pair is left out when one of its norms is above this many times its model's running median."""
     seed: int = 42
     """Seed of the initial weights and of the shuffle."""
-    n_ranks: int = 1
+    n_ranks: int = field(default=1, metadata={"cmd": False})
     """Processes that share the text between them; torchrun sets it."""
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ from sae_lens_dfc.output import all_or_nothing, check_output
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.provider import Batches, epochs, epochs_in_memory, shuffled
 from sae_lens_dfc.training.caching import with_cache
-from sae_lens_dfc.training.checkpoint import checkpoints, load_place
+from sae_lens_dfc.training.checkpoint import checkpoints, load_place, remove_checkpoints
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText, open_pair
 from sae_lens_dfc.training.parallel import data_parallel, for_this_rank
@@ -72,6 +72,7 @@ class CrosscoderTrainingRunner:
     ):
         if cfg.output_path is not None:
             check_output(cfg.output_path, cfg.overwrite)
+        _check_checkpoints(cfg)
         self.cache: PairedActivationsCache | None = None
         if cfg.cache_path is not None:
             self.cache = PairedActivationsCache(cfg.cache_path)
@@ -168,9 +169,13 @@ class CrosscoderTrainingRunner:
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to go on from, if that is asked for and there is one."""
-        if not self.cfg.resume or self.cfg.checkpoint_path is None:
+        if self.cfg.checkpoint_path is None:
             return None
         found = checkpoints(Path(self.cfg.checkpoint_path))
+        if not self.cfg.resume:
+            # Of a training that is overwritten; left there, they would be taken for this one's.
+            remove_checkpoints(found)
+            return None
         if not found:
             logger.info(
                 "No checkpoint in %s: training starts at its beginning", self.cfg.checkpoint_path
@@ -181,10 +186,7 @@ class CrosscoderTrainingRunner:
 
     def _read_place(self, checkpoint: Path) -> Bookmark | None:
         place, values = load_place(checkpoint)
-        was, now = values["cfg"], json.loads(json.dumps(self.cfg.to_dict()))
-        for name in MAY_CHANGE:
-            was[name] = now[name] = None
-        difference = first_difference(was, now)
+        difference = first_difference(_settings(values["cfg"]), _settings(self.cfg.to_dict()))
         if difference:
             raise ValueError(
                 f"Checkpoint {checkpoint} is of another training: {difference}. Resume with the settings it was begun "
@@ -238,9 +240,12 @@ class CrosscoderTrainingRunner:
         if self._rows is not None:
             self.counts.pairs = sum(len(rows.acts) for rows in self._rows)
             return iter(self._rows)
-        counts = PairCounts() if self._is_text_counted else self.counts
+        if self._is_text_counted:
+            return self.data.rows("training", PairCounts(), start)
         self._is_text_counted = True
-        return self.data.rows("training", counts, start)
+        if start is None:
+            self.counts = PairCounts()
+        return self.data.rows("training", self.counts, start)
 
     # --- logging and saving ---
 
@@ -278,6 +283,7 @@ class CrosscoderTrainingRunner:
         if self.cfg.output_path is None or ranks.rank() > 0:
             return
         with all_or_nothing(self.cfg.output_path) as folder:
+            _write_cfg(self.cfg, folder)
             for name, crosscoder in crosscoders.items():
                 # One run fills the folder; of several, each has a folder in it that is a run of its own.
                 own = folder / name if len(crosscoders) > 1 else folder
@@ -293,10 +299,32 @@ class CrosscoderTrainingRunner:
     ) -> None:
         crosscoder.save_inference_model(folder)
         save_file({"sparsity": log_feature_sparsity}, folder / SPARSITY_FILENAME)
-        (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict(), indent=2))
+        _write_cfg(cfg, folder)
 
     def _total(self, n: int) -> int:
         return int(ranks.total(torch.tensor(n, device=self.cfg.device)))
+
+
+def _write_cfg(cfg: CrosscoderRunnerConfig, folder: Path) -> None:
+    (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict(), indent=2) + "\n")
+
+
+def _settings(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is trained, as JSON gives them back."""
+    kept = {name: value for name, value in cfg.items() if name not in MAY_CHANGE}
+    for sae in (kept["sae"], *kept["other_saes"]):
+        sae["metadata"] = None
+    return json.loads(json.dumps(kept))
+
+
+def _check_checkpoints(cfg: CrosscoderRunnerConfig) -> None:
+    if cfg.checkpoint_path is None or cfg.resume or cfg.overwrite:
+        return
+    if checkpoints(Path(cfg.checkpoint_path)):
+        raise ValueError(
+            f"{cfg.checkpoint_path} holds checkpoints of a training. Pass --resume to go on with it, --overwrite to "
+            "begin anew, or name another checkpoint_path."
+        )
 
 
 def with_models(

@@ -1,0 +1,271 @@
+"""From two models and a text to a cache, and from the cache to a crosscoder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_lens_dfc import CrosscoderRunnerConfig, CrosscoderTrainingRunner, ModelConfig
+from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.activations import paired_activations
+from sae_lens_dfc.cache import PairedActivationsCache
+from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.texts import reference_pages
+from sae_lens_dfc.training.caching import CacheConfig, cache_activations
+from sae_lens_dfc.training.data import PairedText
+from tests.helpers import dfc_config
+
+Output = Callable[[], tuple[str, str]]
+
+
+@pytest.fixture
+def cfg(tmp_path: Path, llama_config: ModelConfig, gpt2_config: ModelConfig) -> CacheConfig:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
+    return CacheConfig(
+        model_a=llama_config,
+        model_b=gpt2_config,
+        dataset_path=str(text),
+        held_out_every=4,
+        training_pairs=3000,
+        context_size=48,
+        store_batch_size_prompts=4,
+        cache_path=str(tmp_path / "cache"),
+        cache_dtype="float32",
+        shard_rows=300,
+    )
+
+
+def training(cfg: CacheConfig, **changes: Any) -> CrosscoderRunnerConfig:
+    return CrosscoderRunnerConfig(
+        sae=dfc_config(d_a=0, d_b=0, k=4),
+        cache_path=cfg.cache_path,
+        training_tokens=64 * 30,
+        train_batch_size_tokens=64,
+        lr=3e-3,
+        **changes,
+    )
+
+
+def all_rows(cached: PairedActivationsCache) -> torch.Tensor:
+    return torch.cat([cached.shard(i)["acts"] for i in range(len(cached.shards))])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_cache_holds_the_rows_that_training_would_read(cfg: CacheConfig, pair: ModelPair) -> None:
+    cached = cache_activations(cfg, pair)
+    counts = PairCounts()
+    live = torch.cat([rows.acts for rows in PairedText(cfg, pair).rows("training", counts)])
+    assert torch.equal(all_rows(cached), live)
+    assert len(cached) == counts.pairs == cached.manifest["counts"]["pairs"]
+    assert {path.suffix for path in cached.folder.iterdir()} == {".json", ".safetensors"}
+
+
+def test_the_manifest_says_what_made_the_cache(cfg: CacheConfig, pair: ModelPair) -> None:
+    manifest = cache_activations(cfg, pair).manifest
+    for name, model in (("model_a", pair.a), ("model_b", pair.b)):
+        assert manifest["models"][name].items() >= model.describe().items()
+        assert manifest["models"][name]["dtype"] == "float32"
+    assert manifest["data"]["dataset_path"] == cfg.dataset_path
+    assert manifest["data"]["context_size"] == 48
+    assert 0.3 < manifest["counts"]["coverage"]["coverage_a"] < 1
+    assert manifest["places"][0]["sources"][0]["n_pairs"] == 3000
+    assert manifest["norms"]["a"]["outlier_share"] < 0.2
+    assert all(len(shard["xxh3"]) == 32 for shard in manifest["shards"])
+
+
+def test_origins_let_each_row_be_found_in_the_text(cfg: CacheConfig, pair: ModelPair) -> None:
+    cached = cache_activations(replace(cfg, save_origins=True, outlier_factor=1e9), pair)
+    columns = [cached.shard(i) for i in range(len(cached.shards))]
+    found = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+    assert set(found) == {"acts", "document", "token_a", "token_b", "position_a", "position_b"}
+    # A row's activation again, from nothing but its token ids and those of the rows before it.
+    context = PairedText(cfg, pair).stream("training").batches(PairCounts())
+    counts = PairCounts()
+    (rows, *_) = paired_activations(pair, context, counts, 1e9)
+    for i in range(len(rows.acts)):
+        c = next(c for c in rows.contexts if c.number == rows.context[i])
+        assert found["document"][i] == c.document
+        ids_a = c.segments.ids_a[: int(found["position_a"][i]) + 1]
+        assert found["token_a"][i] == ids_a[-1]
+
+
+def test_training_on_a_cache_opens_no_model_and_knows_what_made_it(
+    cfg: CacheConfig, pair: ModelPair, tmp_path: Path
+) -> None:
+    cached = cache_activations(cfg, pair)
+    run = training(cfg, output_path=str(tmp_path / "run"))
+    crosscoder = CrosscoderTrainingRunner(run).run()
+    assert crosscoder.cfg.metadata.model_a == pair.a.describe()
+    assert crosscoder.cfg.metadata.pairs_trained == 64 * 30 < len(cached)
+    # The run's own settings lead evaluation to the models and the held-out documents.
+    saved = json.loads((tmp_path / "run" / "runner_cfg.json").read_text())
+    assert saved["model_a"]["model_name"] == cfg.model_a.model_name
+    assert (saved["held_out_every"], saved["context_size"]) == (4, 48)
+    assert main(["evaluate", str(tmp_path / "run"), "--eval-pairs", "200"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_a": ModelConfig("gpt2")}, "model_a.model_name='gpt2' is asked for.*'tiny-llama'"),
+        ({"model_b": ModelConfig("", "blocks.1.hook_in")}, "model_b.hook_name='blocks.1.hook_in'"),
+        ({"context_size": 96}, "context_size=96 is asked for.*was made with 48"),
+        ({"dataset_path": "other.txt"}, "dataset_path='other.txt' is asked for"),
+    ],
+)
+def test_a_cache_of_other_models_or_data_is_refused(
+    change: dict[str, Any], message: str, cfg: CacheConfig, pair: ModelPair
+) -> None:
+    cache_activations(cfg, pair)
+    with pytest.raises(ValueError, match=message):
+        CrosscoderTrainingRunner(training(cfg, **change))
+
+
+def test_a_text_that_ends_early_is_said_and_the_cache_can_be_used(
+    cfg: CacheConfig, pair: ModelPair
+) -> None:
+    with pytest.raises(
+        ValueError, match="ended after .* of the 999999 pairs.*can be used as it is"
+    ):
+        cache_activations(replace(cfg, training_pairs=999_999), pair)
+    whole = PairedActivationsCache(cfg.cache_path)
+    counts = PairCounts()
+    list(PairedText(replace(cfg, training_pairs=None), pair).rows("training", counts))
+    assert len(whole) == counts.pairs > 3000
+
+
+def test_a_folder_that_holds_a_cache_or_anything_else_is_left_alone(
+    cfg: CacheConfig, pair: ModelPair, tmp_path: Path
+) -> None:
+    before = contents(cache_activations(cfg, pair).folder)
+    with pytest.raises(ValueError, match="already holds a cache. Pass --overwrite"):
+        cache_activations(cfg, pair)
+    with pytest.raises(ValueError, match="holds another cache: data.context_size was 48 and is 32"):
+        cache_activations(replace(cfg, resume=True, context_size=32), pair)
+    cache_activations(replace(cfg, resume=True), pair)
+    assert contents(Path(cfg.cache_path)) == before
+    cache_activations(replace(cfg, overwrite=True, context_size=32), pair)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds files that are not a cache"):
+            # The folder that the cache's own is in: to overwrite it would remove the text too.
+            cache_activations(replace(cfg, cache_path=str(tmp_path), overwrite=overwrite), pair)
+
+
+def test_overwriting_and_resuming_at_once_is_refused() -> None:
+    with pytest.raises(ValueError, match="overwrite and resume contradict each other"):
+        CacheConfig(overwrite=True, resume=True)
+
+
+# --- the command ---
+
+
+def settings(cfg: CacheConfig) -> dict[str, Any]:
+    """One file for both commands."""
+    return {
+        "model_a": {"model_name": cfg.model_a.model_name},
+        "model_b": {"model_name": cfg.model_b.model_name},
+        "sources": [
+            {"dataset_path": cfg.dataset_path, "weight": 2},
+            {"dataset_path": "cpython-docs"},
+        ],
+        "training_pairs": 4000,
+        "context_size": 48,
+        "store_batch_size_prompts": 2,
+        "cache_path": cfg.cache_path,
+        "cache_dtype": "float32",
+        "shard_rows": 200,
+        "architecture": "batchtopk_crosscoder",
+        "sae": {"d_sae": 64, "k": 4},
+        "training_tokens": 1280,
+        "train_batch_size_tokens": 64,
+    }
+
+
+def test_one_file_serves_cache_and_train(
+    cfg: CacheConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps(settings(cfg)))
+    assert main(["cache", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert "rows of 16 + 24" in capsys.readouterr().out
+    cached = PairedActivationsCache(cfg.cache_path)
+    assert [s["weight"] for s in cached.manifest["data"]["sources"]] == [2, 1.0]
+    a, b = (source["n_pairs"] for source in cached.manifest["places"][0]["sources"])
+    assert a / b == pytest.approx(2, abs=0.1)
+    arguments = ["train", "--config", str(tmp_path / "run.yaml")]
+    assert main([*arguments, "--output-path", str(tmp_path / "run")]) == 0
+    metadata = json.loads((tmp_path / "run" / "cfg.json").read_text())["metadata"]
+    assert metadata["pairs_trained"] == 1280
+
+
+def test_a_list_of_crosscoders_is_trained_on_one_stream(
+    cfg: CacheConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saes = [
+        {"architecture": "dfc", "d_sae": 64, "k": 4, "a_exclusive_fraction": 0.25},
+        {"architecture": "dfc", "d_sae": 32, "k": 2},
+        {"architecture": "standard_crosscoder", "d_sae": 64},
+    ]
+    values = {**settings(cfg), "sae": saes}
+    del values["architecture"], values["cache_path"]
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    arguments = ["train", "--config", str(tmp_path / "run.yaml")]
+    assert main([*arguments, "--output-path", str(tmp_path / "runs"), "--lr", "1e-3"]) == 0
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert folders.pop() == "runner_cfg.json"
+    assert folders == ["0_dfc", "1_dfc", "2_standard_crosscoder"]
+    cfgs = [json.loads((tmp_path / "runs" / f / "cfg.json").read_text()) for f in folders]
+    assert [(c["d_sae"], c["n_a_exclusive"]) for c in cfgs] == [(64, 16), (32, 1), (64, 0)]
+    out = capsys.readouterr().out
+    assert all(f"{tmp_path}/runs/{folder}" in out for folder in folders)
+    runs = [str(tmp_path / "runs" / folder) for folder in folders[:1]]
+    assert main(["evaluate", *runs, "--eval-pairs", "100"]) == 0
+
+
+@pytest.mark.parametrize("source", [{"weight": 1}, {"dataset_path": "x", "wieght": 1}, "x"])
+def test_a_source_that_is_no_source_is_one_clear_error(
+    source: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps({"sources": [source]}))
+    assert main(["cache", "--config", str(tmp_path / "run.yaml")]) == 1
+    assert "A source is a mapping with dataset_path" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_cache_goes_on_to_the_same_files(cfg: CacheConfig, tmp_path: Path) -> None:
+    values = {
+        **settings(cfg),
+        "training_pairs": 20_000,
+        "sources": [{"dataset_path": "cpython-docs"}],
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    command = [sys.executable, "-m", "sae_lens_dfc", "cache", "--config", f"{tmp_path}/run.yaml"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--cache-path", str(whole)], check=True, env=env, **quiet)
+    for n_shards in (3, 40):
+        arguments = [*command, "--cache-path", str(killed), "--resume"]
+        process = subprocess.Popen(arguments, env=env, **quiet)
+        while process.poll() is None and len(list(killed.glob("rows-*"))) < n_shards:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (killed / "manifest.json").exists(), "it was to be killed before it was done"
+    subprocess.run(
+        [*command, "--cache-path", str(killed), "--resume"], check=True, env=env, **quiet
+    )
+    assert contents(killed) == contents(whole)
