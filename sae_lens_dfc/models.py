@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,8 @@ class ModelConfig:
     """Branch, tag or commit of a hub model."""
     prepend_bos: bool = True
     """Whether each context starts with the tokenizer's beginning-of-sequence token, where it has one."""
+    drop_unused_layers: bool = False
+    """Free the memory of the layers above the hook, which are not run; the model can then do nothing else."""
     chat_template: str | None = None
     """Jinja chat template, or a file that holds one, for a tokenizer that has none; none takes the tokenizer's own."""
 
@@ -66,6 +68,8 @@ class HookedModel:
     """Whether each context starts with the beginning-of-sequence token."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    autocast: bool = False
+    """Whether the forward pass runs in bfloat16 where torch deems it safe."""
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -152,15 +156,42 @@ class HookedModel:
 
     @torch.no_grad()
     def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
-        _, cache = self.model.run_with_cache(
-            ids.to(self.device),
-            names_filter=[self.hook_name],
-            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(self.hook_name),
-            # Explicit: left to itself TransformerLens guesses padding from the tokenizer's padding side.
-            attention_mask=mask.to(self.device),
-            return_cache_object=False,
-        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            _, cache = self.model.run_with_cache(
+                ids.to(self.device),
+                names_filter=[self.hook_name],
+                stop_at_layer=self._stop_at_layer,
+                # Explicit: left to itself TransformerLens guesses padding from the tokenizer's padding side.
+                attention_mask=mask.to(self.device),
+                return_cache_object=False,
+            )
         return cache[self.hook_name]
+
+    @property
+    def _stop_at_layer(self) -> int | None:
+        """The first layer that is not run; none runs all."""
+        return extract_stop_at_layer_from_tlens_hook_name(self.hook_name)
+
+    def compile(self, mode: str | None) -> None:
+        """Compile the forward pass. As SAELens does, its `run_with_cache`: nothing else of it is called."""
+        self.model.run_with_cache = torch.compile(self.model.run_with_cache, mode=mode)  # type: ignore[method-assign]
+
+    def drop_unused_layers(self) -> None:
+        """Free the memory of the layers above the hook. The model still says how many layers it had."""
+        stop = self._stop_at_layer
+        if stop is None:
+            return
+        _ = self._weights_sha256  # of the whole model, which is what it was trained on
+        # TransformerBridge stops when it comes to the layer after the last one run: that one must be there.
+        first = stop + isinstance(self.model, TransformerBridge)
+        dropped = [*self.model.blocks[first:], self.model.unembed]
+        del self.model.blocks[first:]
+        others = [m for m in self.model.children() if m is not self.model.unembed]
+        kept = {id(p) for module in others for p in module.parameters()}
+        # Emptied, since TransformerLens holds on to the modules in other places.
+        for parameter in (p for module in dropped for p in module.parameters()):
+            if id(parameter) not in kept:
+                parameter.data = parameter.data.new_empty(0)
 
     def describe(self) -> dict[str, Any]:
         """What a crosscoder keeps of the model it was trained on, to recognise it later."""
@@ -174,13 +205,14 @@ class HookedModel:
             "prepend_bos": self.prepend_bos,
             "weight_processing": self.weight_processing,
             "tokenizer_sha256": self._tokenizer_sha256,
-            "weights_sha256": self._weights_sha256(),
+            "weights_sha256": self._weights_sha256,
         }
 
     @cached_property
     def _tokenizer_sha256(self) -> str:
         return tokenizer_sha256(self.tokenizer)  # a large vocabulary takes a second
 
+    @cached_property
     def _weights_sha256(self) -> str:
         # 64 values of each tensor tell two models apart without reading gigabytes; in bfloat16, so that a model
         # loaded in float32 or bfloat16 is the same (in float16 it is not: that rounds in between).
@@ -213,8 +245,10 @@ def load_model(cfg: ModelConfig) -> HookedModel:
     # Asked before TransformerLens gets the tokenizer: it invents such a token where there is none.
     has_bos = tokenizer.bos_token_id is not None
     wrap = _to_bridge if cfg.model_class_name == "TransformerBridge" else _to_hooked_transformer
+    # What is dropped never comes to the device.
+    device = "cpu" if cfg.drop_unused_layers else cfg.device
     try:
-        model = wrap(_load_hf_model(cfg).to(cfg.device), tokenizer, cfg)  # type: ignore[arg-type]
+        model = wrap(_load_hf_model(cfg).to(device), tokenizer, replace(cfg, device=device))  # type: ignore[arg-type]
     except Exception as error:
         raise ValueError(
             f"Could not load model {cfg.model_name!r} as {cfg.model_class_name} on {cfg.device!r}: "
@@ -224,13 +258,17 @@ def load_model(cfg: ModelConfig) -> HookedModel:
     if chat_template is not None:
         # Only now: TransformerLens may have loaded the tokenizer again, as its files have it.
         model.tokenizer.chat_template = chat_template  # type: ignore[union-attr]
-    return HookedModel(
+    hooked = HookedModel(
         model=model,
         hook_name=cfg.hook_name,
         name=Path(cfg.model_name).name if Path(cfg.model_name).exists() else cfg.model_name,
         prepend_bos=cfg.prepend_bos and has_bos,
         revision=cfg.revision,
     )
+    if cfg.drop_unused_layers:
+        hooked.drop_unused_layers()
+        hooked.model.to(cfg.device)
+    return hooked
 
 
 def read_chat_template(template_or_file: str) -> str:

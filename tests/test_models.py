@@ -68,6 +68,40 @@ def test_the_forward_pass_stops_at_the_hook(llama: HookedModel) -> None:
         assert len(ran) == 1
 
 
+@pytest.mark.parametrize("class_name", ["TransformerBridge", "HookedTransformer"])
+def test_layers_above_the_hook_are_dropped_when_asked(
+    llama_config: ModelConfig, class_name: Any
+) -> None:
+    cfg = replace(llama_config, model_class_name=class_name, hook_name="blocks.0.hook_resid_post")
+    whole, dropped = load_model(cfg), load_model(replace(cfg, drop_unused_layers=True))
+    ids = torch.tensor([[0, 5, 9, 30]])
+    mask = torch.ones_like(ids)
+    assert torch.equal(dropped.activations(ids, mask), whole.activations(ids, mask))
+    # It is the same model to whoever asks, for a crosscoder trained on it will be used on the whole one.
+    assert dropped.describe() == whole.describe()
+
+
+@pytest.mark.parametrize("class_name", ["TransformerBridge", "HookedTransformer"])
+def test_a_dropped_layer_takes_no_memory(llama_config: ModelConfig, class_name: Any) -> None:
+    cfg = replace(llama_config, model_class_name=class_name, hook_name="blocks.0.hook_resid_post")
+    model = load_model(cfg)
+    first, last, unembed = model.model.blocks[0], model.model.blocks[2], model.model.unembed
+    model.drop_unused_layers()
+    assert all(p.numel() > 0 for p in first.parameters())
+    assert sum(p.numel() for part in (last, unembed) for p in part.parameters()) == 0
+
+
+def test_autocast_runs_the_model_in_bfloat16(llama_config: ModelConfig) -> None:
+    model = load_model(llama_config)
+    ids = torch.tensor([[0, 5, 9, 30]])
+    mask = torch.ones_like(ids)
+    plain = model.activations(ids, mask)
+    model.autocast = True
+    rounded = model.activations(ids, mask)
+    assert not torch.equal(rounded, plain)
+    torch.testing.assert_close(rounded.float(), plain, atol=0.02, rtol=0.02)
+
+
 def test_an_object_already_loaded_is_taken_as_it_is(llama: HookedModel) -> None:
     again = HookedModel(llama.model, "blocks.0.hook_mlp_out")
     assert (again.d_model, again.n_layers, again.weight_processing) == (16, 3, "none")

@@ -51,6 +51,12 @@ class DataConfig:
     """Tokens in one context, in either model."""
     store_batch_size_prompts: int = 16
     """Contexts of that size in one forward pass of the models; of shorter ones there are more."""
+    autocast_lm: bool = False
+    """Run the models in bfloat16 where torch deems it safe."""
+    compile_llm: bool = False
+    """Compile the models' forward passes with torch.compile."""
+    llm_compilation_mode: str | None = None
+    """Mode of torch.compile for the models."""
     outlier_factor: float = 2.0
     """A pair is left out when one of its norms is above this many times its model's running median."""
     seed: int = 42
@@ -89,12 +95,17 @@ def require_positive(cfg: object, names: Sequence[str]) -> None:
 
 
 def open_pair(cfg: DataConfig) -> ModelPair:
-    """Open the two models that `cfg` names.
+    """Open the two models that `cfg` names, in the way it says.
 
     Raises:
         ValueError: One of them cannot be opened, or does not fit.
     """
-    return ModelPair.load(cfg.model_a, cfg.model_b)
+    pair = ModelPair.load(cfg.model_a, cfg.model_b)
+    for model in {id(model): model for model in (pair.a, pair.b)}.values():
+        model.autocast = cfg.autocast_lm
+        if cfg.compile_llm:
+            model.compile(cfg.llm_compilation_mode)
+    return pair
 
 
 class Collected(NamedTuple):
