@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, ModelPair
-from sae_lens_dfc.benchmark.recovery import provenance
+from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.tables import spread
 from sae_lens_dfc.demo import DemoConfig, demo_models, demo_run_config
 from sae_lens_dfc.measured_run import PairData, like, train_and_measure

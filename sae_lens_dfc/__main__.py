@@ -29,11 +29,13 @@ import sae_lens_dfc  # noqa: F401  (registers the architectures)
 from sae_lens_dfc import ranks
 from sae_lens_dfc.alignment import REASONS, Coverage, align
 from sae_lens_dfc.arguments import parsed_with_lists, with_files
+from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
+from sae_lens_dfc.benchmark.data import data_rows, run_data_benchmark
 from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
 from sae_lens_dfc.benchmark.tables import plot, spread, tables
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
-from sae_lens_dfc.demo import DemoConfig, run_demo
+from sae_lens_dfc.demo import DemoConfig, demo_models, run_demo
 from sae_lens_dfc.evaluate import alignment_metrics, check_models, evaluate
 from sae_lens_dfc.generate import GenerateOptions, generate
 from sae_lens_dfc.measured_run import (
@@ -140,18 +142,19 @@ class ReportOptions(HeldOutOptions):
 
 @dataclass
 class BenchmarkOptions:
-    """Train crosscoders on toy pairs whose differences are known, and count what they find."""
+    """Measure what crosscoders find of known differences (recovery), or what the data's way costs (data)."""
 
-    name: str = field(positional=True, choices=["recovery"])
+    name: str = field(positional=True, choices=["recovery", "data"])
     """recovery: five architectures, the recipe dfc-tested and variants of both, over dictionary sizes, seeds, wrong
-    pairs and a null."""
+    pairs and a null. data: harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided."""
     preset: str = field(default="small", choices=list(PRESETS))
-    """small: one seed, two minutes on two cores. full: five seeds, an hour, what benchmarks/README.md reports."""
+    """small: a minute or two on two cores. full: what benchmarks/README.md reports, an hour (recovery, five seeds) or ten
+    minutes (data)."""
     output: str | None = None
-    """Folder for recovery.json, recovery.md and recovery.svg; results that are there are not computed again. None takes
-    runs/benchmark/ and the preset's name."""
+    """Folder for the results; of recovery, those that are there are not computed again. None takes runs/benchmark/ and the
+    preset's name."""
     jobs: int = os.cpu_count() or 1
-    """Crosscoders trained at a time, one thread each."""
+    """Crosscoders trained at a time, one thread each; for recovery."""
 
 
 def demo(options: DemoConfig) -> None:
@@ -263,7 +266,14 @@ def benchmark(options: BenchmarkOptions) -> None:
     """Run what is missing, then write and print the tables."""
     if options.jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {options.jobs}.")
-    path = Path(options.output or f"runs/benchmark/{options.preset}") / FILENAME
+    folder = Path(options.output or f"runs/benchmark/{options.preset}")
+    if options.name == "data":
+        pair = ModelPair.load(*demo_models(DemoConfig()))
+        results = run_data_benchmark(options.preset, pair, folder)
+        _say(text_table(["figure", "median", "range", "asked for"], data_rows(results)))
+        _say(f"\nResults: {folder / DATA_FILENAME}")
+        return
+    path = folder / FILENAME
     rows = run_benchmark(options.preset, path, options.jobs)
     results = list(tables(rows))
     path.with_suffix(".md").write_text("\n\n".join(t.markdown() for t in results) + "\n")

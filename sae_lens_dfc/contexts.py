@@ -270,18 +270,20 @@ def bucketed(
     """
     batches: list[list[Context]] = []
     longest = 0
-    for context in sorted(contexts, key=_length, reverse=True):
+    for context in sorted(contexts, key=_lengths, reverse=True):
         if not batches or (len(batches[-1]) + 1) * longest > batch_size_prompts * context_size:
             batches.append([])
-            longest = max(1, _length(context))
+            longest = max(1, context.segments.n_tokens)
         batches[-1].append(context)
     # From long to short, rows of like position in their context would be shuffled among themselves.
     random.Random(seed).shuffle(batches)
     return batches
 
 
-def _length(context: Context) -> int:
-    return context.segments.n_tokens
+def _lengths(context: Context) -> tuple[int, int]:
+    # Most contexts are full in one model; how much shorter they are in the other decides its padding.
+    segments = context.segments
+    return segments.n_tokens, len(segments.ids_a) - len(segments.ids_b)
 
 
 def in_order(batches: Iterable[ContextBatch]) -> list[Segments]:

@@ -9,10 +9,10 @@ import pytest
 
 from sae_lens_dfc import ToyPair
 from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.recovery import (
     PRESETS,
     Run,
-    provenance,
     row,
     run_benchmark,
     runs,

@@ -3,15 +3,11 @@
 import json
 import logging
 import os
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +18,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 from tqdm.auto import tqdm
 
+from sae_lens_dfc.benchmark.provenance import commit, provenance
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.delta import DeltaTrainingCrosscoderConfig
@@ -248,31 +245,6 @@ def settings(run: Run) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def provenance() -> dict[str, Any]:
-    """Commit, machine and versions; the commit is none where the package is not in a repository."""
-    return {
-        "commit": _commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run",
-        "versions": {name: version(name) for name in ("sae-lens-dfc", "sae-lens", "torch")},
-    }
-
-
-def _commit() -> str | None:
-    git = shutil.which("git")
-    if git is None:
-        return None
-    commit = _git(git, "rev-parse", "HEAD")
-    if commit.returncode != 0:
-        return None
-    changed = _git(git, "diff", "--quiet", "HEAD", "--", ".").returncode != 0
-    return commit.stdout.strip() + (", changed" if changed else "")
-
-
-def _git(git: str, *args: str) -> subprocess.CompletedProcess[str]:
-    package = Path(__file__).parent.parent
-    return subprocess.run([git, *args], capture_output=True, text=True, cwd=package)
-
-
 def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
     """All runs of a preset, the results written after each; what is there already is not run again.
 
@@ -286,7 +258,7 @@ def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
     """
     wanted = runs(preset)
     rows = {i: old for i, old in _resumed(path, wanted)}
-    others = {str(row["commit"]) for row in rows.values()} - {str(_commit())}
+    others = {str(row["commit"]) for row in rows.values()} - {str(commit())}
     if others:
         logger.warning("%s has results of other commits, which are kept: %s", path, sorted(others))
     todo = [i for i in range(len(wanted)) if i not in rows]

@@ -1,0 +1,37 @@
+"""Where a figure comes from: commit, machine and versions."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, machine and versions; the commit is none where the package is not in a repository."""
+    return {
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run",
+        "versions": {name: version(name) for name in ("sae-lens-dfc", "sae-lens", "torch")},
+    }
+
+
+def commit() -> str | None:
+    """The commit of this package, and whether it was changed since; none outside a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    head = _git(git, "rev-parse", "HEAD")
+    if head.returncode != 0:
+        return None
+    changed = _git(git, "diff", "--quiet", "HEAD", "--", ".").returncode != 0
+    return head.stdout.strip() + (", changed" if changed else "")
+
+
+def _git(git: str, *args: str) -> subprocess.CompletedProcess[str]:
+    package = Path(__file__).parent.parent
+    return subprocess.run([git, *args], capture_output=True, text=True, cwd=package)
