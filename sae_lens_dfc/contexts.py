@@ -82,7 +82,7 @@ class ContextStream:
     """Contexts of several sources, each source as large a share of the pairs as its weight says.
 
     The next context is of the source that is furthest behind its share. A pass ends when that source
-    has ended, or with `n_pairs`. Contexts come in batches of like length, so that little is padding; the
+    (all shares of it, where several processes have read it) has ended, or with `n_pairs`. Contexts come in batches of like length, so that little is padding; the
     order of batches is drawn from `seed`.
 
     Args:
@@ -175,14 +175,26 @@ class _Reading(Iterator[Context]):
     @override
     def __next__(self) -> Context:
         n_left = self.n_left()
-        source = min(self.sources, key=lambda s: s.n_pairs / s.source.cfg.weight)
-        while n_left > 0 and not source.has_context() and source.open_next(self.n_texts):
-            self.n_texts += 1
-        if n_left <= 0 or not source.has_context():
+        source = self.next_source() if n_left > 0 else None
+        if source is None:
             raise StopIteration
         segments = source.take(n_left)
         number, self.n_contexts = self.n_contexts, self.n_contexts + 1
         return Context(segments.after(self.stream.pair.bos_segment), number, source.number)
+
+    def next_source(self) -> "_SourceReading | None":
+        """The source whose turn it is, with a context ready; none when that one has ended."""
+        ended: list[_SourceReading] = []
+        for source in sorted(self.sources, key=lambda s: s.n_pairs / s.source.cfg.weight):
+            while not source.has_context() and source.open_next(self.n_texts):
+                self.n_texts += 1
+            if source.has_context():
+                return source
+            ended.append(source)
+            # Several processes' shares of one data set end one by one.
+            if not any(s.source.cfg is source.source.cfg for s in self.sources if s not in ended):
+                return None
+        return None
 
 
 class _SourceReading:
