@@ -1,6 +1,9 @@
+import threading
+
+import pytest
 import torch
 
-from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.models import HookedModel, ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segment
 
@@ -60,3 +63,26 @@ def test_the_same_segment_keeps_its_number(pair: ModelPair) -> None:
 def test_lone_surrogates_do_not_break_a_text(pair: ModelPair) -> None:
     segments, _ = pair.segments("a\ud800b")
     assert segments
+
+
+def test_models_on_two_devices_run_at_the_same_time(
+    pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = [pair.bos_segment, *pair.segments(TEXT)[0]]
+    (one_after_the_other,) = pair.activations([context])
+    both_are_running = threading.Barrier(2, timeout=20)
+    run = HookedModel.activations
+
+    def wait_for_the_other(self: HookedModel, *args: torch.Tensor) -> torch.Tensor:
+        both_are_running.wait()
+        return run(self, *args)
+
+    # To torch these are two devices, and the same one.
+    monkeypatch.setattr(
+        HookedModel,
+        "device",
+        property(lambda self: torch.device("cpu:0" if self is pair.b else "cpu")),
+    )
+    monkeypatch.setattr(HookedModel, "activations", wait_for_the_other)
+    (at_once,) = pair.activations([context])
+    assert torch.equal(at_once, one_after_the_other)

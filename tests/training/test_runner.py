@@ -1,5 +1,7 @@
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from sae_lens_dfc.evaluate import evaluate
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import reference_pages
+from sae_lens_dfc.training.data import open_pair
 from tests.helpers import make_acts, make_dfc
 
 NO_WANDB = LoggingConfig(log_to_wandb=False)
@@ -308,6 +311,50 @@ def test_wandb_gets_the_held_out_measures(
         "crosscoder/metrics/l0/a_exclusive",
         "crosscoder/losses/mse_loss_b",
     } <= set(logged)
+
+
+def test_the_models_forward_passes_are_compiled_when_asked(
+    cfg: CrosscoderRunnerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def compile_nothing(function: Any, mode: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            asked.append((function.__name__, mode))
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    cfg = replace(cfg, compile_llm=True, llm_compilation_mode="max-autotune-no-cudagraphs")
+    pair = open_pair(replace(cfg, autocast_lm=True))
+    assert pair.a.autocast and pair.b.autocast
+    pair.activations([[pair.bos_segment, *pair.segments("The cat sat.")[0]]])
+    assert asked == [("run_with_cache", "max-autotune-no-cudagraphs")] * 2
+
+
+@pytest.mark.slow
+def test_a_compiled_step_trains_the_same(cfg: CrosscoderRunnerConfig, tmp_path: Path) -> None:
+    # In a process of its own: the checks of shapes that tests add cannot be compiled.
+    folders = [tmp_path / name for name in ("plain", "compiled")]
+    for folder in folders:
+        here = replace(
+            cfg,
+            training_tokens=64 * 10,
+            output_path=str(folder),
+            compile_sae=folder.name == "compiled",
+        )
+        path = tmp_path / f"{folder.name}.json"
+        path.write_text(json.dumps(here.to_dict()))
+        program = (
+            "import json, sys; from sae_lens_dfc import *; "
+            "cfg = CrosscoderRunnerConfig.from_dict(json.load(open(sys.argv[1]))); "
+            "CrosscoderTrainingRunner(cfg).run()"
+        )
+        subprocess.run([sys.executable, "-c", program, str(path)], check=True, capture_output=True)
+    plain, compiled = (load_file(folder / "sae_weights.safetensors") for folder in folders)
+    for name, weights in plain.items():
+        torch.testing.assert_close(compiled[name], weights, atol=1e-3, rtol=1e-2)
 
 
 # --- SAELens' own runners, unmodified ---
