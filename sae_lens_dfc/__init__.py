@@ -2,6 +2,7 @@
 
 from sae_lens import register_sae_class, register_sae_training_class
 
+from sae_lens_dfc.cache import PairedActivationsCache
 from sae_lens_dfc.crosscoders.batchtopk import (
     BatchTopKTrainingCrosscoder,
     BatchTopKTrainingCrosscoderConfig,
@@ -17,13 +18,16 @@ from sae_lens_dfc.crosscoders.standard import (
 )
 from sae_lens_dfc.models import HookedModel, ModelConfig
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
+from sae_lens_dfc.training.caching import CacheConfig, cache_activations
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
 __all__ = [
     "BatchTopKTrainingCrosscoder",
     "BatchTopKTrainingCrosscoderConfig",
+    "CacheConfig",
     "Crosscoder",
     "CrosscoderConfig",
     "CrosscoderRunnerConfig",
@@ -37,11 +41,14 @@ __all__ = [
     "HookedModel",
     "ModelConfig",
     "ModelPair",
+    "PairedActivationsCache",
     "Partition",
+    "SourceConfig",
     "StandardTrainingCrosscoder",
     "StandardTrainingCrosscoderConfig",
     "ToyPair",
     "ToyPairConfig",
+    "cache_activations",
     "load_crosscoder",
 ]
 

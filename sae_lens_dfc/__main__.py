@@ -51,7 +51,7 @@ from sae_lens_dfc.output import is_made
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES
 from sae_lens_dfc.report import measures_table, render_report, text_table
-from sae_lens_dfc.sources import MAX_CHARS
+from sae_lens_dfc.sources import MAX_CHARS, SourceConfig
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
@@ -316,9 +316,12 @@ def _run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
             f"{path} is not a configuration of this version's CrosscoderTrainingRunner: {error!r}. "
             "Train it with that runner, or use the version that did."
         ) from error
+    if options.dataset is not None:
+        # All of another text, by itself: nothing that the run says of its own applies.
+        text = {f.name: f.default for f in fields(SourceConfig) if hasattr(cfg, f.name)}
+        cfg = replace(cfg, **{**text, "dataset_path": options.dataset}, sources=[], n_ranks=1)
     changes: dict[str, Any] = {
         "device": options.device,
-        "dataset_path": options.dataset,
         "eval_pairs": options.eval_pairs,
         "model_a": _moved(cfg.model_a, options.model_a, options.device),
         "model_b": _moved(cfg.model_b, options.model_b, options.device),

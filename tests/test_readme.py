@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from sae_lens import SAE
 
-from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.__main__ import TAKE_RECIPES, _parser, main
+from sae_lens_dfc.arguments import parsed_with_lists, with_files
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,3 +72,22 @@ def test_every_make_target_in_the_readme_exists() -> None:
 def test_files_the_readme_points_to_exist() -> None:
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_file_in_the_data_guide_serves_cache_and_train(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", guide, flags=re.DOTALL)
+    (tmp_path / "run.yaml").write_text(block.replace("device: cuda:2\n", ""))
+
+    def options(command: str) -> Any:
+        arguments = with_files([command, "--config", str(tmp_path / "run.yaml")], TAKE_RECIPES)
+        return parsed_with_lists(arguments, lambda flags: _parser().parse_args(flags)).options
+
+    cache, train = options("cache"), options("train")
+    assert cache.cache_path == train.cache_path == "/data/llama-qwen"
+    assert [source.weight for source in cache.sources] == [
+        0.5,
+        0.5,
+    ] and cache.model_a.drop_unused_layers
+    assert [sae.architecture() for sae in train.all_saes] == ["dfc", "dfc", "batchtopk_crosscoder"]
+    assert [sae.n_a_exclusive for sae in train.all_saes] == [6553, 13107, 0]

@@ -235,6 +235,21 @@ def test_a_list_of_crosscoders_is_trained_on_one_stream(
     assert main(["evaluate", *runs, "--eval-pairs", "100"]) == 0
 
 
+def test_other_text_takes_the_place_of_all_sources(
+    cfg: CacheConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {**settings(cfg), "text_column": "text"}
+    del values["cache_path"]
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    run = str(tmp_path / "run")
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--output-path", run]) == 0
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"messages": "The cat sat on the mat. " * 9}))
+    capsys.readouterr()
+    assert main(["evaluate", run, "--dataset", str(other), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs_evaluated"] < 300
+
+
 @pytest.mark.parametrize("source", [{"weight": 1}, {"dataset_path": "x", "wieght": 1}, "x"])
 def test_a_source_that_is_no_source_is_one_clear_error(
     source: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
