@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -47,7 +47,6 @@ from sae_lens_dfc.measured_run import (
 )
 from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.output import is_made
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES
 from sae_lens_dfc.report import measures_table, render_report, text_table
@@ -56,7 +55,7 @@ from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.data import Collected, PairedText
+from sae_lens_dfc.training.data import Collected, DataConfig, PairedText, open_pair
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
 ARCHITECTURES: dict[str, Any] = {
@@ -167,27 +166,41 @@ def demo(options: DemoConfig) -> None:
 def train(options: TrainOptions) -> None:
     """Train and save, with the other processes if torchrun started any."""
     output = options.output_path
-    if options.resume and output is not None and is_made(output):
-        _say(f"Crosscoder: {output} (it was finished already)")
-        return
     with ranks.process_group(options.device) as device:
-        cfg = replace(options, device=device, n_ranks=ranks.world_size())
-        trained = CrosscoderTrainingRunner(cfg).run_all()
+        runner = CrosscoderTrainingRunner(_of_this_rank(replace(options, device=device)))
+        if not runner.is_finished:
+            runner.run_all()
         if ranks.rank() == 0:
-            folders = [output] if len(trained) == 1 else [f"{output}/{name}" for name in trained]
-            _say("\n".join(f"Crosscoder: {folder}" for folder in folders))
+            names = list(runner.cfg.saes)
+            folders = [output] if len(names) == 1 else [f"{output}/{name}" for name in names]
+            note = " (it was finished already)" if runner.is_finished else ""
+            _say("\n".join(f"Crosscoder: {folder}{note}" for folder in folders))
 
 
 def cache(options: CacheOptions) -> None:
     """Write a cache, with the other processes if torchrun started any."""
-    with ranks.process_group(options.model_a.device.partition(":")[0]):
-        cached = cache_activations(replace(options, n_ranks=ranks.world_size()))
+    devices = options.model_a.device, options.model_b.device
+    with ranks.process_group(next((d for d in devices if d != "cpu"), "cpu")):
+        cached = cache_activations(_of_this_rank(options))
         if ranks.rank() == 0:
             counts = cached.manifest["counts"]["coverage"]
             _say(f"Cache: {cached.folder}, {len(cached):,} rows of {cached.d_a} + {cached.d_b}")
             _say(
                 f"Paired: {counts['coverage_a']:.1%} of A's tokens, {counts['coverage_b']:.1%} of B's"
             )
+
+
+T_DATA = TypeVar("T_DATA", bound=DataConfig)
+
+
+def _of_this_rank(cfg: T_DATA) -> T_DATA:
+    """The settings with this process's own devices for the models."""
+    return replace(
+        cfg,
+        n_ranks=ranks.world_size(),
+        model_a=replace(cfg.model_a, device=ranks.own_device(cfg.model_a.device)),
+        model_b=replace(cfg.model_b, device=ranks.own_device(cfg.model_b.device)),
+    )
 
 
 def align_texts(options: AlignOptions) -> None:
@@ -294,7 +307,7 @@ def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
     crosscoder = load_crosscoder(run)
     cfg = _run_config(run, options)
     crosscoder.to(cfg.device)
-    pair = ModelPair.load(cfg.model_a, cfg.model_b)
+    pair = open_pair(cfg)
     check_models(crosscoder, pair)
     part = "held_out" if options.dataset is None else "all"
     text = PairedText(cfg, pair).collect(part, "Held-out activations")

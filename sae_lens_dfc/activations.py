@@ -144,7 +144,7 @@ def _ordinary(
 
 
 def origins(rows: PairedRows) -> dict[str, Int[Tensor, " n"]]:
-    """For each row: the document, and in each model the position in its context and the token.
+    """For each row: source and document, and in each model the position in its context and the token.
 
     Positions count the beginning-of-sequence token.
     """
@@ -153,6 +153,7 @@ def origins(rows: PairedRows) -> dict[str, Int[Tensor, " n"]]:
         at = rows.segment[rows.context == context.number].numpy()
         segments = Segments.of(context.segments)
         of_context = {
+            "source": np.full(len(at), context.source),
             "document": np.full(len(at), context.document),
             "position_a": segments.last_a[at],
             "position_b": segments.last_b[at],

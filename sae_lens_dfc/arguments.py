@@ -13,8 +13,12 @@ from sae_lens_dfc.sources import SourceConfig
 class Arguments(NamedTuple):
     """What a command line asks for."""
 
-    flags: list[str]
-    """The command and its flags, those of files in front, so that the command line's win."""
+    command: list[str]
+    """The command, if there is one."""
+    of_files: list[str]
+    """Flags that files stand for."""
+    given: list[str]
+    """Flags of the command line, which win."""
     sources: list[SourceConfig] | None
     """The data sets, where a file lists them."""
     saes: list[list[str]]
@@ -43,11 +47,16 @@ def with_files(args: Sequence[str], fields_of: Mapping[str, Collection[str]]) ->
         foreign = set().union(*fields_of.values()) - set(fields_of[command])
         values = {name: value for name, value in values.items() if name not in foreign}
     sources = values.pop("sources", None)
+    if sources is not None and "dataset_path" in values:
+        raise ValueError(
+            "A configuration has both sources and dataset_path. Put the data set among the sources."
+        )
+    if any(arg.startswith("--dataset-path") for arg in args):
+        sources = None
     saes = values.pop("sae") if isinstance(values.get("sae"), list) else []
     given_sources = None if sources is None else [_source(source) for source in sources]
-    return Arguments(
-        [*args[:1], *_flags(values), *args[1:]], given_sources, [list(_sae_flags(s)) for s in saes]
-    )
+    sae_flags = [list(_sae_flags(sae)) for sae in saes]
+    return Arguments(list(args[:1]), list(_flags(values)), list(args[1:]), given_sources, sae_flags)
 
 
 def parsed_with_lists(arguments: Arguments, parse: Callable[[list[str]], Any]) -> Any:
@@ -57,9 +66,9 @@ def parsed_with_lists(arguments: Arguments, parse: Callable[[list[str]], Any]) -
         arguments: Of a command.
         parse: Gives the namespace of flags.
     """
-    command, *flags = arguments.flags or [""]
+    command, of_files, given, *_ = arguments
     variants = arguments.saes or [[]]
-    first, *others = [parse([command, *sae, *flags] if command else []) for sae in variants]
+    first, *others = [parse([*command, *of_files, *sae, *given]) for sae in variants]
     if others:
         first.options.other_saes = [other.options.sae for other in others]
     if arguments.sources is not None:
@@ -70,6 +79,8 @@ def parsed_with_lists(arguments: Arguments, parse: Callable[[list[str]], Any]) -
 def _with_recipe(recipe: str, values: Mapping[str, Any], args: Sequence[str]) -> dict[str, Any]:
     flags = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
     given = {name.removeprefix("--").replace("-", "_") for name in flags} | {*flattened(values)}
+    if isinstance(values.get("sae"), list):
+        given |= set.intersection(*({f"sae.{name}" for name in sae} for sae in values["sae"]))
     settings = dict(find_recipe(recipe, given).settings)
     if "dataset_path" in given:
         settings.pop("sources", None)

@@ -91,6 +91,8 @@ class CacheWriter:
                 yield batch
 
         self.folder.mkdir(parents=True, exist_ok=True)
+        # From here on whoever looks sees what the folder is, however early this is stopped.
+        self.progress.save(self.path, self.header)
         pending: deque[tuple[Future[Shard], Progress]] = deque()
         with ThreadPoolExecutor(self.n_writers) as threads:
             try:
@@ -99,7 +101,7 @@ class CacheWriter:
                     path = self.folder / f"rows-{self.rank:05d}-{i:06d}.safetensors"
                     pending.append((threads.submit(_write_shard, path, columns), progress))
                     # As many as there are threads keep them busy; more would only fill the memory.
-                    if len(pending) > self.n_writers:
+                    while pending and (len(pending) > self.n_writers or pending[0][0].done()):
                         self._finish(pending)
             finally:
                 while pending:
@@ -112,17 +114,16 @@ class CacheWriter:
         """Wait for the oldest shard, and count it in."""
         written, progress = pending.popleft()
         try:
-            shard = written.result()
-        except Exception as error:
+            progress.shards = [*self.progress.shards, written.result()]
+            progress.save(self.path, self.header)
+        except OSError as error:
             # Later ones may well be written, but what counts is whole from the beginning on.
             pending.clear()
             raise OSError(
                 f"Could not write to the cache in {self.folder}: {error} The {self.progress.rows} rows written "
                 "before are kept: make room and run the same command with --resume."
             ) from error
-        progress.shards = [*self.progress.shards, shard]
         self.progress = progress
-        self.progress.save(self.path, self.header)
 
 
 def _write_shard(path: Path, columns: dict[str, Tensor]) -> Shard:
@@ -194,6 +195,8 @@ class PairedActivationsCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        self.fingerprint = xxh3_128((self.folder / MANIFEST_FILENAME).read_bytes()).hexdigest()
+        """A sign of all that is in it: the manifest has every file's checksum."""
         """What made the cache and what is in it."""
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
         self._checked: set[int] = set()
@@ -267,7 +270,7 @@ class PairedActivationsCache:
             seed: Of the order.
             window_shards: Shards among which rows are permuted; they are mapped to memory, not held in it.
             start: Where to begin, when not at the beginning.
-            share: Which process this is, and of how many that share the shards.
+            share: Which process this is, and of how many that share the shards; each has epochs of its own.
 
         Raises:
             ValueError: There are more processes than shards.
@@ -355,6 +358,14 @@ def _empty_like(rows: Tensor, n: int) -> Tensor:
     return torch.from_numpy(memory).view(rows.dtype)
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether this file of that name is a cache's."""
+    try:
+        return {"format", "shards", "rows"} <= set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a cache says of itself.
 
@@ -371,6 +382,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest["format"] == FORMAT
+        _ = known and [
+            manifest[name] for name in ("rows", "d_a", "d_b", "models", "data", "shards")
+        ]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. {_REPAIR}") from error
     if not known:

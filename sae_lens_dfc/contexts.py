@@ -1,5 +1,6 @@
 """Sources of text -> batches of contexts: mixed by weight, cut to size, of like length, and resumable."""
 
+import logging
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from sae_lens_dfc.segments import Segments
 from sae_lens_dfc.sources import Source, aligned_pieces
 from sae_lens_dfc.texts import Place
 
+logger = logging.getLogger(__name__)
+
 Part = Literal["training", "held_out", "all"]
 
 # Batches among which contexts are sorted by length: at 64, padding is a few percent of any text seen so far.
@@ -29,6 +32,8 @@ class PairCounts:
     coverage: Coverage = field(default_factory=Coverage)
     texts: int = 0
     """Documents read."""
+    unreadable: int = 0
+    """Of these, those left out since they could not be read."""
     pairs: int = 0
     """Pairs of activations handed on."""
     first_position: int = 0
@@ -67,7 +72,9 @@ class Context(NamedTuple):
     number: int
     """Its number in the stream, from 0."""
     document: int
-    """Number of its document in the stream, from 0."""
+    """Number of its document in its source, or in this process's share of it, from 0."""
+    source: int = 0
+    """Number of its source, from 0."""
 
 
 class ContextBatch(NamedTuple):
@@ -125,6 +132,7 @@ class ContextStream:
             pool = list(islice(reading, POOL_BATCHES * self.batch_size_prompts))
             reading.count()
             if not pool:
+                reading.say_why_it_ended()
                 return
             seed = f"{self.seed} {pool[0].number}"
             batches = bucketed(pool, self.batch_size_prompts, self.context_size, seed)
@@ -148,7 +156,6 @@ class _Reading(Iterator[Context]):
         self.counts = counts
         places = [None] * len(stream.sources) if place is None else place["sources"]
         self.n_contexts = 0 if place is None else int(place["contexts"])
-        self.n_texts = 0 if place is None else int(place["texts"])
         self.sources = [
             _SourceReading(source, stream, p)
             for source, p in zip(stream.sources, places, strict=True)
@@ -158,7 +165,6 @@ class _Reading(Iterator[Context]):
         return {
             "sources": [source.place() for source in self.sources],
             "contexts": self.n_contexts,
-            "texts": self.n_texts,
             "batches": 0,
         }
 
@@ -166,7 +172,20 @@ class _Reading(Iterator[Context]):
         coverage = Coverage()
         for source in self.sources:
             coverage.add(source.coverage)
-        self.counts.coverage, self.counts.texts = coverage, self.n_texts
+        self.counts.coverage = coverage
+        self.counts.texts = sum(source.n_read for source in self.sources)
+        self.counts.unreadable = sum(source.n_unreadable for source in self.sources)
+
+    def say_why_it_ended(self) -> None:
+        ended = [s for s in self.sources if s.has_ended]
+        wanted = self.stream.n_pairs
+        if self.n_left() > 0 and (wanted is not None or len(ended) < len(self.sources)):
+            read = ", ".join(f"{s.source.cfg.dataset_path}: {s.n_pairs}" for s in self.sources)
+            names = ", ".join(s.source.cfg.dataset_path for s in ended)
+            logger.warning(
+                "The pass ends before the %s, since %s has ended. Pairs read: %s",
+                *(f"{wanted} pairs asked for" if wanted else "other sources", names, read),
+            )
 
     def n_left(self) -> int:
         n_pairs = self.stream.n_pairs
@@ -180,14 +199,16 @@ class _Reading(Iterator[Context]):
             raise StopIteration
         segments = source.take(n_left)
         number, self.n_contexts = self.n_contexts, self.n_contexts + 1
-        return Context(segments.after(self.stream.pair.bos_segment), number, source.number)
+        which = self.sources.index(source)
+        bos = self.stream.pair.bos_segment
+        return Context(segments.after(bos), number, source.n_documents - 1, which)
 
     def next_source(self) -> "_SourceReading | None":
         """The source whose turn it is, with a context ready; none when that one has ended."""
         ended: list[_SourceReading] = []
         for source in sorted(self.sources, key=lambda s: s.n_pairs / s.source.cfg.weight):
-            while not source.has_context() and source.open_next(self.n_texts):
-                self.n_texts += 1
+            while not source.has_context() and source.open_next():
+                pass
             if source.has_context():
                 return source
             ended.append(source)
@@ -205,12 +226,14 @@ class _SourceReading:
         self.stream = stream
         self.before: Place | None = None
         """The place of the document that is open; its contexts are made again when reading goes on from here."""
-        self.n_before = self.number = self.n_taken = self.n_pairs = 0
+        self.n_before = self.n_read = self.n_unreadable = self.n_taken = self.n_pairs = 0
+        self.has_ended = False
         self.coverage_before, self.coverage = Coverage(), Coverage()
         n_taken = 0
         if place is not None:
             self.before, self.n_before = place["before"], place["n_before"]
-            self.number, self.n_pairs, n_taken = place["number"], place["n_pairs"], place["n_taken"]
+            self.n_pairs, n_taken = place["n_pairs"], place["n_taken"]
+            self.n_read, self.n_unreadable = place["n_read"], place["n_unreadable"]
             self.coverage_before = Coverage.from_dict(place["coverage_before"])
             self.coverage = Coverage.from_dict(place["coverage_before"])
         self.rows = source.read(self.before)
@@ -218,40 +241,48 @@ class _SourceReading:
         self.contexts: Iterator[Segments] = iter(())
         self.ahead: Segments | None = None
         if place is not None and place["is_open"]:
-            self.open_next(self.number)
+            self.open_next()
             for _ in range(n_taken):
                 self.has_context()
                 self.ahead = None
             self.n_taken = n_taken
 
     def place(self) -> Place:
+        is_open = self.n_documents > self.n_before
         return {
             "before": self.before,
             "n_before": self.n_before,
-            "number": self.number,
-            "is_open": self.n_documents > self.n_before,
+            "is_open": is_open,
+            # The open document is counted when it is opened again.
+            "n_read": self.n_read - is_open,
+            "n_unreadable": self.n_unreadable,
             "n_taken": self.n_taken,
             "n_pairs": self.n_pairs,
             "coverage_before": self.coverage_before.to_dict(),
         }
 
-    def open_next(self, number: int) -> bool:
-        """Open the next document that is of the part, under this number, if there is one."""
+    def open_next(self) -> bool:
+        """Open the next document that is of the part, if there is one."""
         for document, after in self.rows:
             self.n_documents += 1
             if self.stream.is_read(self.n_documents - 1):
-                self.number = number
+                self.n_read += 1
                 self.contexts = self.contexts_of(document, after)
                 return True
             self.before, self.n_before = after, self.n_documents
+        self.has_ended = True
         return False
 
     def contexts_of(self, document: Any, after: Place) -> Iterator[Segments]:
         stream = self.stream
         pieces = aligned_pieces(stream.pair, document, self.source.cfg.tokenizer)
-        for segments, coverage in pieces:
-            self.coverage.add(coverage)
-            yield from pack(segments, stream.context_size - 1, self.coverage)
+        try:
+            for segments, coverage in pieces:
+                self.coverage.add(coverage)
+                yield from pack(segments, stream.context_size - 1, self.coverage)
+        except ValueError as error:
+            self.n_unreadable += 1
+            self.source.check_unreadable(self.n_unreadable, self.n_read, error)
         self.before, self.n_before, self.n_taken = after, self.n_documents, 0
         self.coverage_before = deepcopy(self.coverage)
 

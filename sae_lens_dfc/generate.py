@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,9 @@ def generate(options: GenerateOptions) -> int:
     if path.is_dir() or (path.exists() and not options.overwrite):
         raise ValueError(f"Output {path} is there already. Pass --overwrite or name another file.")
     prompts = load_texts(options.prompts, options.text_column)
-    pair = ModelPair.load(options.model_a, options.model_b)
+    # To generate takes all layers, whatever a configuration shared with `cache` says.
+    whole = (replace(m, drop_unused_layers=False) for m in (options.model_a, options.model_b))
+    pair = ModelPair.load(*whole)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     n_rows = 0

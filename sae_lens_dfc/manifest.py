@@ -42,6 +42,8 @@ class CacheHeader:
     """Where the models were; they may have moved since."""
     data: dict[str, Any]
     """Data sets, alignment and filter settings."""
+    text: list[str]
+    """A sign of each data set's rows, see `Rows.fingerprint`."""
     dtype: str
     """Number format of the rows."""
     shard_rows: int
@@ -112,9 +114,9 @@ class Progress:
             with safe_open(path, framework="pt") as file:
                 values = json.loads(file.metadata()["progress"])
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            statistics = [NormStatistics.of(tensors.pop(f"statistics_{model}")) for model in "ab"]
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged: {error} Cache again with --overwrite.") from error
-        statistics = [NormStatistics.of(tensors.pop(f"statistics_{model}")) for model in "ab"]
         counts = PairCounts()
         counts.load(values["counts"])
         progress = cls(

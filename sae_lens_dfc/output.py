@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from safetensors import SafetensorError
 
 
 def check_output(
@@ -68,12 +69,22 @@ def all_or_nothing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def os_errors() -> Iterator[None]:
+    """safetensors has an error of its own for a full disk; the command line knows Python's."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+@contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
     """A temporary file that takes `path`'s place when the block ends well: whoever looks sees all of it or none."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.new")
     try:
-        yield temporary
+        with os_errors():
+            yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

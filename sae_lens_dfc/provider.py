@@ -21,8 +21,7 @@ def epochs(start_rows: StartRows, start: Bookmark | None = None) -> Iterator[Mar
     """
     first = 0 if start is None else int(start.values["epoch"])
     for epoch in count(first):
-        rows = start_rows(start)
-        for row in _not_empty(rows) if start is None else rows:
+        for row in _not_empty(start_rows(start), is_whole=start is None):
             after = Bookmark({**row.after.values, "epoch": epoch}, row.after.tensors)
             yield Marked(row.acts, after)
         start = None
@@ -44,13 +43,13 @@ def epochs_in_memory(start_rows: StartRows, start: Bookmark | None = None) -> It
         yield Marked(memory[i % len(memory)], Bookmark({"done": i + 1}))
 
 
-def _not_empty(rows: Iterator[PairedRows]) -> Iterator[PairedRows]:
+def _not_empty(rows: Iterator[PairedRows], is_whole: bool = True) -> Iterator[PairedRows]:
     empty = True
     for batch in rows:
         if len(batch.acts) > 0:
             empty = False
             yield batch
-    if empty:
+    if empty and is_whole:
         raise ValueError(
             "The text has no paired position: at no character do both tokenizers end a token (after position 0). "
             "Check the text and the tokenizers with `sae-lens-dfc align`."
@@ -108,7 +107,7 @@ def shuffled(
             return
         if mix_fraction > 0:
             order = torch.randperm(len(buffer), generator=draws)
-            buffer = buffer.index_select(0, order.to(buffer.device))
+            buffer = buffer.index_select(0, order)
         to_serve = max(1, (len(buffer) - int(buffer_size * mix_fraction)) // batch_size)
 
 
@@ -118,7 +117,8 @@ def _filled(
     """The buffer with new rows, at least `size` in all, and the place after them; no place when the rows end before."""
     chunks = [] if buffer is None else [buffer]
     for chunk, after in rows:
-        chunks.append(chunk)
+        # Gigabytes, which the models' device has better use for; and it is where a checkpoint's come back to.
+        chunks.append(chunk.cpu())
         if sum(map(len, chunks)) >= size:
             return torch.cat(chunks), after
     return torch.empty(0), None

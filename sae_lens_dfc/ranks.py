@@ -8,6 +8,7 @@ that decisions made on its result are the same everywhere.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -56,11 +57,24 @@ def process_group(device: str) -> Iterator[str]:
     own = _own_device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group(BACKENDS[own.type])
+    # Shares of a text end hours apart, and whoever is done waits.
+    dist.init_process_group(BACKENDS[own.type], timeout=timedelta(days=7))
     try:
         yield str(own)
     finally:
         dist.destroy_process_group()
+
+
+def own_device(device: str) -> str:
+    """This rank's device: of "cuda" its own GPU; in one process the device itself.
+
+    Raises:
+        ValueError: As `process_group`.
+
+    >>> own_device("cuda:3")
+    'cuda:3'
+    """
+    return str(_own_device(device)) if world_size() > 1 else device
 
 
 def _own_device(device: str) -> torch.device:

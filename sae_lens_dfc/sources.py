@@ -47,6 +47,8 @@ class SourceConfig:
     """Read a hub data set as it downloads."""
     tokenizer: Literal["a", "b"] = "a"
     """Whose token ids a pre-tokenised data set holds."""
+    max_unreadable: float = 0.01
+    """Share of documents that may be left out since they cannot be read, such as chats that a template refuses."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
@@ -93,6 +95,24 @@ class Source:
         )
         return cls(cfg, rows.share(rank, world_size))
 
+    @property
+    def fingerprint(self) -> str:
+        """A sign of the data, see `Rows.fingerprint`."""
+        return self.rows.fingerprint
+
+    def check_unreadable(self, n_unreadable: int, n_documents: int, error: ValueError) -> None:
+        """Raise when too many documents cannot be read: the first already, since then all may be so.
+
+        Raises:
+            ValueError: The last document's error, with the source and the document named.
+        """
+        if n_documents > 1 and n_unreadable <= max(1, self.cfg.max_unreadable * n_documents):
+            return
+        raise ValueError(
+            f"{n_unreadable} of the {n_documents} documents of {self.cfg.dataset_path!r} read so far cannot be read, "
+            f"more than max_unreadable={self.cfg.max_unreadable:g} allows. The last, number {n_documents - 1}: {error}"
+        ) from error
+
     def read(self, place: Place | None = None) -> Iterator[tuple[Any, Place]]:
         """Each document (a value of the column, or a whole contrastive row) with the place after it."""
         for row, after in self.rows.read(place):
@@ -125,7 +145,7 @@ def aligned_pieces(
     Raises:
         ValueError: It is none of these.
     """
-    if document is None:
+    if document is None or (isinstance(document, Sequence) and len(document) == 0):
         return
     if isinstance(document, str):
         yield from (pair.segments(piece) for piece in split_text(document, MAX_CHARS))

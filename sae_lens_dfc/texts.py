@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
+from xxhash import xxh3_64
 
 CPYTHON_DOCS = "cpython-docs"
 DOCUMENT_CHARS = 4_000
@@ -117,6 +118,13 @@ class Rows:
     def columns(self) -> list[str]:
         """Names of the columns; none when there is no row."""
         return list(next(iter(self.dataset), {}))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sign of the rows: another first row or another number of them gives another. It is no checksum."""
+        first = next(iter(self.dataset), {})
+        n = len(self.dataset) if isinstance(self.dataset, Dataset) else None
+        return xxh3_64(repr((n, first)).encode("utf-8", "surrogatepass")).hexdigest()
 
     def share(self, rank: int, world_size: int) -> "Rows":
         """The part of the rows that one of several processes reads."""

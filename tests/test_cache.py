@@ -24,6 +24,7 @@ HEADER = CacheHeader(
     models={"model_a": {"d_model": D_A}, "model_b": {"d_model": D_B}},
     configs={},
     data={"context_size": 8},
+    text=[],
     dtype="float32",
     shard_rows=32,
     origins=False,

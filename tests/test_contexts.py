@@ -68,11 +68,21 @@ def test_each_source_gives_its_share_of_the_pairs(
     assert a / 6000 == pytest.approx(weights[0] / sum(weights), abs=0.06)
 
 
-def test_a_pass_ends_with_the_source_whose_turn_it_is(pair: ModelPair) -> None:
+def test_a_pass_ends_with_the_source_whose_turn_it_is_and_says_so(
+    pair: ModelPair, caplog: pytest.LogCaptureFixture
+) -> None:
     sources = [source_of(PAGES[:2]), source_of(PAGES[2:20])]
     counts = PairCounts()
     contexts_of(ContextStream(pair, sources, 64), counts)
     assert 3 <= counts.texts < 20
+    assert "The pass ends before the other sources, since mine has ended" in caplog.text
+    caplog.clear()
+    contexts_of(stream_of(pair, PAGES[:2], n_pairs=10**6))
+    assert "The pass ends before the 1000000 pairs asked for" in caplog.text
+    caplog.clear()
+    contexts_of(stream_of(pair, PAGES[:2]))
+    contexts_of(stream_of(pair, PAGES[:2], n_pairs=100))
+    assert caplog.text == ""
 
 
 def test_held_out_and_training_documents_are_apart_and_together_all(pair: ModelPair) -> None:
@@ -97,6 +107,7 @@ def test_an_empty_document_has_no_context_and_is_counted(pair: ModelPair, docume
     contexts = contexts_of(stream_of(pair, [PAGES[0], document, PAGES[1]]), counts)
     assert counts.texts == 3
     assert {0, 2} <= {c.document for c in contexts} <= {0, 1, 2}
+    assert counts.unreadable == 0
 
 
 @pytest.mark.slow

@@ -108,6 +108,23 @@ def test_keeping_in_memory_runs_the_models_once() -> None:
     assert passes == 1 + 5
 
 
+@pytest.mark.parametrize("n", [0, 3, 8])
+def test_batches_of_the_text_without_a_pair_do_not_spoil_resuming(n: int) -> None:
+    def gappy(start: Bookmark | None) -> Iterator[PairedRows]:
+        return (
+            rows if i % 3 else rows._replace(acts=rows.acts[:0])
+            for i, rows in enumerate(marked_rows(start), start=start.values["next"] if start else 0)
+        )
+
+    def served(start: Bookmark | None = None) -> Iterator[Marked]:
+        # The smallest buffer: any batch that comes makes it draw anew.
+        return shuffled(lambda place: epochs(gappy, place), 32, 32, mix_fraction=0.9, start=start)
+
+    whole = list(islice(served(), n + 30))
+    rest = list(islice(served(whole[n - 1].after if n else None), 30))
+    assert all(torch.equal(a.acts, b.acts) for a, b in zip(rest, whole[n:], strict=True))
+
+
 @EITHER
 def test_a_text_without_a_pair_is_an_error_not_an_endless_loop(repeat: Repeat) -> None:
     empty = PairedRows(torch.empty(0, 3), torch.empty(0).long(), torch.empty(0).long())

@@ -58,6 +58,37 @@ def test_of_a_contrastive_row_both_models_read_both_answers(chatty: ModelPair) -
     assert TEXT[:-1] in read and "The mat" in read and read.count("Who?") == 2
 
 
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_an_empty_document_of_any_kind_has_nothing_to_read(pair: ModelPair, empty: Any) -> None:
+    assert list(aligned_pieces(pair, empty)) == []
+
+
+def test_few_documents_that_cannot_be_read_are_counted_and_many_are_an_error(
+    chatty: ModelPair,
+) -> None:
+    good = [{"role": "user", "content": "The cat. " * 4}]
+    bad = [{"role": "user", "content": None}]
+
+    def read(chats: list[Any], **kwargs: Any) -> PairCounts:
+        rows = Rows(Dataset.from_dict({"messages": chats}), "mine")
+        counts = PairCounts()
+        stream = ContextStream(chatty, [Source(SourceConfig("mine", **kwargs), rows)], 64)
+        contexts = in_order(stream.batches(counts))
+        assert len(contexts) == chats.count(good)
+        return counts
+
+    counts = read([good, bad, good])
+    assert (counts.texts, counts.unreadable) == (3, 1)
+    with pytest.raises(
+        ValueError, match="2 of the 4 documents of 'mine'.*number 3: A chat is a list"
+    ):
+        read([good, bad, good, bad])
+    assert read([good, bad, good, bad], max_unreadable=0.5).unreadable == 2
+    # When the first cannot be read, all may be so: better said at once.
+    with pytest.raises(ValueError, match="1 of the 1 documents"):
+        read([bad, good], max_unreadable=0.5)
+
+
 def test_what_is_no_document_is_refused(pair: ModelPair) -> None:
     for document in (3.5, ["a", 1], [1.5]):
         with pytest.raises(ValueError, match="must be text, chat messages or token ids, got"):

@@ -153,7 +153,9 @@ class _Harvest:
                 pass
             return
         shutil.rmtree(self.cfg.cache_path, ignore_errors=True)
-        CacheWriter(self.cfg.cache_path, cache_header(self.cfg, self.pair)).write(rows, counts)
+        CacheWriter(self.cfg.cache_path, cache_header(self.cfg, self.pair, self.text)).write(
+            rows, counts
+        )
 
     def bare(self, model: HookedModel) -> None:
         """The same tokens, without padding, in whole batches of whole contexts."""
@@ -217,7 +219,7 @@ def _written(
 ) -> PairedActivationsCache:
     first = next(acts)
     models = {"model_a": {"d_model": d_a}, "model_b": {"d_model": first.shape[1] - d_a}}
-    header = CacheHeader(models, {}, {}, dtype, shard_rows, origins=False)
+    header = CacheHeader(models, {}, {}, [], dtype, shard_rows, origins=False)
     writer = CacheWriter(folder, header)
 
     def rows() -> Iterator[PairedRows]:

@@ -2,14 +2,17 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sae_lens.util import str_to_dtype
 from tqdm.auto import tqdm
 
 from sae_lens_dfc import ranks
-from sae_lens_dfc.cache import CacheWriter, PairedActivationsCache
+from sae_lens_dfc.activations import PairedRows
+from sae_lens_dfc.cache import CacheWriter, PairedActivationsCache, is_manifest
 from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.manifest import (
     MANIFEST_FILENAME,
@@ -19,7 +22,7 @@ from sae_lens_dfc.manifest import (
     write_manifest,
 )
 from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.output import check_output, is_made
+from sae_lens_dfc.output import check_output
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 NOT_IN_HEADER = ("model_a", "model_b", "eval_pairs")
 # What a training may choose for itself: it shuffles the rows in an order of its own.
 OWN_IN_TRAINING = ("seed",)
+OWN_FILES = ("rows-*.safetensors", ".rows-*.new", "progress-*.safetensors", ".progress-*.new")
 
 
 @dataclass(kw_only=True)
@@ -46,7 +50,7 @@ class CacheConfig(DataConfig):
     n_writers: int = 2
     """Threads that write while the models run."""
     save_origins: bool = False
-    """Keep with each row its document, and in each model its token and position: 40 bytes a row."""
+    """Keep with each row its source and document, and in each model its token and position: 48 bytes a row."""
     overwrite: bool = False
     """Replace the cache that the folder holds."""
     resume: bool = False
@@ -75,10 +79,16 @@ def cache_activations(cfg: CacheConfig, pair: ModelPair | None = None) -> Paired
     _check_folder(folder, cfg)
     pair = pair or open_pair(cfg)
     text = PairedText(cfg, pair, ranks.rank())
-    header = cache_header(cfg, pair)
+    header = cache_header(cfg, pair, text)
+    if cfg.overwrite:
+        # Not before all is known to fit, and not after the new one is whole: there may be no room for both.
+        _remove(folder)
     if not (folder / MANIFEST_FILENAME).is_file():
-        _write(text, header, folder, cfg.n_writers)
+        _write(text, header, folder, cfg)
     cache = PairedActivationsCache(folder)
+    ranks.wait()
+    for left in folder.glob("progress-*.safetensors") if ranks.rank() == 0 else ():
+        left.unlink()  # stopped between the manifest and this
     difference = header.difference(cache.manifest)
     if difference:
         raise ValueError(
@@ -88,24 +98,54 @@ def cache_activations(cfg: CacheConfig, pair: ModelPair | None = None) -> Paired
     return cache
 
 
-def _write(text: PairedText, header: CacheHeader, folder: Path, n_writers: int) -> None:
-    writer = CacheWriter(folder, header, n_writers, ranks.rank())
+def _write(text: PairedText, header: CacheHeader, folder: Path, cfg: CacheConfig) -> None:
+    writer = CacheWriter(folder, header, cfg.n_writers, ranks.rank())
+    ranks.wait()
+    _check_space(folder, header, cfg, writer.progress.rows)
     if not writer.progress.done:
         counts = PairCounts()
         rows = text.rows("training", counts, writer.progress.after)
-        bar = tqdm(rows, "Caching", unit=" batches", disable=ranks.rank() > 0)
-        writer.write(iter(bar), counts)
+        n_pairs = text.stream("training").n_pairs
+        writer.write(_with_bar(rows, n_pairs, writer.progress.rows), counts)
     ranks.wait()
     if ranks.rank() == 0:
         paths = [progress_path(folder, rank) for rank in range(ranks.world_size())]
-        manifest = write_manifest(folder, header, [Progress.load(path)[0] for path in paths])
+        parts = [Progress.load(path)[0] for path in paths]
+        if sum(part.rows for part in parts) == 0:
+            raise ValueError(
+                "The text has no paired position: there is nothing to cache. Check the text and the tokenizers with "
+                "`sae-lens-dfc align`."
+            )
+        manifest = write_manifest(folder, header, parts)
         for path in paths:
             path.unlink()
         logger.info("%d rows in %d files", manifest["rows"], len(manifest["shards"]))
     ranks.wait()
 
 
-def cache_header(cfg: CacheConfig, pair: ModelPair) -> CacheHeader:
+def _with_bar(rows: Iterator[PairedRows], n_pairs: int | None, n_done: int) -> Iterator[PairedRows]:
+    with tqdm(
+        desc="Caching", total=n_pairs, initial=n_done, unit=" rows", disable=ranks.rank() > 0
+    ) as bar:
+        for batch in rows:
+            yield batch
+            bar.update(len(batch.acts))
+
+
+def _check_space(folder: Path, header: CacheHeader, cfg: CacheConfig, n_done: int) -> None:
+    if cfg.training_pairs is None or ranks.rank() > 0:
+        return
+    of_row = str_to_dtype(header.dtype).itemsize * (header.d_a + header.d_b) + 48 * header.origins
+    needed = of_row * (cfg.training_pairs // cfg.n_ranks - n_done) * cfg.n_ranks
+    free = shutil.disk_usage(folder.parent if not folder.exists() else folder).free
+    if needed > free:
+        raise ValueError(
+            f"{cfg.training_pairs:,} pairs take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Make "
+            "room, lower training_pairs, or name another cache_path."
+        )
+
+
+def cache_header(cfg: CacheConfig, pair: ModelPair, text: PairedText) -> CacheHeader:
     """What makes a cache: two with the same header hold the same rows."""
     models = pair.describe()
     for model, described in ((pair.a, models["model_a"]), (pair.b, models["model_b"])):
@@ -115,7 +155,8 @@ def cache_header(cfg: CacheConfig, pair: ModelPair) -> CacheHeader:
     return CacheHeader(
         models=models,
         configs=configs,
-        data={name: value for name, value in _data(cfg).items()},
+        data=_data(cfg),
+        text=[source.fingerprint for source in text.sources] if ranks.world_size() == 1 else [],
         dtype=cfg.cache_dtype,
         shard_rows=cfg.shard_rows,
         origins=cfg.save_origins,
@@ -130,12 +171,34 @@ def _data(cfg: DataConfig) -> dict[str, Any]:
 
 
 def _check_folder(folder: Path, cfg: CacheConfig) -> None:
-    marks = [MANIFEST_FILENAME, *(path.name for path in folder.glob("progress-*.safetensors"))]
-    if not (cfg.resume and is_made(folder, marks)):
-        check_output(folder, cfg.overwrite, what="cache", marks=marks)
-    if cfg.overwrite and ranks.rank() == 0:
-        # Before the new one is whole: there may be no room for both.
-        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        check_output(folder, cfg.overwrite)
+        return
+    foreign = {path.name for path in folder.iterdir()} - {path.name for path in _files(folder)}
+    if foreign:
+        raise ValueError(
+            f"Output folder {folder} holds files that are not a cache: {', '.join(sorted(foreign)[:3])}. Name another."
+        )
+    if not cfg.overwrite and not cfg.resume:
+        raise ValueError(
+            f"Output folder {folder} already holds a cache. Pass --resume to go on with it, --overwrite to make it anew, "
+            "or name another."
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a cache in this folder."""
+    files = [path for pattern in OWN_FILES for path in folder.glob(pattern)]
+    manifest = folder / MANIFEST_FILENAME
+    return [*files, manifest] if manifest.is_file() and (files or is_manifest(manifest)) else files
+
+
+def _remove(folder: Path) -> None:
+    ranks.wait()
+    if ranks.rank() == 0:
+        # The manifest first: what is left when this is stopped must not pass for a cache.
+        for path in reversed(_files(folder)):
+            path.unlink()
     ranks.wait()
 
 
@@ -164,11 +227,13 @@ def with_cache(
     for name, made in cache.manifest["data"].items():
         if name in OWN_IN_TRAINING:
             continue
-        if given[name] not in (default[name], made):
+        if name != "n_ranks" and given[name] not in (default[name], made):
             raise ValueError(
                 f"{name}={given[name]!r} is asked for, and the cache in {cache.folder} was made with {made!r}. Leave "
                 "it out, or make a cache with it."
             )
+        if given[name] != made:
+            logger.info("As the cache was made: %s=%r, not %r", name, made, given[name])
         taken[name] = made
     taken["sources"] = [SourceConfig(**source) for source in taken["sources"]]
     configs = {name: ModelConfig(**c) for name, c in cache.manifest["configs"].items()}
@@ -176,16 +241,26 @@ def with_cache(
 
 
 def _check_model(which: str, asked: ModelConfig, cache: PairedActivationsCache) -> None:
-    made = cache.models[which]
-    path = Path(asked.model_name)
+    made, config = cache.models[which], ModelConfig(**cache.manifest["configs"][which])
+    path, was_at = Path(asked.model_name), Path(config.model_name)
     name = path.name if path.exists() else asked.model_name
-    for setting, wanted, there in (
-        ("model_name", name, made["model_name"]),
-        ("hook_name", asked.hook_name, made["hook_name"]),
-        ("revision", asked.revision, made["revision"]),
-    ):
-        if wanted and wanted != there:
+    if asked.model_name and path.exists() and was_at.exists() and not path.samefile(was_at):
+        name = (
+            asked.model_name
+        )  # a folder of the same name, elsewhere, while the cache's is still there
+    wanted: dict[str, tuple[Any, Any]] = {
+        "model_name": (name, made["model_name"]),
+        "hook_name": (asked.hook_name, made["hook_name"]),
+    }
+    for setting in ("revision", "dtype", "prepend_bos", "chat_template", "model_class_name"):
+        is_default = getattr(asked, setting) == getattr(ModelConfig(), setting)
+        wanted[setting] = (
+            None if is_default else getattr(asked, setting),
+            getattr(config, setting),
+        )
+    for setting, (now, there) in wanted.items():
+        if now and now != there:
             raise ValueError(
-                f"{which}.{setting}={wanted!r} is asked for, and the cache in {cache.folder} is of {there!r}. Leave it "
+                f"{which}.{setting}={now!r} is asked for, and the cache in {cache.folder} is of {there!r}. Leave it "
                 "out, or make a cache of that model."
             )

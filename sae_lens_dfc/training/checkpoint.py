@@ -12,12 +12,16 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from xxhash import xxh3_128
 
 from sae_lens_dfc import ranks
 from sae_lens_dfc.activations import Bookmark
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.output import os_errors
 
 TRAINER_FILENAME = "trainer_state.safetensors"
+SUMS_FILENAME = "checksums.json"
+_REMOVE = "Remove its folder to resume from the one before."
 KEPT = 2
 """Checkpoints kept: if the machine dies while one is moved away, there is another."""
 
@@ -50,9 +54,7 @@ def load_state(path: Path) -> State:
             values = json.loads(file.metadata()["values"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"Checkpoint {path} cannot be read: {error} Remove its folder to resume from the one before."
-        ) from error
+        raise ValueError(f"Checkpoint {path} cannot be read: {error} {_REMOVE}") from error
     return State(values, tensors)
 
 
@@ -141,12 +143,18 @@ def load_checkpoint(folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]]) 
         crosscoder: TrainingCrosscoder[Any] = trainer.sae
         crosscoder.load_training_state(_under(f"crosscoder.{name}.", tensors))
     torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([*_under("random.cuda.", tensors).values()])
+    on_gpus = [*_under("random.cuda.", tensors).values()]
+    if len(on_gpus) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(on_gpus)
 
 
 def load_place(folder: Path) -> tuple[Bookmark | None, dict[str, Any]]:
-    """Where a checkpoint's batches stand on this rank, and the values it was saved with."""
+    """Where a checkpoint's batches stand on this rank, and the values it was saved with.
+
+    Raises:
+        ValueError: A file of the checkpoint is missing or damaged.
+    """
+    check_files(folder)
     values, tensors = load_state(folder / _own_filename())
     data = values.pop("data")
     return None if data is None else Bookmark(data, _under("data.", tensors)), values
@@ -197,8 +205,41 @@ def _made_by_all(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.mkdir(parents=True)
     ranks.wait()
-    yield temporary
+    try:
+        with os_errors():
+            yield temporary
+        ranks.wait()
+        if ranks.rank() == 0:
+            files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+            sums = {str(path.relative_to(temporary)): _checksum(path) for path in files}
+            (temporary / SUMS_FILENAME).write_text(json.dumps(sums, indent=1))
+            temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"Could not write checkpoint {folder}: {error} Earlier ones are kept: make room and go on with --resume."
+        ) from error
     ranks.wait()
-    if ranks.rank() == 0:
-        temporary.rename(folder)
-    ranks.wait()
+
+
+def check_files(folder: Path) -> None:
+    """Compare all files of a checkpoint with the checksums it was written with.
+
+    Raises:
+        ValueError: One is damaged or missing.
+    """
+    try:
+        sums = json.loads((folder / SUMS_FILENAME).read_text())
+        damaged = [name for name, was in sums.items() if _checksum(folder / name) != was]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"Checkpoint {folder} cannot be read: {error} {_REMOVE}") from error
+    if damaged:
+        raise ValueError(f"Checkpoint {folder} is damaged: {', '.join(damaged)}. {_REMOVE}")
+
+
+def _checksum(path: Path) -> str:
+    digest = xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()

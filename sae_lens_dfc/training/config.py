@@ -52,9 +52,9 @@ class CrosscoderRunnerConfig(DataConfig):
     """More crosscoders to train on the same batches, each saved in a folder of its own; in a --config file `sae` is then
     a list. The i-th is initialised with seed + i, so the same settings twice are two seeds."""
     cache_path: str | None = None
-    """Folder that `sae-lens-dfc cache` wrote: train on its rows, and run no model."""
+    """Folder that `sae-lens-dfc cache` wrote: train on its rows, and run no model (but for measures sent to W&B)."""
     cache_window_shards: int = 16
-    """Shards of the cache among which rows are shuffled."""
+    """Shards of a cache among which rows are shuffled."""
     keep_in_memory: bool = False
     """Keep the activations of the first pass, all of them, and train further passes from those; false runs the models
     again."""
@@ -64,7 +64,7 @@ class CrosscoderRunnerConfig(DataConfig):
     train_batch_size_tokens: int = 2048
     """Pairs in one training step."""
     n_batches_in_buffer: int = 20
-    """Training batches among which the shuffle draws."""
+    """Training batches among which the shuffle draws; not of a cache, which has its window."""
     activations_mixing_fraction: float = 0.5
     """Share of the buffer kept back at each draw."""
     prefetch_llm_batches: int = 1
@@ -125,13 +125,6 @@ class CrosscoderRunnerConfig(DataConfig):
                 f"training_tokens={self.training_tokens} is less than one batch "
                 f"(train_batch_size_tokens={self.train_batch_size_tokens})."
             )
-        if self.test_at and not any(
-            isinstance(s, DFCTrainingCrosscoderConfig) for s in self.all_saes
-        ):
-            raise ValueError(
-                f"test_at={self.test_at} is for a dfc, and this is a {self.sae.architecture()}: it has no exclusive "
-                "latents to test."
-            )
         late = [step for step in self.test_steps if step >= self.training_steps]
         if late:
             raise ValueError(
@@ -158,7 +151,9 @@ class CrosscoderRunnerConfig(DataConfig):
 
     def of_one(self, name: str) -> "CrosscoderRunnerConfig":
         """The settings of a training of that crosscoder alone."""
-        return replace(self, sae=self.saes[name], other_saes=[])
+        sae = self.saes[name]
+        tests = self.test_at if isinstance(sae, DFCTrainingCrosscoderConfig) else []
+        return replace(self, sae=sae, other_saes=[], test_at=tests)
 
     @property
     def test_steps(self) -> list[int]:

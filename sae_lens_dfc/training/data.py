@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.activations import Bookmark, PairedRows, paired_activations
@@ -13,6 +14,7 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segments
 from sae_lens_dfc.sources import Source, SourceConfig
 
+BATCHES_AHEAD = 8
 POSITIVE = ("training_pairs", "eval_pairs", "store_batch_size_prompts", "outlier_factor", "n_ranks")
 
 
@@ -166,8 +168,14 @@ class PairedText:
     ) -> Iterator[PairedRows]:
         """Both models' activations at a part of the text, from a place on."""
         place = None if start is None else start.values["text"]
-        batches = self.stream(part).batches(counts, place)
-        return paired_activations(self.pair, batches, counts, self.cfg.outlier_factor, start)
+        # Tokenised and aligned in a thread, while the models run.
+        batches = PrefetchingIterator(self.stream(part).batches(counts, place), BATCHES_AHEAD)
+        try:
+            yield from paired_activations(
+                self.pair, batches, counts, self.cfg.outlier_factor, start
+            )
+        finally:
+            batches.close()
 
     def collect(self, part: Part, name: str) -> Collected:
         """Both models' activations at a part of the text, in memory, under a progress bar."""

@@ -27,7 +27,7 @@ from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCros
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivity_tests
 from sae_lens_dfc.evaluate import HeldOutEvaluator
 from sae_lens_dfc.manifest import first_difference
-from sae_lens_dfc.output import all_or_nothing, check_output
+from sae_lens_dfc.output import all_or_nothing, check_output, is_made
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.provider import Batches, epochs, epochs_in_memory, shuffled
 from sae_lens_dfc.training.caching import with_cache
@@ -39,14 +39,11 @@ from sae_lens_dfc.training.trainer import CrosscoderTrainer
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a training and its resumption: none of it changes a batch or a weight.
+# What may differ between a training and its resumption: none of it changes a batch or a weight. Models and cache may have
+# moved; that they are the same is seen from what is in them.
 MAY_CHANGE = (
-    "resume",
-    "overwrite",
-    "output_path",
-    "checkpoint_path",
-    "logger",
-    "prefetch_llm_batches",
+    *("resume", "overwrite", "output_path", "checkpoint_path", "n_checkpoints", "cache_path"),
+    *("logger", "prefetch_llm_batches", "eval_pairs"),
 )
 
 Crosscoders = dict[str, TrainingCrosscoder[Any]]
@@ -70,9 +67,11 @@ class CrosscoderTrainingRunner:
         override_pair: ModelPair | None = None,
         override_rows: Sequence[PairedRows] | None = None,
     ):
-        if cfg.output_path is not None:
+        resumes_finished = cfg.resume and cfg.output_path is not None and is_made(cfg.output_path)
+        if cfg.output_path is not None and not resumes_finished:
             check_output(cfg.output_path, cfg.overwrite)
         _check_checkpoints(cfg)
+        _check_tests(cfg)
         self.cache: PairedActivationsCache | None = None
         if cfg.cache_path is not None:
             self.cache = PairedActivationsCache(cfg.cache_path)
@@ -86,6 +85,8 @@ class CrosscoderTrainingRunner:
         self.models = self.cache.models if self.cache else self.pair.describe()
         """What is known of the two models."""
         self.cfg = with_models(cfg, self.models)
+        self.is_finished = resumes_finished and _is_run_of(self.cfg)
+        """Whether the training to resume has ended, and its result is in the output folder."""
         if override_rows is None and self.cache is None:
             _ = self.data  # raises when the text does not fit
         self.counts = PairCounts()
@@ -133,7 +134,7 @@ class CrosscoderTrainingRunner:
                 for_this_rank(cfg.to_sae_trainer_config()),
                 crosscoders,
                 batches,
-                lambda: {"cfg": cfg.to_dict(), "counts": self.counts.to_dict()},
+                lambda: {**self._identity, "counts": self.counts.to_dict()},
                 evaluator,
             )
             self._start_wandb()
@@ -152,6 +153,17 @@ class CrosscoderTrainingRunner:
         return crosscoders
 
     # --- before training ---
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a training must have in common with the checkpoint that it goes on from, as plain values."""
+        has_text = self._rows is None and self.cache is None
+        return {
+            "cfg": self.cfg.to_dict(),
+            "models": self.models,
+            "cache": self.cache.fingerprint if self.cache else None,
+            "text": [s.fingerprint for s in self.data.sources] if has_text else None,
+        }
 
     def _new(self, sae: CrosscoderTrainingConfig, seed: int) -> TrainingCrosscoder[Any]:
         torch.manual_seed(seed)
@@ -186,7 +198,11 @@ class CrosscoderTrainingRunner:
 
     def _read_place(self, checkpoint: Path) -> Bookmark | None:
         place, values = load_place(checkpoint)
-        difference = first_difference(_settings(values["cfg"]), _settings(self.cfg.to_dict()))
+        now = self._identity
+        difference = first_difference(
+            {**{name: values[name] for name in now}, "cfg": _settings(values["cfg"])},
+            {**now, "cfg": _settings(now["cfg"])},
+        )
         if difference:
             raise ValueError(
                 f"Checkpoint {checkpoint} is of another training: {difference}. Resume with the settings it was begun "
@@ -314,7 +330,41 @@ def _settings(cfg: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in cfg.items() if name not in MAY_CHANGE}
     for sae in (kept["sae"], *kept["other_saes"]):
         sae["metadata"] = None
+    for model in ("model_a", "model_b"):
+        kept[model] = {
+            **kept[model],
+            "model_name": None,
+            "device": None,
+            "drop_unused_layers": None,
+        }
     return json.loads(json.dumps(kept))
+
+
+def _is_run_of(cfg: CrosscoderRunnerConfig) -> bool:
+    """Whether the output folder holds what this training would make.
+
+    Raises:
+        ValueError: It holds another run, and may not be overwritten.
+    """
+    path = Path(cfg.output_path or "") / RUNNER_CFG_FILENAME
+    was = json.loads(path.read_text()) if path.is_file() else None
+    difference = "" if was is None else first_difference(_settings(was), _settings(cfg.to_dict()))
+    if difference is None:
+        return True
+    if not cfg.overwrite:
+        raise ValueError(
+            f"Output folder {cfg.output_path} holds another run: {difference or 'its settings are not there'}. Name "
+            "another, or pass --overwrite besides --resume."
+        )
+    return False
+
+
+def _check_tests(cfg: CrosscoderRunnerConfig) -> None:
+    if cfg.test_at and not any(isinstance(s, DFCTrainingCrosscoderConfig) for s in cfg.all_saes):
+        raise ValueError(
+            f"test_at={cfg.test_at} is for a dfc, and this is a {cfg.sae.architecture()}: it has no exclusive "
+            "latents to test."
+        )
 
 
 def _check_checkpoints(cfg: CrosscoderRunnerConfig) -> None:

@@ -19,6 +19,7 @@ from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.activations import paired_activations
 from sae_lens_dfc.cache import PairedActivationsCache
 from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import reference_pages
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
@@ -91,7 +92,15 @@ def test_origins_let_each_row_be_found_in_the_text(cfg: CacheConfig, pair: Model
     cached = cache_activations(replace(cfg, save_origins=True, outlier_factor=1e9), pair)
     columns = [cached.shard(i) for i in range(len(cached.shards))]
     found = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
-    assert set(found) == {"acts", "document", "token_a", "token_b", "position_a", "position_b"}
+    assert set(found) == {
+        "acts",
+        "source",
+        "document",
+        "token_a",
+        "token_b",
+        "position_a",
+        "position_b",
+    }
     # A row's activation again, from nothing but its token ids and those of the rows before it.
     context = PairedText(cfg, pair).stream("training").batches(PairCounts())
     counts = PairCounts()
@@ -152,7 +161,7 @@ def test_a_folder_that_holds_a_cache_or_anything_else_is_left_alone(
     cfg: CacheConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
     before = contents(cache_activations(cfg, pair).folder)
-    with pytest.raises(ValueError, match="already holds a cache. Pass --overwrite"):
+    with pytest.raises(ValueError, match="already holds a cache. Pass --resume"):
         cache_activations(cfg, pair)
     with pytest.raises(ValueError, match="holds another cache: data.context_size was 48 and is 32"):
         cache_activations(replace(cfg, resume=True, context_size=32), pair)
@@ -163,6 +172,80 @@ def test_a_folder_that_holds_a_cache_or_anything_else_is_left_alone(
         with pytest.raises(ValueError, match="holds files that are not a cache"):
             # The folder that the cache's own is in: to overwrite it would remove the text too.
             cache_activations(replace(cfg, cache_path=str(tmp_path), overwrite=overwrite), pair)
+
+
+@pytest.mark.parametrize("n_shards", [0, 1, 2])
+def test_a_cache_stopped_before_its_first_files_can_be_resumed(
+    n_shards: int, cfg: CacheConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(cache_activations(cfg, pair).folder)
+    cfg = replace(cfg, cache_path=cfg.cache_path + " again")
+    made = HookedModel.activations
+    n_passes = 0
+
+    def until(self: HookedModel, *args: torch.Tensor) -> torch.Tensor:
+        nonlocal n_passes
+        n_passes += 1
+        if n_passes > 2 * n_shards * 3:
+            raise KeyboardInterrupt
+        return made(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HookedModel, "activations", until)
+        cache_activations(cfg, pair)
+    cached = cache_activations(replace(cfg, resume=True), pair)
+    assert contents(cached.folder) == whole
+
+
+def test_a_cache_stays_until_what_overwrites_it_is_known_to_fit(
+    cfg: CacheConfig, pair: ModelPair
+) -> None:
+    before = contents(cache_activations(cfg, pair).folder)
+    for change in ({"dataset_path": "nowhere.jsonl"}, {"context_size": 1000}):
+        with pytest.raises(ValueError, match="Could not read data set|is more than model"):
+            cache_activations(replace(cfg, overwrite=True, **change), pair)
+    assert contents(Path(cfg.cache_path)) == before
+
+
+def test_a_folder_with_somebody_elses_manifest_is_left_alone(
+    cfg: CacheConfig, pair: ModelPair
+) -> None:
+    folder = Path(cfg.cache_path)
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    for name in ("manifest.json", "thesis.tex"):
+        (folder / name).touch()
+        with pytest.raises(ValueError, match=f"holds files that are not a cache: .*{name}"):
+            cache_activations(replace(cfg, overwrite=True), pair)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_text_without_a_pair_is_an_error_not_an_empty_cache(
+    cfg: CacheConfig, pair: ModelPair, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}')
+    cfg = replace(cfg, dataset_path=str(tmp_path / "empty.jsonl"), training_pairs=None)
+    with pytest.raises(ValueError, match="no paired position: there is nothing to cache"):
+        cache_activations(cfg, pair)
+
+
+def test_a_cache_for_which_there_is_no_room_is_refused_before_it_is_begun(
+    cfg: CacheConfig, pair: ModelPair
+) -> None:
+    with pytest.raises(ValueError, match="pairs take 160.* GB, and .* GB free"):
+        cache_activations(replace(cfg, training_pairs=10**15), pair)
+
+
+def test_another_folder_of_the_same_name_is_not_taken_for_the_cached_model(
+    cfg: CacheConfig, pair: ModelPair, tmp_path: Path
+) -> None:
+    cache_activations(cfg, pair)
+    other = tmp_path / Path(cfg.model_a.model_name).name
+    other.mkdir()
+    with pytest.raises(ValueError, match="model_a.model_name=.* is asked for"):
+        CrosscoderTrainingRunner(training(cfg, model_a=ModelConfig(str(other))))
+    with pytest.raises(ValueError, match="model_a.dtype='bfloat16' is asked for.*'float32'"):
+        CrosscoderTrainingRunner(training(cfg, model_a=ModelConfig(dtype="bfloat16")))
 
 
 def test_overwriting_and_resuming_at_once_is_refused() -> None:
@@ -220,7 +303,9 @@ def test_a_list_of_crosscoders_is_trained_on_one_stream(
         {"architecture": "standard_crosscoder", "d_sae": 64},
     ]
     values = {**settings(cfg), "sae": saes}
-    del values["architecture"], values["cache_path"]
+    # An entry's own architecture wins over the file's.
+    assert values.pop("cache_path") and values["architecture"] == "batchtopk_crosscoder"
+    values["test_at"] = [0.5]
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     arguments = ["train", "--config", str(tmp_path / "run.yaml")]
     assert main([*arguments, "--output-path", str(tmp_path / "runs"), "--lr", "1e-3"]) == 0
@@ -233,6 +318,24 @@ def test_a_list_of_crosscoders_is_trained_on_one_stream(
     assert all(f"{tmp_path}/runs/{folder}" in out for folder in folders)
     runs = [str(tmp_path / "runs" / folder) for folder in folders[:1]]
     assert main(["evaluate", *runs, "--eval-pairs", "100"]) == 0
+
+
+def test_a_data_set_on_the_command_line_takes_the_place_of_a_files_sources(
+    cfg: CacheConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps(settings(cfg)))
+    arguments = ["cache", "--config", str(tmp_path / "run.yaml"), "--training-pairs", "500"]
+    assert main([*arguments, "--dataset-path", cfg.dataset_path]) == 0
+    data = PairedActivationsCache(cfg.cache_path).manifest["data"]
+    assert (data["sources"], data["dataset_path"]) == ([], cfg.dataset_path)
+
+
+def test_sources_and_a_data_set_in_one_file_are_refused(
+    cfg: CacheConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps({**settings(cfg), "dataset_path": "x.txt"}))
+    assert main(["cache", "--config", str(tmp_path / "run.yaml")]) == 1
+    assert "has both sources and dataset_path" in capsys.readouterr().err
 
 
 def test_other_text_takes_the_place_of_all_sources(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors import SafetensorError
 
 from sae_lens_dfc import (
     CrosscoderRunnerConfig,
@@ -26,6 +27,7 @@ from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import reference_pages
+from sae_lens_dfc.training import checkpoint
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
 from sae_lens_dfc.training.checkpoint import checkpoints
 
@@ -183,10 +185,10 @@ def test_the_last_two_checkpoints_are_kept_and_nothing_in_them_is_pickled(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"lr": 1e-3}, "lr was 0.003 and is 0.001"),
-        ({"sae": replace(TESTED, k=5)}, "sae.k was 4"),
-        ({"seed": 7}, "seed was 42 and is 7"),
-        ({"held_out_every": 5}, "held_out_every was 4 and is 5"),
+        ({"lr": 1e-3}, "cfg.lr was 0.003 and is 0.001"),
+        ({"sae": replace(TESTED, k=5)}, "cfg.sae.k was 4"),
+        ({"seed": 7}, "cfg.seed was 42 and is 7"),
+        ({"held_out_every": 5}, "cfg.held_out_every was 4 and is 5"),
     ],
 )
 def test_other_settings_than_the_checkpoints_are_refused(
@@ -212,9 +214,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     assert cfg.checkpoint_path is not None and cfg.output_path is not None
     *_, last = checkpoints(Path(cfg.checkpoint_path))
     state = next(last.glob("rank-*.safetensors"))
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot be read.*Remove its folder to resume"):
-        CrosscoderTrainingRunner(replace(cfg, resume=True), pair).run()
+    content = bytearray(state.read_bytes())
+    for damage in (content[:-100], [*content[:-1], content[-1] ^ 1]):
+        state.write_bytes(bytes(damage))
+        with pytest.raises(ValueError, match="is damaged: rank-00000.*Remove its folder to resume"):
+            CrosscoderTrainingRunner(replace(cfg, resume=True), pair).run()
     for file in sorted(last.rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()
     last.rmdir()
@@ -228,6 +232,69 @@ def test_checkpoints_of_another_training_are_not_mixed_with_new_ones(
     CrosscoderTrainingRunner(replace(cfg, output_path=None), pair).run()
     with pytest.raises(ValueError, match="Pass --resume to go on with it, --overwrite to begin"):
         CrosscoderTrainingRunner(cfg, pair)
+
+
+def test_a_text_that_changed_is_not_gone_on_with(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_at(patch, 20)
+        CrosscoderTrainingRunner(cfg, pair).run()
+    path = Path(cfg.dataset_path)
+    path.write_text(path.read_text() + '\n{"text": "more"}')
+    with pytest.raises(ValueError, match="is of another training: text was"):
+        CrosscoderTrainingRunner(replace(cfg, resume=True), pair).run()
+
+
+def test_a_model_that_changed_is_not_gone_on_with(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_at(patch, 20)
+        CrosscoderTrainingRunner(cfg, pair).run()
+    monkeypatch.setattr(pair.a, "_weights_sha256", "another", raising=False)
+    with pytest.raises(ValueError, match="is of another training: models.model_a.weights_sha256"):
+        CrosscoderTrainingRunner(replace(cfg, resume=True), pair).run()
+
+
+def test_resuming_what_is_finished_says_so_and_another_run_there_is_left_alone(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cfg.output_path is not None
+    CrosscoderTrainingRunner(cfg, pair).run()
+    before = saved(Path(cfg.output_path))
+    assert CrosscoderTrainingRunner(replace(cfg, resume=True), pair).is_finished
+    other = replace(cfg, lr=1e-3)
+    with pytest.raises(ValueError, match="holds another run: lr was 0.003 and is 0.001"):
+        CrosscoderTrainingRunner(replace(other, resume=True), pair)
+    assert saved(Path(cfg.output_path)) == before
+    # A run that is being replaced, killed on the way: the old one is still there, and is not taken for it.
+    other = replace(other, overwrite=True)
+    assert stopped_and_resumed(other, pair, monkeypatch, 20) == uninterrupted(
+        replace(other, overwrite=False), pair
+    )
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_clear_error_and_keeps_the_one_before(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, n_saved = checkpoint.save_file, 0
+
+    def until_full(*args: Any, **kwargs: Any) -> None:
+        nonlocal n_saved
+        n_saved += 1
+        if n_saved > 4:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device")
+        made(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", until_full)
+        with pytest.raises(OSError, match="Could not write checkpoint.*No space left.*--resume"):
+            CrosscoderTrainingRunner(cfg, pair).run()
+    assert cfg.checkpoint_path is not None and cfg.output_path is not None
+    assert [path.name.isdigit() for path in Path(cfg.checkpoint_path).iterdir()] == [True, True]
+    CrosscoderTrainingRunner(replace(cfg, resume=True), pair).run()
+    assert saved(Path(cfg.output_path)) == uninterrupted(cfg, pair)
 
 
 # --- a real kill ---

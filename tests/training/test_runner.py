@@ -137,7 +137,7 @@ def test_tests_of_a_crosscoder_without_exclusive_latents_are_refused(
 ) -> None:
     batchtopk = BatchTopKTrainingCrosscoderConfig(d_sae=64, k=4)
     with pytest.raises(ValueError, match="is for a dfc, and this is a batchtopk_crosscoder"):
-        replace(cfg, sae=batchtopk, test_at=[0.5])
+        CrosscoderTrainingRunner(replace(cfg, sae=batchtopk, test_at=[0.5]))
 
 
 def test_widths_that_an_architecture_cannot_take_are_refused_before_training(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sae_lens_dfc import ModelConfig
+from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.cache import PairedActivationsCache
 from sae_lens_dfc.contexts import PairCounts, in_order
 from sae_lens_dfc.pair import ModelPair
@@ -129,9 +130,13 @@ def test_what_is_held_out_is_held_out_from_every_process(
     assert set().union(*read) == {tuple(context.ids_a) for context in whole}
 
 
-def test_two_processes_train_on_a_cache_and_one_of_them_saves(
-    cached: PairedActivationsCache, folder: Path
+def test_two_processes_train_on_the_cache_of_one_and_one_of_them_saves(
+    folder: Path,
 ) -> None:
+    assert (
+        main(["cache", "--config", f"{folder}/run.yaml", "--cache-path", f"{folder}/of one"]) == 0
+    )
+    cached = PairedActivationsCache(folder / "of one")
     out = run(
         *(folder, "train", "--cache-path", str(cached.folder)),
         *("--output-path", str(folder / "from cache")),
