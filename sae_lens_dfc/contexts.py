@@ -89,8 +89,8 @@ class ContextStream:
     """Contexts of several sources, each source as large a share of the pairs as its weight says.
 
     The next context is of the source that is furthest behind its share. A pass ends when that source
-    (all shares of it, where several processes have read it) has ended, or with `n_pairs`. Contexts come in batches of like length, so that little is padding; the
-    order of batches is drawn from `seed`.
+    (all shares of it, where several processes have read it) has ended, or with `n_pairs`. Contexts
+    come in batches of like length, so that little is padding; the order of batches is drawn from `seed`.
 
     Args:
         pair: The two models.

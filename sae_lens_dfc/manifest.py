@@ -17,6 +17,8 @@ from sae_lens_dfc.output import replaced
 
 MANIFEST_FILENAME = "manifest.json"
 FORMAT = 1
+ACTS = "acts"
+"""Name of the rows in a shard."""
 
 
 @dataclass(frozen=True)

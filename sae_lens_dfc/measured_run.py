@@ -22,9 +22,10 @@ from sae_lens_dfc.output import all_or_nothing, check_output
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.report import ReportData, render_report
 from sae_lens_dfc.segments import Segment, Segments
+from sae_lens_dfc.training.checks import with_models
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
-from sae_lens_dfc.training.runner import CrosscoderTrainingRunner, with_models
+from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
 METRICS_FILENAME = "metrics.json"
 REPORT_FILENAME = "report.html"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sae_lens_dfc import cache as cache_module
 from sae_lens_dfc.activations import Bookmark, PairedRows
-from sae_lens_dfc.cache import CacheWriter, PairedActivationsCache
+from sae_lens_dfc.cache import PairedActivationsCache
+from sae_lens_dfc.cache_writer import CacheWriter
 from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.manifest import CacheHeader, Progress, progress_path, write_manifest
 

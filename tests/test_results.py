@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from sae_lens_dfc.benchmark.data import TARGETS
 from sae_lens_dfc.benchmark.recovery import runs
 from sae_lens_dfc.benchmark.tables import tables
 
@@ -35,3 +36,22 @@ def test_the_recipe_keeps_the_dfcs_recall_at_half_its_false_exclusive_rate() -> 
         (recall, false), (tested_recall, tested_false) = means["dfc"], means["dfc-tested"]
         assert tested_recall >= recall
         assert tested_false <= false / 2
+
+
+DATA = json.loads((COMMITTED.parent / "data.json").read_text())
+
+
+def test_the_datas_way_costs_no_more_than_it_may() -> None:
+    assert DATA["preset"] == "full" and DATA["commit"]
+    assert DATA["harvest_ratio"] >= 0.85
+    assert DATA["alignment_ratio"] <= 0.25
+    assert DATA["cache_write_ratio"] >= 0.8
+    assert DATA["shuffled_read_ratio"] >= 0.5 and DATA["shuffled_read_ratio_from_disk"] >= 0.5
+
+
+def test_the_readme_and_the_guide_have_the_measured_figures() -> None:
+    root = COMMITTED.parent.parent.parent
+    for name in ("README.md", "docs/data.md"):
+        text = (root / name).read_text(encoding="utf-8")
+        for figure in TARGETS:
+            assert f"{DATA[figure]:.2f}" in text, (name, figure)

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.alignment import Coverage, align, pack
 from sae_lens_dfc.benchmark.provenance import provenance
-from sae_lens_dfc.cache import CacheWriter, PairedActivationsCache
+from sae_lens_dfc.cache import PairedActivationsCache
+from sae_lens_dfc.cache_writer import CacheWriter
 from sae_lens_dfc.contexts import ContextBatch, PairCounts
 from sae_lens_dfc.manifest import CacheHeader, write_manifest
 from sae_lens_dfc.metrics.shuffle import order_measures

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from sae_lens_dfc import ranks
 from sae_lens_dfc.activations import PairedRows
-from sae_lens_dfc.cache import CacheWriter, PairedActivationsCache, is_manifest
+from sae_lens_dfc.cache import PairedActivationsCache, is_manifest
+from sae_lens_dfc.cache_writer import CacheWriter
 from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.manifest import (
     MANIFEST_FILENAME,
@@ -137,7 +138,8 @@ def _check_space(folder: Path, header: CacheHeader, cfg: CacheConfig, n_done: in
         return
     of_row = str_to_dtype(header.dtype).itemsize * (header.d_a + header.d_b) + 48 * header.origins
     needed = of_row * (cfg.training_pairs // cfg.n_ranks - n_done) * cfg.n_ranks
-    free = shutil.disk_usage(folder.parent if not folder.exists() else folder).free
+    here = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(here).free
     if needed > free:
         raise ValueError(
             f"{cfg.training_pairs:,} pairs take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Make "

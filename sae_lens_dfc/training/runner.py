@@ -4,8 +4,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
-from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,7 +22,6 @@ from sae_lens_dfc.activations import Bookmark, Marked, PairedRows
 from sae_lens_dfc.cache import PairedActivationsCache
 from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
-from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivity_tests
 from sae_lens_dfc.evaluate import HeldOutEvaluator
 from sae_lens_dfc.manifest import first_difference
 from sae_lens_dfc.output import all_or_nothing, check_output, is_made
@@ -32,6 +29,13 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.provider import Batches, epochs, epochs_in_memory, shuffled
 from sae_lens_dfc.training.caching import with_cache
 from sae_lens_dfc.training.checkpoint import checkpoints, load_place, remove_checkpoints
+from sae_lens_dfc.training.checks import (
+    check_checkpoints,
+    check_tests,
+    deciding_settings,
+    is_run_of,
+    with_models,
+)
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText, open_pair
 from sae_lens_dfc.training.parallel import data_parallel, for_this_rank
@@ -39,12 +43,6 @@ from sae_lens_dfc.training.trainer import CrosscoderTrainer
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a training and its resumption: none of it changes a batch or a weight. Models and cache may have
-# moved; that they are the same is seen from what is in them.
-MAY_CHANGE = (
-    *("resume", "overwrite", "output_path", "checkpoint_path", "n_checkpoints", "cache_path"),
-    *("logger", "prefetch_llm_batches", "eval_pairs"),
-)
 
 Crosscoders = dict[str, TrainingCrosscoder[Any]]
 
@@ -70,8 +68,8 @@ class CrosscoderTrainingRunner:
         resumes_finished = cfg.resume and cfg.output_path is not None and is_made(cfg.output_path)
         if cfg.output_path is not None and not resumes_finished:
             check_output(cfg.output_path, cfg.overwrite)
-        _check_checkpoints(cfg)
-        _check_tests(cfg)
+        check_checkpoints(cfg)
+        check_tests(cfg)
         self.cache: PairedActivationsCache | None = None
         if cfg.cache_path is not None:
             self.cache = PairedActivationsCache(cfg.cache_path)
@@ -85,7 +83,7 @@ class CrosscoderTrainingRunner:
         self.models = self.cache.models if self.cache else self.pair.describe()
         """What is known of the two models."""
         self.cfg = with_models(cfg, self.models)
-        self.is_finished = resumes_finished and _is_run_of(self.cfg)
+        self.is_finished = resumes_finished and is_run_of(self.cfg)
         """Whether the training to resume has ended, and its result is in the output folder."""
         if override_rows is None and self.cache is None:
             _ = self.data  # raises when the text does not fit
@@ -200,8 +198,8 @@ class CrosscoderTrainingRunner:
         place, values = load_place(checkpoint)
         now = self._identity
         difference = first_difference(
-            {**{name: values[name] for name in now}, "cfg": _settings(values["cfg"])},
-            {**now, "cfg": _settings(now["cfg"])},
+            {**{name: values[name] for name in now}, "cfg": deciding_settings(values["cfg"])},
+            {**now, "cfg": deciding_settings(now["cfg"])},
         )
         if difference:
             raise ValueError(
@@ -323,95 +321,3 @@ class CrosscoderTrainingRunner:
 
 def _write_cfg(cfg: CrosscoderRunnerConfig, folder: Path) -> None:
     (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict(), indent=2) + "\n")
-
-
-def _settings(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is trained, as JSON gives them back."""
-    kept = {name: value for name, value in cfg.items() if name not in MAY_CHANGE}
-    for sae in (kept["sae"], *kept["other_saes"]):
-        sae["metadata"] = None
-    for model in ("model_a", "model_b"):
-        kept[model] = {
-            **kept[model],
-            "model_name": None,
-            "device": None,
-            "drop_unused_layers": None,
-        }
-    return json.loads(json.dumps(kept))
-
-
-def _is_run_of(cfg: CrosscoderRunnerConfig) -> bool:
-    """Whether the output folder holds what this training would make.
-
-    Raises:
-        ValueError: It holds another run, and may not be overwritten.
-    """
-    path = Path(cfg.output_path or "") / RUNNER_CFG_FILENAME
-    was = json.loads(path.read_text()) if path.is_file() else None
-    difference = "" if was is None else first_difference(_settings(was), _settings(cfg.to_dict()))
-    if difference is None:
-        return True
-    if not cfg.overwrite:
-        raise ValueError(
-            f"Output folder {cfg.output_path} holds another run: {difference or 'its settings are not there'}. Name "
-            "another, or pass --overwrite besides --resume."
-        )
-    return False
-
-
-def _check_tests(cfg: CrosscoderRunnerConfig) -> None:
-    if cfg.test_at and not any(isinstance(s, DFCTrainingCrosscoderConfig) for s in cfg.all_saes):
-        raise ValueError(
-            f"test_at={cfg.test_at} is for a dfc, and this is a {cfg.sae.architecture()}: it has no exclusive "
-            "latents to test."
-        )
-
-
-def _check_checkpoints(cfg: CrosscoderRunnerConfig) -> None:
-    if cfg.checkpoint_path is None or cfg.resume or cfg.overwrite:
-        return
-    if checkpoints(Path(cfg.checkpoint_path)):
-        raise ValueError(
-            f"{cfg.checkpoint_path} holds checkpoints of a training. Pass --resume to go on with it, --overwrite to "
-            "begin anew, or name another checkpoint_path."
-        )
-
-
-def with_models(
-    cfg: CrosscoderRunnerConfig, models: dict[str, dict[str, Any]]
-) -> CrosscoderRunnerConfig:
-    """The same settings with the models' hooks, their widths where they are 0, and the steps of the tests.
-
-    Args:
-        cfg: Settings.
-        models: `ModelPair.describe()`, or what a cache says of its models.
-
-    Raises:
-        ValueError: A width is set, but is not the model's.
-    """
-    first, *others = [_with_models(sae, cfg, models) for sae in cfg.all_saes]
-    return replace(
-        cfg,
-        sae=first,
-        other_saes=others,
-        model_a=replace(cfg.model_a, hook_name=models["model_a"]["hook_name"]),
-        model_b=replace(cfg.model_b, hook_name=models["model_b"]["hook_name"]),
-    )
-
-
-def _with_models(
-    sae: CrosscoderTrainingConfig, cfg: CrosscoderRunnerConfig, models: dict[str, dict[str, Any]]
-) -> CrosscoderTrainingConfig:
-    widths: dict[str, int] = {}
-    for which in ("a", "b"):
-        said, model = getattr(sae, f"d_{which}"), models[f"model_{which}"]
-        widths[f"d_{which}"] = model["d_model"]
-        if said not in (0, model["d_model"]):
-            raise ValueError(
-                f"sae.d_{which}={said}, but hook {model['hook_name']!r} of model {model['model_name']!r} is "
-                f"{model['d_model']} wide. Set d_{which}={model['d_model']}, or leave it out."
-            )
-    is_tested = cfg.test_at and isinstance(sae, DFCTrainingCrosscoderConfig)
-    tests = exclusivity_tests(cfg.test_at, cfg.training_steps) if is_tested else {}
-    # Training writes into the metadata: a copy, or two runs from one configuration would name each other's models.
-    return replace(sae, d_in=0, metadata=deepcopy(sae.metadata), **widths, **tests)
