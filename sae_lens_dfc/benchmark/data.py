@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -95,10 +97,12 @@ def run_data_benchmark(preset: str, pair: ModelPair, folder: Path) -> dict[str, 
                 {**harvest.round(), **_alignment(pair, settings.documents), **_reading(cache)}
             )
         order = _served_order(Path(temporary) / "order")
+        formats = _formats(Path(temporary), settings.cache_bytes // 16, pair)
     results = {
         **{name: statistics.median(r[name] for r in rounds) for name in rounds[0]},
         "padding_share": harvest.padding_share(),
         **{f"order/{name}": value for name, value in order.items()},
+        **{f"written_gb_per_s/{name}": value for name, value in formats.items()},
         "spread": {
             name: [min(r[name] for r in rounds), max(r[name] for r in rounds)] for name in rounds[0]
         },
@@ -269,6 +273,24 @@ def _forget(cache: PairedActivationsCache) -> None:
     for shard in cache.shards:
         with (cache.folder / shard.file).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _formats(folder: Path, n_bytes: int, pair: ModelPair) -> dict[str, float]:
+    """GB a second at which the same rows are written in each form that was to choose from, the best of three times."""
+    rows = torch.randn(n_bytes // (2 * (pair.d_a + pair.d_b)), pair.d_a + pair.d_b)
+    rows = rows.to(torch.bfloat16)
+    # Arrow knows no bfloat16, and a list of its values would be slower still.
+    table = Dataset.from_dict({"acts": rows.float().numpy()})
+    table.set_format("numpy")
+    writers: dict[str, Callable[[], Any]] = {
+        "safetensors": lambda: save_file({"acts": rows}, folder / "rows.safetensors"),
+        "torch.save": lambda: torch.save(rows, folder / "rows.pt"),
+        "datasets": lambda: table.save_to_disk(str(folder / "rows")),
+    }
+    sizes = {name: rows.nbytes * (1 + (name == "datasets")) for name in writers}
+    return {
+        name: sizes[name] / 1e9 / min(_timed(w) for _ in range(3)) for name, w in writers.items()
+    }
 
 
 def _served_order(folder: Path, n_shards: int = 64, shard_rows: int = 4096) -> dict[str, float]:
