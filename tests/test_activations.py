@@ -126,7 +126,7 @@ def test_the_size_of_a_forward_pass_changes_no_activation(pair: ModelPair, n: in
 
 
 def test_a_pass_that_starts_at_a_bookmark_gives_the_rest(pair: ModelPair) -> None:
-    stream = stream_of(pair, reference_pages()[:4], batch_size_prompts=2)
+    stream = stream_of(pair, reference_pages()[:4], batch_size_prompts=2, n_pairs=1500)
     counts = PairCounts()
     whole = list(paired_activations(pair, stream.batches(counts), counts, outlier_factor=1.1))
     assert len(whole) > 4 and counts.outlier > 0

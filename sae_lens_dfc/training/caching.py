@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 NOT_IN_HEADER = ("model_a", "model_b", "eval_pairs")
 # What a training may choose for itself: it shuffles the rows in an order of its own.
 OWN_IN_TRAINING = ("seed",)
-OWN_FILES = ("rows-*.safetensors", ".rows-*.new", "progress-*.safetensors", ".progress-*.new")
+OWN_FILES = (
+    *("rows-*.safetensors", ".rows-*.new", "progress-*.safetensors", ".progress-*.new"),
+    f".{MANIFEST_FILENAME}.new",
+)
 
 
 @dataclass(kw_only=True)
@@ -88,8 +91,10 @@ def cache_activations(cfg: CacheConfig, pair: ModelPair | None = None) -> Paired
         _write(text, header, folder, cfg)
     cache = PairedActivationsCache(folder)
     ranks.wait()
-    for left in folder.glob("progress-*.safetensors") if ranks.rank() == 0 else ():
-        left.unlink()  # stopped between the manifest and this
+    if ranks.rank() == 0:
+        # Left by a process that was killed on the way.
+        for left in (*folder.glob("progress-*.safetensors"), *folder.glob(".*.new")):
+            left.unlink()
     difference = header.difference(cache.manifest)
     if difference:
         raise ValueError(
