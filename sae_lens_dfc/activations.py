@@ -93,7 +93,7 @@ def _rows(
     medians: Sequence[RunningMedian],
     outlier_factor: float,
 ) -> PairedRows:
-    contexts = [Segments.of(context.segments) for context in batch.contexts]
+    contexts = [context.segments for context in batch.contexts]
     acts = torch.cat(pair.activations(contexts))
     later = torch.cat([_after_first_position(context) for context in contexts]).to(acts.device)
     finite = acts.isfinite().all(dim=-1)
@@ -109,7 +109,7 @@ def _rows(
     segment = torch.cat([torch.arange(n) for n in lengths.tolist()])
     counts.first_position += int(((segment > 0) & ~later.cpu()).sum())
     counts.not_finite += int((later & ~finite).sum())
-    counts.outlier += int((usable & ~(ordinary_a & ordinary_b)).sum())
+    counts.outlier += int((usable & ~ordinary).sum())
     counts.outlier_a += int((usable & ~ordinary_a).sum())
     counts.outlier_b += int((usable & ~ordinary_b).sum())
     counts.pairs += int(ordinary.sum())
@@ -151,7 +151,7 @@ def origins(rows: PairedRows) -> dict[str, Int[Tensor, " n"]]:
     columns: dict[str, list[Tensor]] = {}
     for context in rows.contexts:
         at = rows.segment[rows.context == context.number].numpy()
-        segments = Segments.of(context.segments)
+        segments = context.segments
         of_context = {
             "source": np.full(len(at), context.source),
             "document": np.full(len(at), context.document),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sae_lens_dfc.recipes import find_recipe, flattened, merge
+from sae_lens_dfc.recipes import flattened, merge, recipe_settings
 from sae_lens_dfc.sources import SourceConfig
 
 
@@ -81,10 +81,7 @@ def _with_recipe(recipe: str, values: Mapping[str, Any], args: Sequence[str]) ->
     given = {name.removeprefix("--").replace("-", "_") for name in flags} | {*flattened(values)}
     if isinstance(values.get("sae"), list):
         given |= set.intersection(*({f"sae.{name}" for name in sae} for sae in values["sae"]))
-    settings = dict(find_recipe(recipe, given).settings)
-    if "dataset_path" in given:
-        settings.pop("sources", None)
-    return merge(settings, values)
+    return merge(recipe_settings(recipe, given), values)
 
 
 def _source(values: Any) -> SourceConfig:

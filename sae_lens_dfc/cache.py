@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, count
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from xxhash import xxh3_128
 
 from sae_lens_dfc.activations import Bookmark, Marked
 from sae_lens_dfc.manifest import ACTS, FORMAT, MANIFEST_FILENAME, Shard, progress_path
+from sae_lens_dfc.state import checksum
 
 
 class PairedActivationsCache:
@@ -32,9 +32,9 @@ class PairedActivationsCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.fingerprint = xxh3_128((self.folder / MANIFEST_FILENAME).read_bytes()).hexdigest()
-        """A sign of all that is in it: the manifest has every file's checksum."""
         """What made the cache and what is in it."""
+        self.fingerprint = checksum(self.folder / MANIFEST_FILENAME)
+        """A sign of all that is in it: the manifest has every file's checksum."""
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
         self._checked: set[int] = set()
         for shard in self.shards:
@@ -80,8 +80,7 @@ class PairedActivationsCache:
                 continue
             shard, path = self.shards[i], self.folder / self.shards[i].file
             # It also brings the file into memory in order, before rows are taken from it out of order.
-            with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-                found = xxh3_128(content).hexdigest()
+            found = checksum(path)
             if found != shard.xxh3:
                 raise ValueError(
                     f"{path} is damaged: its checksum is {found}, and {shard.xxh3} was written. {_REPAIR}"

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import deepcopy
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,7 +152,7 @@ def _columns(batch: PairedRows, header: CacheHeader) -> dict[str, Tensor]:
 def _counted(
     acts: Tensor, statistics: tuple[NormStatistics, NormStatistics], header: CacheHeader
 ) -> tuple[NormStatistics, NormStatistics]:
-    a, b = deepcopy(statistics)
+    a, b = map(copy, statistics)
     a.update(acts[:, : header.d_a].float().norm(dim=-1))
     b.update(acts[:, header.d_a :].float().norm(dim=-1))
     return a, b

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_dfc.chat import n_leading_bos, render_chat
 from sae_lens_dfc.models import HookedModel, ModelConfig
+from sae_lens_dfc.output import replaced
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import clean, load_texts
 
@@ -77,21 +78,16 @@ def generate(options: GenerateOptions) -> int:
     whole = (replace(m, drop_unused_layers=False) for m in (options.model_a, options.model_b))
     pair = ModelPair.load(*whole)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
     n_rows = 0
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for row in contrastive_rows(pair, prompts, options):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                n_rows += 1
+    with replaced(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for row in contrastive_rows(pair, prompts, options):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            n_rows += 1
         if n_rows == 0:
             raise ValueError(
                 f"No prompt of {options.prompts!r} leaves room for max_new_tokens={options.max_new_tokens} in both "
                 "models, or all are empty. Lower max_new_tokens, or give other prompts."
             )
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return n_rows
 
 

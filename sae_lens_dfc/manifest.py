@@ -6,14 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from sae_lens_dfc.activations import Bookmark
 from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.norms import NormStatistics
 from sae_lens_dfc.output import replaced
+from sae_lens_dfc.state import State, load_state, save_state
 
 MANIFEST_FILENAME = "manifest.json"
 FORMAT = 1
@@ -103,7 +100,7 @@ class Progress:
             f"statistics_{m}": s.state() for m, s in zip("ab", self.statistics, strict=True)
         }
         with replaced(path) as temporary:
-            save_file(tensors, temporary, metadata={"progress": json.dumps(values)})
+            save_state(temporary, State(values, tensors))
 
     @classmethod
     def load(cls, path: Path) -> tuple["Progress", dict[str, Any]]:
@@ -113,11 +110,9 @@ class Progress:
             ValueError: The file cannot be read.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                values = json.loads(file.metadata()["progress"])
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            values, tensors = load_state(path)
             statistics = [NormStatistics.of(tensors.pop(f"statistics_{model}")) for model in "ab"]
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error} Cache again with --overwrite.") from error
         counts = PairCounts()
         counts.load(values["counts"])

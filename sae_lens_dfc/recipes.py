@@ -136,8 +136,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def find_recipe(name: str, given: Collection[str]) -> Recipe:
-    """A recipe by name, for a caller who gives these settings besides.
+def recipe_settings(name: str, given: Collection[str]) -> dict[str, Any]:
+    """A recipe's settings by its name, for a caller who gives these besides; one data set takes its sources' place.
 
     Args:
         name: One of `RECIPES`.
@@ -154,7 +154,11 @@ def find_recipe(name: str, given: Collection[str]) -> Recipe:
     if needed:
         reasons = "; ".join(f"{key} ({why})" for key, why in needed.items())
         raise ValueError(f"Recipe {name!r} needs {reasons}.")
-    return RECIPES[name]
+    return {
+        setting: value
+        for setting, value in RECIPES[name].settings.items()
+        if not (setting == "sources" and "dataset_path" in given)
+    }
 
 
 def recipe_config(name: str, **settings: Any) -> CrosscoderRunnerConfig:
@@ -176,10 +180,7 @@ def recipe_config(name: str, **settings: Any) -> CrosscoderRunnerConfig:
     >>> cfg.sae.k, cfg.sae.n_a_exclusive, cfg.model_b.model_name, cfg.sources[1].dataset_path
     (200, 6553, 'Qwen/Qwen3-8B', 'lmsys/lmsys-chat-1m')
     """
-    recipe = dict(find_recipe(name, flattened(settings)).settings)
-    if "dataset_path" in settings:
-        recipe.pop("sources", None)
-    merged = merge(recipe, settings)
+    merged = merge(recipe_settings(name, flattened(settings)), settings)
     sae_class = get_sae_training_class(merged.pop("architecture"))[1]
     parts = {
         "sae": sae_class(**merged.pop("sae", {})),

@@ -18,8 +18,6 @@ CHAT_COLUMN = "messages"
 TOKEN_COLUMNS = ("input_ids", "tokens")
 CONTRASTIVE_COLUMNS = {"prompt", "completion_a", "completion_b"}
 
-Messages = Sequence[Mapping[str, str]]
-
 
 @dataclass
 class SourceConfig:

@@ -115,16 +115,20 @@ class Rows:
         """What to call the data set in messages."""
 
     @cached_property
+    def _first(self) -> dict[str, Any]:
+        # Of a hub data set, a download.
+        return next(iter(self.dataset), {})  # type: ignore[return-value]
+
+    @property
     def columns(self) -> list[str]:
         """Names of the columns; none when there is no row."""
-        return list(next(iter(self.dataset), {}))
+        return list(self._first)
 
     @cached_property
     def fingerprint(self) -> str:
         """A sign of the rows: another first row or another number of them gives another. It is no checksum."""
-        first = next(iter(self.dataset), {})
         n = len(self.dataset) if isinstance(self.dataset, Dataset) else None
-        return xxh3_64(repr((n, first)).encode("utf-8", "surrogatepass")).hexdigest()
+        return xxh3_64(repr((n, self._first)).encode("utf-8", "surrogatepass")).hexdigest()
 
     def share(self, rank: int, world_size: int) -> "Rows":
         """The part of the rows that one of several processes reads."""

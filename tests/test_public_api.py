@@ -11,6 +11,7 @@ PACKAGE = Path(sae_lens_dfc.__file__).parent
 LAYERS = [
     "ranks",
     "output",
+    "state",
     "texts",
     "tokens",
     "segments",

@@ -8,7 +8,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,10 +83,8 @@ def run_data_benchmark(preset: str, pair: ModelPair, folder: Path) -> dict[str, 
     settings = DATA_PRESETS[preset]
     folder.mkdir(parents=True, exist_ok=True)
     rounds: list[dict[str, float]] = []
-    with (
-        tempfile.TemporaryDirectory(dir=folder) as temporary,
-        _one_cache(Path(temporary) / "read", settings.cache_bytes, pair) as cache,
-    ):
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        cache = _random_cache(Path(temporary) / "read", settings.cache_bytes, pair)
         harvest = _Harvest(pair, settings.pairs, Path(temporary))
         harvest.run(
             write=True
@@ -210,13 +207,12 @@ def _alignment(pair: ModelPair, n_documents: int) -> dict[str, float]:
 # --- a cache, read ---
 
 
-@contextmanager
-def _one_cache(folder: Path, n_bytes: int, pair: ModelPair) -> Iterator[PairedActivationsCache]:
+def _random_cache(folder: Path, n_bytes: int, pair: ModelPair) -> PairedActivationsCache:
     """A cache of the pair's widths, of random rows."""
     d_in = pair.d_a + pair.d_b
     n_rows = n_bytes // (2 * d_in)
     rows = torch.randn(min(n_rows, 4096), d_in)
-    yield _written(folder, (rows for _ in range(n_rows // len(rows))), pair.d_a, n_rows // 32)
+    return _written(folder, (rows for _ in range(n_rows // len(rows))), pair.d_a, n_rows // 32)
 
 
 def _written(

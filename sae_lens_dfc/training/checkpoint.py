@@ -5,19 +5,17 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from xxhash import xxh3_128
 
 from sae_lens_dfc import ranks
 from sae_lens_dfc.activations import Bookmark
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.output import os_errors
+from sae_lens_dfc.state import State, checksum, load_state, save_state
 
 TRAINER_FILENAME = "trainer_state.safetensors"
 SUMS_FILENAME = "checksums.json"
@@ -27,35 +25,6 @@ KEPT = 2
 
 COUNTERS = ("n_training_samples", "n_frac_active_samples", "started_fine_tuning")
 TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
-
-
-class State(NamedTuple):
-    """What one file of a checkpoint holds."""
-
-    values: dict[str, Any]
-    """What JSON can hold; its floats come back bit by bit."""
-    tensors: dict[str, Tensor]
-
-
-def save_state(path: Path, state: State) -> None:
-    """Write a state as safetensors, its values in the file's header."""
-    tensors = {name: x.detach().cpu().clone() for name, x in state.tensors.items()}
-    save_file(tensors, path, metadata={"values": json.dumps(state.values)})
-
-
-def load_state(path: Path) -> State:
-    """Read what `save_state` wrote.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            values = json.loads(file.metadata()["values"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"Checkpoint {path} cannot be read: {error} {_REMOVE}") from error
-    return State(values, tensors)
 
 
 # --- SAELens' trainer ---
@@ -129,16 +98,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]]) -> None:
-    """Put trainers, crosscoders and random numbers where a checkpoint says; the values it was saved with.
+    """Put trainers, crosscoders and random numbers where a checkpoint says.
 
     Raises:
         ValueError: A file is missing or damaged.
     """
     for name, trainer in trainers.items():
-        state = load_state(folder / name / TRAINER_FILENAME)
+        state = _load(folder / name / TRAINER_FILENAME)
         trainer.sae.load_weights_from_checkpoint(folder / name)
         load_trainer_state(trainer, state)
-    _, tensors = load_state(folder / _own_filename())
+    _, tensors = _load(folder / _own_filename())
     for name, trainer in trainers.items():
         crosscoder: TrainingCrosscoder[Any] = trainer.sae
         crosscoder.load_training_state(_under(f"crosscoder.{name}.", tensors))
@@ -155,7 +124,7 @@ def load_place(folder: Path) -> tuple[Bookmark | None, dict[str, Any]]:
         ValueError: A file of the checkpoint is missing or damaged.
     """
     check_files(folder)
-    values, tensors = load_state(folder / _own_filename())
+    values, tensors = _load(folder / _own_filename())
     data = values.pop("data")
     return None if data is None else Bookmark(data, _under("data.", tensors)), values
 
@@ -188,6 +157,13 @@ def _own_state(trainers: Mapping[str, SAETrainer[Any, Any]], data: Bookmark | No
     return State({"data": None if data is None else data.values}, tensors)
 
 
+def _load(path: Path) -> State:
+    try:
+        return load_state(path)
+    except ValueError as error:
+        raise ValueError(f"Checkpoint {path} cannot be read: {error} {_REMOVE}") from error
+
+
 def _own_filename() -> str:
     return f"rank-{ranks.rank():05d}.safetensors"
 
@@ -211,7 +187,7 @@ def _made_by_all(folder: Path) -> Iterator[Path]:
         ranks.wait()
         if ranks.rank() == 0:
             files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-            sums = {str(path.relative_to(temporary)): _checksum(path) for path in files}
+            sums = {str(path.relative_to(temporary)): checksum(path) for path in files}
             (temporary / SUMS_FILENAME).write_text(json.dumps(sums, indent=1))
             temporary.rename(folder)
     except OSError as error:
@@ -230,16 +206,8 @@ def check_files(folder: Path) -> None:
     """
     try:
         sums = json.loads((folder / SUMS_FILENAME).read_text())
-        damaged = [name for name, was in sums.items() if _checksum(folder / name) != was]
+        damaged = [name for name, was in sums.items() if checksum(folder / name) != was]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"Checkpoint {folder} cannot be read: {error} {_REMOVE}") from error
     if damaged:
         raise ValueError(f"Checkpoint {folder} is damaged: {', '.join(damaged)}. {_REMOVE}")
-
-
-def _checksum(path: Path) -> str:
-    digest = xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()

@@ -78,7 +78,7 @@ class CrosscoderTrainingRunner:
             raise ValueError(
                 f"n_ranks={cfg.n_ranks}, and {ranks.world_size()} processes are here. Leave it to torchrun."
             )
-        self._cfg_as_given = cfg
+        self.cfg = cfg
         self._override_pair = override_pair
         self.models = self.cache.models if self.cache else self.pair.describe()
         """What is known of the two models."""
@@ -95,7 +95,7 @@ class CrosscoderTrainingRunner:
     @cached_property
     def pair(self) -> ModelPair:
         """The two models; training on a cache does not open them."""
-        return self._override_pair or open_pair(self._cfg_as_given)
+        return self._override_pair or open_pair(self.cfg)
 
     @cached_property
     def data(self) -> PairedText:
@@ -297,10 +297,12 @@ class CrosscoderTrainingRunner:
         if self.cfg.output_path is None or ranks.rank() > 0:
             return
         with all_or_nothing(self.cfg.output_path) as folder:
-            _write_cfg(self.cfg, folder)
+            several = len(crosscoders) > 1
+            if several:
+                _write_cfg(self.cfg, folder)
             for name, crosscoder in crosscoders.items():
                 # One run fills the folder; of several, each has a folder in it that is a run of its own.
-                own = folder / name if len(crosscoders) > 1 else folder
+                own = folder / name if several else folder
                 sparsity = trainer.trainers[name].log_feature_sparsity
                 self._save(crosscoder, self.cfg.of_one(name), sparsity, own)
 

@@ -22,12 +22,12 @@ from sae_lens_dfc import (
     CrosscoderTrainingRunner,
     DFCTrainingCrosscoderConfig,
     StandardTrainingCrosscoderConfig,
+    state,
 )
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import reference_pages
-from sae_lens_dfc.training import checkpoint
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
 from sae_lens_dfc.training.checkpoint import checkpoints
 
@@ -80,7 +80,10 @@ class KilledError(Exception):
     """Stands in for a kill."""
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def stop_at(
+    step: int, cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begin a training, or go on with it, and have it die before this step."""
     made = SAETrainer.step
 
     def step_or_die(self: Any, batch: torch.Tensor) -> Any:
@@ -88,7 +91,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise KilledError
         return made(self, batch)
 
-    monkeypatch.setattr(SAETrainer, "step", step_or_die)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(SAETrainer, "step", step_or_die)
+        CrosscoderTrainingRunner(cfg, pair).run_all()
 
 
 def saved(folder: Path) -> dict[str, bytes]:
@@ -108,9 +113,7 @@ def stopped_and_resumed(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch, *steps: int
 ) -> dict[str, bytes]:
     for i, step in enumerate(steps):
-        with monkeypatch.context() as patch, pytest.raises(KilledError):
-            kill_at(patch, step)
-            CrosscoderTrainingRunner(replace(cfg, resume=i > 0), pair).run_all()
+        stop_at(step, replace(cfg, resume=i > 0), pair, monkeypatch)
     CrosscoderTrainingRunner(replace(cfg, resume=True), pair).run_all()
     assert cfg.output_path is not None
     return saved(Path(cfg.output_path))
@@ -198,9 +201,7 @@ def test_other_settings_than_the_checkpoints_are_refused(
     pair: ModelPair,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        kill_at(patch, 20)
-        CrosscoderTrainingRunner(cfg, pair).run()
+    stop_at(20, cfg, pair, monkeypatch)
     with pytest.raises(ValueError, match=f"is of another training: {named}"):
         CrosscoderTrainingRunner(replace(cfg, resume=True, **change), pair).run()
 
@@ -208,9 +209,7 @@ def test_other_settings_than_the_checkpoints_are_refused(
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        kill_at(patch, 30)
-        CrosscoderTrainingRunner(cfg, pair).run()
+    stop_at(30, cfg, pair, monkeypatch)
     assert cfg.checkpoint_path is not None and cfg.output_path is not None
     *_, last = checkpoints(Path(cfg.checkpoint_path))
     state = next(last.glob("rank-*.safetensors"))
@@ -237,9 +236,7 @@ def test_checkpoints_of_another_training_are_not_mixed_with_new_ones(
 def test_a_text_that_changed_is_not_gone_on_with(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        kill_at(patch, 20)
-        CrosscoderTrainingRunner(cfg, pair).run()
+    stop_at(20, cfg, pair, monkeypatch)
     path = Path(cfg.dataset_path)
     path.write_text(path.read_text() + '\n{"text": "more"}')
     with pytest.raises(ValueError, match="is of another training: text was"):
@@ -249,9 +246,7 @@ def test_a_text_that_changed_is_not_gone_on_with(
 def test_a_model_that_changed_is_not_gone_on_with(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        kill_at(patch, 20)
-        CrosscoderTrainingRunner(cfg, pair).run()
+    stop_at(20, cfg, pair, monkeypatch)
     monkeypatch.setattr(pair.a, "_weights_sha256", "another", raising=False)
     with pytest.raises(ValueError, match="is of another training: models.model_a.weights_sha256"):
         CrosscoderTrainingRunner(replace(cfg, resume=True), pair).run()
@@ -278,7 +273,7 @@ def test_resuming_what_is_finished_says_so_and_another_run_there_is_left_alone(
 def test_a_full_disk_at_a_checkpoint_is_one_clear_error_and_keeps_the_one_before(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, n_saved = checkpoint.save_file, 0
+    made, n_saved = state.save_file, 0
 
     def until_full(*args: Any, **kwargs: Any) -> None:
         nonlocal n_saved
@@ -288,7 +283,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_clear_error_and_keeps_the_one_before
         made(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", until_full)
+        patch.setattr(state, "save_file", until_full)
         with pytest.raises(OSError, match="Could not write checkpoint.*No space left.*--resume"):
             CrosscoderTrainingRunner(cfg, pair).run()
     assert cfg.checkpoint_path is not None and cfg.output_path is not None

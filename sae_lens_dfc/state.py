@@ -1,0 +1,45 @@
+"""Plain values and tensors in one safetensors file, and the checksum of any file. Nothing is pickled."""
+
+import json
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from xxhash import xxh3_128
+
+
+class State(NamedTuple):
+    """What one file holds."""
+
+    values: dict[str, Any]
+    """What JSON can hold; its floats come back bit by bit."""
+    tensors: dict[str, Tensor]
+
+
+def save_state(path: Path, state: State) -> None:
+    """Write a state as safetensors, its values in the file's header."""
+    tensors = {name: x.detach().cpu().clone() for name, x in state.tensors.items()}
+    save_file(tensors, path, metadata={"values": json.dumps(state.values)})
+
+
+def load_state(path: Path) -> State:
+    """Read what `save_state` wrote.
+
+    Raises:
+        ValueError: The file is missing or damaged; the message says how, the caller what to do.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            values = json.loads(file.metadata()["values"])
+            return State(values, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def checksum(path: Path) -> str:
+    """XXH3 of a file that is not empty, 128 bits; the file is then in memory, read in order."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return xxh3_128(content).hexdigest()
