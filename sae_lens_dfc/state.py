@@ -5,6 +5,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +22,8 @@ class State(NamedTuple):
 
 def save_state(path: Path, state: State) -> None:
     """Write a state as safetensors, its values in the file's header."""
-    tensors = {name: x.detach().cpu().clone() for name, x in state.tensors.items()}
+    whole = torch.contiguous_format
+    tensors = {n: x.detach().cpu().clone(memory_format=whole) for n, x in state.tensors.items()}
     save_file(tensors, path, metadata={"values": json.dumps(state.values)})
 
 

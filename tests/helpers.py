@@ -3,6 +3,7 @@ from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
+from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
@@ -117,6 +118,21 @@ def step_input(acts: Tensor, dead: Tensor | None = None, step: int = 0) -> Train
         n_training_steps=step,
         is_logging_step=True,
     )
+
+
+def sae_trainer_config(batch: int, steps: int = 100, **overrides: Any) -> SAETrainerConfig:
+    """Settings of SAELens' trainer, with dead latents from the sixth step on."""
+    defaults: dict[str, Any] = {
+        "total_training_samples": batch * steps,
+        "train_batch_size_samples": batch,
+        "lr": 3e-3,
+        "lr_end": 3e-4,
+        "lr_warm_up_steps": 3,
+        "dead_feature_window": 5,
+        "feature_sampling_window": 15,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    return SAETrainerConfig(**{**defaults, **overrides})
 
 
 def train_steps(crosscoder: T, acts: Tensor, n: int = 3, **optimizer: Any) -> T:

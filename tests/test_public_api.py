@@ -30,6 +30,7 @@ LAYERS = [
     "provider",
     "crosscoders.partition",
     "crosscoders.selection",
+    "crosscoders.sparse",
     "synthetic",
     "crosscoders.losses",
     "crosscoders.inference",

@@ -24,6 +24,7 @@ from sae_lens_dfc import ranks
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.crosscoders.losses import (
     dead_latent_loss,
+    dead_latents_decoded,
     explained_variances,
     reconstruction_losses,
 )
@@ -37,6 +38,8 @@ from sae_lens_dfc.crosscoders.partition import (
 
 # A latent whose decoder vanished must not turn the scores into NaN.
 MIN_DECODER_NORM = 1e-8
+# Name of the dead latents' loss in SAELens.
+DEAD = "auxiliary_reconstruction_loss"
 
 
 @dataclass(kw_only=True)
@@ -124,6 +127,14 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
         return CrosscoderConfig
 
 
+@dataclass
+class CountedStepInput(TrainStepInput):
+    """A training step's input whose dead latents are counted: nobody has to wait for a GPU to say how many."""
+
+    n_dead: int = 0
+    """How many latents `dead_neuron_mask` marks."""
+
+
 T_CONFIG = TypeVar("T_CONFIG", bound=CrosscoderTrainingConfig)
 
 
@@ -147,6 +158,7 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
                 f"d_b={cfg.d_b}. Set d_a and d_b to the widths of the two models' activations."
             )
         super().__init__(cfg, use_error_term)
+        self._is_fitted = False
         device = self.W_dec.device
         self.register_buffer("input_mean", torch.zeros(cfg.d_in, device=device))
         self.register_buffer("input_scale", torch.zeros(2, device=device))
@@ -175,7 +187,8 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
                 for inputs in self.partition.models.values():
                     part = self.W_dec.data[:, inputs]
                     part *= self.cfg.decoder_init_norm / part.norm(dim=-1, keepdim=True)
-            self.W_enc.data = self.W_dec.data.T.clone().contiguous()
+            # In memory it stays its transpose: a latent's weights lie together, as its sparse gradient is made.
+            self.W_enc.data = self.W_dec.data.T.clone()
             zero_forbidden_(self.W_enc.data, self.W_dec.data, self.partition)
         self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device))
 
@@ -205,17 +218,28 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
             else:
                 power = x.new_tensor(target)
             self.input_scale[i] = math.sqrt(target) / power.sqrt().clamp(min=1e-12)
+        self._is_fitted = True
         self.b_dec.data = ranks.mean_of_rows(self._normalize(acts)).to(self.dtype)
 
     @property
     def is_normalization_fitted(self) -> bool:
-        return bool((self.input_scale > 0).all())
+        # Once it is, nobody has to wait for a GPU's answer again.
+        self._is_fitted = self._is_fitted or bool((self.input_scale > 0).all())
+        return self._is_fitted
+
+    @override
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self._is_fitted = False
+        self.W_enc.data = self.W_enc.data.T.contiguous().T
+        return result
+
+    def _scale_of_each(self) -> Float[Tensor, "2"]:
+        return torch.where(self.input_scale > 0, self.input_scale, 1.0)
 
     def _scales(self) -> Float[Tensor, " d_in"]:
-        if not self.is_normalization_fitted:
-            return torch.ones_like(self.input_mean)
-        d_a, d_b = self.cfg.d_a, self.cfg.d_b
-        return torch.cat([self.input_scale[:1].expand(d_a), self.input_scale[1:].expand(d_b)])
+        a, b = self._scale_of_each().split(1)
+        return torch.cat([a.expand(self.cfg.d_a), b.expand(self.cfg.d_b)])
 
     def _normalize(self, acts: Tensor) -> Tensor:
         return ((acts - self.input_mean) * self._scales()).to(self.dtype)
@@ -241,7 +265,9 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         self, x: Float[Tensor, "*batch d_in"]
     ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
         """Feature activations and scores, both in units of one decoder norm."""
-        acts = self._normalize(self.hook_sae_input(x.to(self.dtype)))
+        return self._encode_normalized(self._normalize(self.hook_sae_input(x.to(self.dtype))))
+
+    def _encode_normalized(self, acts: Tensor) -> tuple[Tensor, Tensor]:
         # Through the rows, the bias's gradient would cost a product of its own: it goes through a row of zeros instead.
         b_dec = self.b_dec.detach()
         bias = self.b_enc - encode_blocks(self.b_dec - b_dec, self.W_enc, self.partition)
@@ -270,13 +296,27 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         """One step's losses, each model's own, on the normalised activations."""
         if not self.is_normalization_fitted:
             self.fit_normalization(step_input.sae_in)
-        feature_acts, scores = self.encode_with_hidden_pre(step_input.sae_in)
-        acts = self._normalize(step_input.sae_in.to(self.dtype))
+        acts = self._normalize(self.hook_sae_input(step_input.sae_in.to(self.dtype)))
+        return self._step(replace(step_input, sae_in=acts))
+
+    def _step(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """A step on activations that are normalised."""
+        feature_acts, scores = self._encode_normalized(step_input.sae_in)
         reconstruction = self._decode_normalized(feature_acts)
-        losses = reconstruction_losses(acts, reconstruction, self.partition)
-        losses |= self.calculate_aux_loss(
-            replace(step_input, sae_in=acts), feature_acts, scores, reconstruction
-        )
+        losses = self.calculate_aux_loss(step_input, feature_acts, scores, reconstruction)
+        return self._step_output(step_input, feature_acts, scores, reconstruction, losses)
+
+    def _step_output(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        scores: Tensor,
+        reconstruction: Tensor,
+        other_losses: dict[str, Tensor],
+    ) -> TrainStepOutput:
+        acts = step_input.sae_in
+        losses = reconstruction_losses(acts, reconstruction, self.partition) | other_losses
+        is_logged = step_input.is_logging_step
         return TrainStepOutput(
             sae_in=acts,
             sae_out=reconstruction,
@@ -284,11 +324,7 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
             hidden_pre=scores,
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
-            metrics=(
-                self._step_metrics(acts, reconstruction, feature_acts)
-                if step_input.is_logging_step
-                else {}
-            ),
+            metrics=self._step_metrics(acts, reconstruction, feature_acts) if is_logged else {},
         )
 
     @override
@@ -303,18 +339,31 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
 
         The step's input and `sae_out` are normalised activations and their reconstruction.
         """
-        dead = step_input.dead_neuron_mask
-        if dead is None or self.cfg.aux_loss_coefficient == 0:
+        n_dead, dead = self._n_dead(step_input), step_input.dead_neuron_mask
+        if n_dead is None or dead is None:
             return {}
-        loss = dead_latent_loss(
-            residual=(step_input.sae_in - sae_out).detach(),
-            scores=hidden_pre,
-            W_dec_unit=self.decoder() / self.competing_norms()[:, None],
-            dead=dead,
-            partition=self.partition,
-            k_aux=self.cfg.k_aux or max(1, self.cfg.d_in // 4),
-        )
-        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
+        if n_dead == 0:
+            return {DEAD: sae_out.new_zeros(())}
+        W_dec = self.decoder() / self.competing_norms()[:, None]
+        decoded = dead_latents_decoded(hidden_pre, W_dec, dead, self.partition, self.k_aux)
+        return {DEAD: self._dead_loss(step_input.sae_in - sae_out, decoded, n_dead)}
+
+    def _n_dead(self, step_input: TrainStepInput) -> int | None:
+        """How many latents are dead; none when they have no loss."""
+        if step_input.dead_neuron_mask is None or self.cfg.aux_loss_coefficient == 0:
+            return None
+        if isinstance(step_input, CountedStepInput):
+            return step_input.n_dead
+        return int(step_input.dead_neuron_mask.sum())
+
+    @property
+    def k_aux(self) -> int:
+        """Dead latents that rebuild a pair's residual."""
+        return self.cfg.k_aux or max(1, self.cfg.d_in // 4)
+
+    def _dead_loss(self, residual: Tensor, decoded: Tensor, n_dead: int) -> Tensor:
+        loss = dead_latent_loss(residual.detach(), decoded, n_dead, self.k_aux)
+        return self.cfg.aux_loss_coefficient * loss
 
     @torch.no_grad()
     def _step_metrics(
@@ -323,10 +372,16 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         explained = explained_variances(acts, reconstruction, self.partition)
         metrics = {f"explained_variance/{model}": value for model, value in explained.items()}
         for name, latents in self.partition.slices.items():
-            metrics[f"l0/{name}"] = (feature_acts[..., latents] > 0).sum(dim=-1).float().mean()
+            n_active = feature_acts.bool().float().sum(dim=-2).to_dense()[..., latents].sum(dim=-1)
+            metrics[f"l0/{name}"] = (n_active / feature_acts.shape[-2]).mean()
         return metrics
 
     # --- saving ---
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     def training_state(self) -> dict[str, Tensor]:
         """What training needs to go on besides parameters and buffers, on this rank."""
@@ -353,10 +408,7 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         state_dict["W_dec"] = W_dec.to(self.dtype).contiguous()
         state_dict["b_dec"] = self._denormalize(self.b_dec).to(self.dtype)
         state_dict["threshold"] = self.latent_thresholds().contiguous()
-        fitted = (
-            self.input_scale if self.is_normalization_fitted else torch.ones_like(self.input_scale)
-        )
-        state_dict["input_scale"] = fitted.to(self.dtype)
+        state_dict["input_scale"] = self._scale_of_each().to(self.dtype)
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
@@ -80,18 +79,13 @@ class DeltaTrainingCrosscoder(TopKTrainingCrosscoder[DeltaTrainingCrosscoderConf
         return [(slice(0, n), share), (slice(n, self.cfg.d_sae), 1 - share)]
 
     @override
-    def calculate_aux_loss(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: Tensor,
-        hidden_pre: Tensor,
-        sae_out: Tensor,
-    ) -> dict[str, Tensor]:
-        """The dead-latent loss and the loss on the difference."""
-        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
-        n = self.cfg.n_delta
-        alone = (feature_acts / self.competing_norms())[:, :n] @ self.W_dec[:n] + self.b_dec
+    def parts(self) -> dict[str, slice]:
+        return {"delta_loss": slice(0, self.cfg.n_delta)}
+
+    @override
+    def part_loss(self, name: str, acts: Tensor, reconstruction: Tensor) -> Tensor:
+        """The loss on the difference of the two models."""
         # Each model has its own scale: the difference is taken of the activations as they are, in their joint unit.
         units = torch.exp(self.input_scale.log().mean()) / self.input_scale
-        loss = difference_loss(step_input.sae_in, alone, units.to(alone.dtype), self.partition)
-        return {**losses, "delta_loss": self.cfg.delta_loss_coefficient * loss}
+        loss = difference_loss(acts, reconstruction, units.to(acts.dtype), self.partition)
+        return self.cfg.delta_loss_coefficient * loss

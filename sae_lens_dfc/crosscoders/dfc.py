@@ -183,11 +183,12 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
     def _gather_evidence(self, output: TrainStepOutput) -> None:
         if self._test is None:
             self._test = OtherModelTest(self.partition)
-        n_exclusive = self.partition.slices[SHARED].start
-        shared_only = output.feature_acts.clone()
-        shared_only[:, :n_exclusive] = 0
-        unshared = output.sae_in - self._decode_normalized(shared_only)
-        self._test.update(output.feature_acts[:, :n_exclusive], unshared)
+        shared, acts = self.partition.slices[SHARED], output.feature_acts
+        W_dec = self.W_dec[shared] / self.competing_norms()[shared, None]
+        with torch.autocast(self.device.type, enabled=False):
+            rebuilt = acts.narrow_copy(1, shared.start, self.partition.n_shared).to(W_dec) @ W_dec
+        exclusive = acts.narrow_copy(1, 0, shared.start).to_dense()
+        self._test.update(exclusive, output.sae_in - (rebuilt + self.b_dec))
 
     @torch.no_grad()
     def _move(self, evidence: dict[str, Evidence], step: int) -> None:
@@ -249,9 +250,10 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
         misplaced = (groups != target).nonzero()[:, 0]
         order = torch.arange(len(groups), device=groups.device)
         order[misplaced] = misplaced[groups[misplaced].argsort(stable=True)]
-        self.W_enc.data = self.W_enc.data[:, order].contiguous()
-        self.W_dec.data = self.W_dec.data[order].contiguous()
-        self.b_enc.data = self.b_enc.data[order].contiguous()
+        # In place: Adam's moments and the weights must go on lying in memory in the same way.
+        self.W_enc.data.copy_(self.W_enc.data[:, order])
+        self.W_dec.data.copy_(self.W_dec.data[order])
+        self.b_enc.data.copy_(self.b_enc.data[order])
         self.n_exclusive.copy_(torch.stack([(groups == group).sum() for group in (0, 1)]))
         self._resize(*(int(n) for n in self.n_exclusive))
 

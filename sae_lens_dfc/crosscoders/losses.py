@@ -29,35 +29,50 @@ def reconstruction_losses(
     }
 
 
-def dead_latent_loss(
-    residual: Float[Tensor, "batch d_in"],
+def dead_latents_decoded(
     scores: Float[Tensor, "batch d_sae"],
     W_dec_unit: Float[Tensor, "d_sae d_in"],
     dead: Bool[Tensor, " d_sae"],
     partition: Partition,
     k_aux: int,
-) -> Float[Tensor, ""]:
-    """How badly the dead latents alone rebuild what the living ones left (AuxK of Gao et al. 2024).
+) -> Float[Tensor, "batch d_in"]:
+    """What each row's `k_aux` strongest dead latents decode to, without bias.
 
-    Each row's `k_aux` strongest dead latents decode, without bias, towards the residual. They act on
-    the input, as in the public code of arXiv 2602.11729 (its text: on the error). An exclusive latent decodes to its own model only, so the other
-    model's residual gives it no gradient. The loss shrinks in proportion when fewer latents are
-    dead, as in SAELens.
+    They act on the input, as in the public code of arXiv 2602.11729 (its text: on the error). An exclusive latent
+    decodes to its own model only, so the other model's residual gives it no gradient.
 
     Args:
-        residual: What the living latents did not explain, detached.
         scores: Pre-activations in the units in which latents compete.
         W_dec_unit: Decoder that belongs to those units.
-        dead: Which latents count as dead.
+        dead: Which latents count as dead; at least one.
         partition: Which latents may use which model.
         k_aux: How many latents take part in a row.
     """
-    n_dead = int(dead.sum())
-    if n_dead == 0:
-        return residual.new_zeros(())
-    acts = calculate_topk_aux_acts(min(k_aux, n_dead), scores, dead).relu()
-    error = decode_blocks(acts, W_dec_unit, partition) - residual
-    return min(n_dead / k_aux, 1.0) * error.pow(2).sum(dim=-1).mean()
+    acts = calculate_topk_aux_acts(min(k_aux, int(dead.sum())), scores, dead).relu()
+    return decode_blocks(acts, W_dec_unit, partition)
+
+
+def dead_latent_loss(
+    residual: Float[Tensor, "batch d_in"],
+    decoded: Float[Tensor, "batch d_in"],
+    n_dead: int,
+    k_aux: int,
+) -> Float[Tensor, ""]:
+    """How badly the dead latents alone rebuild what the living ones left (AuxK of Gao et al. 2024).
+
+    The loss shrinks in proportion when fewer than `k_aux` latents are dead, as in SAELens.
+
+    Args:
+        residual: What the living latents did not explain, detached.
+        decoded: What the strongest dead latents of each row decode to.
+        n_dead: How many latents are dead.
+        k_aux: How many latents take part in a row.
+
+    >>> import torch
+    >>> dead_latent_loss(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 1.0]]), n_dead=1, k_aux=2)
+    tensor(2.)
+    """
+    return min(n_dead / k_aux, 1.0) * (decoded - residual).pow(2).sum(dim=-1).mean()
 
 
 def explained_variances(

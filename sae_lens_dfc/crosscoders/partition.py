@@ -157,16 +157,13 @@ def decoder_norms(
     tensor([[5., 1.],
             [0., 2.]])
     """
-    return torch.stack(
-        [_allowed_rows(W_dec, partition, model).norm(dim=-1) for model in partition.models]
-    )
-
-
-def _allowed_rows(W_dec: Tensor, partition: Partition, model: str) -> Tensor:
-    other = partition.slices[B_EXCLUSIVE if model == "a" else A_EXCLUSIVE]
-    part = W_dec[:, partition.models[model]]
-    zeros = part.new_zeros(other.stop - other.start, part.shape[1])
-    return torch.cat([part[: other.start], zeros, part[other.stop :]])
+    norms: list[Tensor] = []
+    for model, inputs in partition.models.items():
+        other = partition.slices[B_EXCLUSIVE if model == "a" else A_EXCLUSIVE]
+        own = W_dec[:, inputs].norm(dim=-1)
+        forbidden = own.new_zeros(other.stop - other.start)
+        norms.append(torch.cat([own[: other.start], forbidden, own[other.stop :]]))
+    return torch.stack(norms)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """What crosscoders that keep the largest scores of a batch share: groups, annealing, thresholds."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -11,8 +12,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_dfc import ranks
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
-from sae_lens_dfc.crosscoders.selection import keep_largest
+from sae_lens_dfc.crosscoders.base import DEAD, CrosscoderTrainingConfig, TrainingCrosscoder
+from sae_lens_dfc.crosscoders.partition import zero_forbidden_
+from sae_lens_dfc.crosscoders.selection import candidates, keep_largest, largest, would_wait
+from sae_lens_dfc.crosscoders.sparse import Chosen, Places, PreActivations, Weights, rebuild
+
+# Below so many scores, or above such a share that is kept, dense products are as fast: measured on 2 CPU cores, and
+# reckoned for a GPU, whose products are so much faster than its memory.
+MIN_SPARSE_SIZE = 2**16
+MAX_SPARSE_SHARE = {"cpu": 1 / 4, "cuda": 1 / 64}
+# Candidates of a coarser product for each latent that is kept: the exact values of all of them decide.
+COARSE_MARGIN = 1.1
+
+WHOLE = "whole"
 
 
 @dataclass(kw_only=True)
@@ -31,10 +43,22 @@ class TopKTrainingCrosscoderConfig(CrosscoderTrainingConfig, ABC):
     """Steps over which k_initial falls to k, on a line (5000 there)."""
     topk_threshold_lr: float = 0.01
     """Step of the moving average of the smallest selected score, the threshold of the saved crosscoder."""
+    training_path: Literal["auto", "sparse", "dense"] = "auto"
+    """How a training step is computed, with the same result. sparse: only the encoder's product is dense, and all else
+    touches the active latents alone; it has no dense activations, so hooks on the crosscoder take the other. dense: as it
+    is defined. auto: the faster."""
+    encoder_product: Literal["exact", "bfloat16"] = "exact"
+    """Format of the sparse path's dense product. bfloat16: it only finds the candidates, whose activations are then
+    computed in the format of the weights."""
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.encoder_product == "bfloat16" and self.training_path == "dense":
+            raise ValueError(
+                "encoder_product='bfloat16' is for the sparse path, which computes the latents found by it once more. "
+                "Set training_path to 'auto' or 'sparse', or leave encoder_product at 'exact'."
+            )
         for name in ("k", "k_initial"):
             k = getattr(self, name)
             if k is not None and not 0 < k <= self.d_sae:
@@ -109,24 +133,151 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
         self._update_thresholds(output.feature_acts)
         return output
 
+    @override
+    def _step(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if not self._goes_sparse(step_input.sae_in):
+            return super()._step(step_input)
+        is_autocast = torch.is_autocast_enabled(self.device.type)
+        coarse = is_autocast or self.cfg.encoder_product == "bfloat16"
+        # The product is all that is worth another format.
+        with torch.autocast(self.device.type, enabled=False):
+            return self._sparse_step(step_input, torch.bfloat16 if coarse else self.dtype)
+
+    # --- parts of the dictionary that rebuild something alone ---
+
+    def parts(self) -> dict[str, slice]:
+        """Latents whose reconstruction alone has a loss, by the name of the loss."""
+        return {}
+
+    def part_loss(self, name: str, acts: Tensor, reconstruction: Tensor) -> Tensor:
+        """The loss of a part's reconstruction, decoder bias and all, of normalised activations."""
+        raise NotImplementedError(name)
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """The dead-latent loss and those of parts of the dictionary."""
+        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        for name, latents in self.parts().items():
+            acts = (feature_acts / self.competing_norms())[:, latents]
+            rebuilt = acts @ self.decoder()[latents] + self.b_dec
+            losses[name] = self.part_loss(name, step_input.sae_in, rebuilt)
+        return losses
+
+    # --- the sparse path ---
+
+    def _goes_sparse(self, acts: Tensor) -> bool:
+        cfg = self.cfg
+        hooks = self.hook_sae_acts_pre, self.hook_sae_acts_post
+        can = self.training and acts.ndim == 2 and not any(hook.has_hooks() for hook in hooks)
+        if not can or cfg.training_path != "auto":
+            return can and cfg.training_path == "sparse"
+        share = cfg.k_at(self.n_training_steps) / cfg.d_sae
+        limit = MAX_SPARSE_SHARE.get(acts.device.type, 0)
+        return len(acts) * cfg.d_sae >= MIN_SPARSE_SIZE and share <= limit
+
+    def _sparse_step(
+        self, step_input: TrainStepInput, product_dtype: torch.dtype
+    ) -> TrainStepOutput:
+        """The step of `TrainingCrosscoder`, with the same losses and gradients.
+
+        Decoder norms choose the latents, and cancel in whatever is decoded: no gradient goes through them.
+        """
+        acts, partition = step_input.sae_in, self.partition
+        zero_forbidden_(self.W_enc.data, self.W_dec.data, partition)
+        n_dead = self._n_dead(step_input)
+        encoder = self.W_enc, self.b_enc, partition, product_dtype
+        with torch.no_grad():
+            pre = PreActivations.of(acts - self.b_dec, *encoder)
+            chosen, feature_acts = self._choose(pre, step_input.dead_neuron_mask, n_dead)
+        del pre  # a batch of d_sae numbers for each row, before the gradients need the memory
+        weights = Weights(self.W_enc, self.b_enc, self.decoder(), self.b_dec)
+        rebuilt = rebuild(acts, weights, chosen, partition)
+        reconstruction = rebuilt[WHOLE] + self.b_dec
+        losses: dict[str, Tensor] = {}
+        if n_dead is not None:
+            residual = acts - reconstruction
+            dead = rebuilt.get(DEAD, torch.zeros_like(residual))
+            losses[DEAD] = self._dead_loss(residual, dead, n_dead)
+        for name in self.parts():
+            losses[name] = self.part_loss(name, acts, rebuilt[name] + self.b_dec)
+        # Of the scores only those that were kept are kept.
+        return self._step_output(step_input, feature_acts, feature_acts, reconstruction, losses)
+
+    def _choose(
+        self, pre: PreActivations, dead: Tensor | None, n_dead: int | None
+    ) -> tuple[dict[str, Chosen], Tensor]:
+        """What the whole dictionary, each part of it and the dead latents rebuild with; and the feature activations."""
+        norms = self.competing_norms()
+        whole = self._firing(pre, norms)
+        chosen = {WHOLE: whole}
+        chosen |= {name: whole.among(latents) for name, latents in self.parts().items()}
+        if dead is not None and n_dead:
+            which = torch.nonzero_static(dead, size=n_dead)[:, 0]
+            chosen[DEAD] = _strongest_in_each_row(pre, norms, which, self.k_aux)
+        places = Places.of(whole.rows, whole.latents, *pre.product.shape)
+        return chosen, places.matrix(whole.pre.relu() * norms[whole.latents])
+
+    def _firing(self, pre: PreActivations, norms: Tensor) -> Chosen:
+        groups: list[Chosen] = []
+        for latents, n_kept in self._numbers_kept(len(pre.product)):
+            n = -(-n_kept // ranks.world_size())
+            n = n if pre.is_exact else math.ceil(COARSE_MARGIN * n)
+            n = min(n, len(pre.product) * (latents.stop - latents.start))
+            rows, columns = candidates(pre.product[:, latents], norms[latents], n)
+            found = pre.at(rows, columns + latents.start)
+            groups.append(found.where(largest(found.pre.relu() * norms[found.latents], n_kept)))
+        return groups[0] if len(groups) == 1 else Chosen.joined(groups, self.cfg.d_sae)
+
+    def _numbers_kept(self, n_rows: int) -> list[tuple[slice, int]]:
+        """The groups of latents, and how many scores each keeps of all ranks' rows."""
+        k = self.cfg.k_at(self.n_training_steps)
+        n_rows *= ranks.world_size()
+        return [(s, int(min(share * k, s.stop - s.start) * n_rows)) for s, share in self.budgets()]
+
+    # --- thresholds ---
+
     @torch.no_grad()
     def _update_thresholds(self, feature_acts: Tensor) -> None:
-        lr = self.cfg.topk_threshold_lr
-        own = [smallest_positive(feature_acts[..., latents]) for latents, _ in self.budgets()]
-        everyones = ranks.smallest(torch.stack(own).to(self.topk_threshold.dtype))
-        for i, smallest in enumerate(everyones):
-            if smallest.isinf():
-                continue
-            # The first value replaces the unset 0: an average from 0 would let too many latents pass in a short run.
-            step = lr if self.topk_threshold[i] > 0 else 1.0
-            self.topk_threshold[i] += step * (smallest - self.topk_threshold[i])
+        own = [smallest_positive(feature_acts, latents) for latents, _ in self.budgets()]
+        smallest = ranks.smallest(torch.stack(own).to(self.topk_threshold.dtype))
+        # The first value replaces the unset 0: an average from 0 would let too many latents pass in a short run.
+        step = torch.where(self.topk_threshold > 0, self.cfg.topk_threshold_lr, 1.0)
+        moved = self.topk_threshold + step * (smallest - self.topk_threshold)
+        self.topk_threshold.copy_(torch.where(smallest.isinf(), self.topk_threshold, moved))
 
 
-def smallest_positive(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """The smallest value above 0; infinity if there is none.
+def smallest_positive(
+    feature_acts: Float[Tensor, "*batch d_sae"], latents: slice
+) -> Float[Tensor, ""]:
+    """The smallest activation above 0 of some latents; infinity if there is none. The activations may be sparse.
 
-    >>> smallest_positive(torch.tensor([3.0, 0.0, 2.0])), smallest_positive(torch.zeros(2))
+    >>> acts = torch.tensor([[3.0, 0.0, 2.0, 1.0]])
+    >>> smallest_positive(acts, slice(0, 3)), smallest_positive(acts.to_sparse(), slice(1, 2))
     (tensor(2.), tensor(inf))
     """
-    positive = x[x > 0]
-    return positive.min() if positive.numel() > 0 else x.new_tensor(torch.inf)
+    if feature_acts.is_sparse:
+        feature_acts = feature_acts.coalesce()
+        latent, values = feature_acts.indices()[-1], feature_acts.values()
+        counts = (values > 0) & (latent >= latents.start) & (latent < latents.stop)
+    else:
+        values = feature_acts[..., latents]
+        counts = values > 0
+    smallest = torch.where(counts, values, torch.inf)
+    return smallest.min() if smallest.numel() > 0 else smallest.new_tensor(torch.inf)
+
+
+def _strongest_in_each_row(pre: PreActivations, norms: Tensor, latents: Tensor, k: int) -> Chosen:
+    """Each row's at most `k` largest positive scores among some latents."""
+    d_sae = pre.product.shape[1]
+    scores = pre.product[:, latents] * norms[latents]
+    top = scores.topk(min(k, len(latents)), dim=-1, sorted=False)
+    rows = torch.arange(len(scores), device=scores.device)[:, None]
+    flat = rows * d_sae + latents[top.indices]
+    flat = (flat.flatten() if would_wait(flat) else flat[top.values > 0]).sort().values
+    return pre.at(flat // d_sae, flat % d_sae)

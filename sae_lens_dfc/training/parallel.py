@@ -1,11 +1,10 @@
-"""SAELens' trainer on several ranks: gradients are averaged, and counts are everyone's."""
+"""SAELens' trainer on several ranks: gradients are averaged."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
@@ -62,9 +61,7 @@ def data_parallel(trainer: SAETrainer[Any, Any]) -> Iterator[None]:
 
     def training_forward_pass(step_input: TrainStepInput) -> TrainStepOutput:
         _check_share(trainer, step_input.sae_in)
-        output = parallel(step_input)
-        _count_the_others(trainer, output.feature_acts)
-        return output
+        return parallel(step_input)
 
     crosscoder.training_forward_pass = training_forward_pass
     try:
@@ -97,14 +94,3 @@ def _check_share(trainer: SAETrainer[Any, Any], batch: Tensor) -> None:
             f"Rank {ranks.rank()} got a batch of {len(batch)}, but {n} processes share "
             f"train_batch_size_samples={whole}. Make batches of {whole // n} on each."
         )
-
-
-@torch.no_grad()
-def _count_the_others(trainer: SAETrainer[Any, Any], feature_acts: Tensor) -> None:
-    """Count in what the other ranks saw on this step; SAELens' trainer then counts what this one saw."""
-    own = feature_acts.bool().float().sum(dim=0)
-    others = ranks.total(own) - own
-    trainer.act_freq_scores += others
-    # The trainer adds 1, as for every latent, and sets to 0 only those that fired here.
-    trainer.n_forward_passes_since_fired[others > 0] = -1
-    trainer.n_training_samples += (ranks.world_size() - 1) * len(feature_acts)

@@ -1,17 +1,24 @@
-"""SAELens' trainer for one or several crosscoders on one stream, with checkpoints from which it goes on exactly."""
+"""SAELens' trainers for one or several crosscoders on one stream, with checkpoints from which it goes on exactly."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from jaxtyping import Float, Int
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from sae_lens.training.types import MultiHookDataProvider
+from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.types import DataProvider, MultiHookDataProvider
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc import ranks
+from sae_lens_dfc.crosscoders.base import CountedStepInput, TrainingCrosscoder
 from sae_lens_dfc.evaluate import HeldOutEvaluator
 from sae_lens_dfc.provider import Batches
 from sae_lens_dfc.training.checkpoint import load_checkpoint, save_checkpoint
@@ -20,11 +27,147 @@ from sae_lens_dfc.training.checkpoint import load_checkpoint, save_checkpoint
 PAIR = "pair"
 
 
+class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
+    """SAELens' `SAETrainer` whose step is little more than the crosscoder's.
+
+    The same numbers by other means: Adam in one kernel, firing counted from the places where latents fire, and no
+    wait for a GPU. The counts are those of all ranks.
+    """
+
+    def __init__(
+        self, cfg: SAETrainerConfig, sae: TrainingCrosscoder[Any], data_provider: DataProvider
+    ):
+        super().__init__(cfg, sae, data_provider)
+        for group in self.optimizer.param_groups:
+            group["fused"] = torch.device(cfg.device).type in ("cpu", "cuda")
+        self._dead_count: _DeadCount | None = None
+
+    @override
+    def _train_step(self, sae: TrainingCrosscoder[Any], sae_in: Tensor) -> TrainStepOutput:
+        sae.train()
+        step_input = CountedStepInput(
+            sae_in=sae_in,
+            dead_neuron_mask=self.dead_neurons,
+            n_dead=self._n_dead(),
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+        )
+        with self.autocast_if_enabled:
+            output = sae.training_forward_pass(step_input)
+        self._count(output.feature_acts)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        with _as_in_memory(self.optimizer):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+        return output
+
+    @torch.no_grad()
+    def _count(self, feature_acts: Tensor) -> None:
+        counts = ranks.total(firing_counts(feature_acts))
+        self.act_freq_scores += counts
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired.masked_fill_(counts > 0, 0)
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        self.n_training_samples += (ranks.world_size() - 1) * len(feature_acts)
+        passes = self.n_forward_passes_since_fired
+        self._dead_count = _DeadCount(passes, passes._version, read_later(self.dead_neurons.sum()))
+
+    def _n_dead(self) -> int:
+        """How many latents are dead, as it was asked when the last step's were counted, unless they were set since."""
+        last, passes = self._dead_count, self.n_forward_passes_since_fired
+        if last is None or last.passes is not passes or last.version != passes._version:
+            return int(self.dead_neurons.sum())
+        return last.value()
+
+
+class _DeadCount(NamedTuple):
+    passes: Tensor
+    version: int
+    value: Callable[[], int]
+
+
+def read_later(x: Int[Tensor, ""]) -> Callable[[], int]:
+    """A function that gives the number, and that waits for no more than what a GPU had to do until now.
+
+    >>> read_later(torch.tensor(3))()
+    3
+    """
+    if not x.is_cuda:
+        return lambda: int(x)
+    here = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    is_here = torch.cuda.Event()
+    is_here.record()
+
+    def number() -> int:
+        is_here.synchronize()
+        return int(here)
+
+    return number
+
+
+def firing_counts(feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
+    """How often each latent fires in a batch, whose activations may be sparse.
+
+    >>> acts = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
+    >>> firing_counts(acts), firing_counts(acts.to_sparse())
+    (tensor([2., 1.]), tensor([2., 1.]))
+    """
+    if not feature_acts.is_sparse:
+        return (feature_acts != 0).sum(dim=0, dtype=torch.float)
+    feature_acts = feature_acts.coalesce()
+    fires = (feature_acts.values() != 0).float()
+    counts = fires.new_zeros(feature_acts.shape[1])
+    return counts.index_add_(0, feature_acts.indices()[1], fires)
+
+
+def on_device(batch: Float[Tensor, "batch d_in"], device: str) -> Float[Tensor, "batch d_in"]:
+    """The batch on a device, sent to a GPU while that works on."""
+    if torch.device(device).type != "cuda" or batch.is_cuda:
+        return batch
+    return batch.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def _as_in_memory(optimizer: Optimizer) -> Iterator[None]:
+    """While this is open, parameters, gradients and moments that lie in memory as their transpose are that.
+
+    Torch's fused Adam on a CPU copies whatever is not contiguous, and goes wrong without a word when a
+    parameter and its moments lie differently.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    transposed = [p for p in parameters if p.ndim == 2 and not p.is_contiguous()]
+    for p in parameters:
+        moments = optimizer.state[p]
+        for name, x in moments.items():
+            if x.shape == p.shape and x.stride() != p.stride():
+                moments[name] = torch.empty_like(p).copy_(x)
+    _transpose(transposed, optimizer)
+    try:
+        yield
+    finally:
+        _transpose(transposed, optimizer)
+
+
+def _transpose(parameters: list[Tensor], optimizer: Optimizer) -> None:
+    for p in parameters:
+        grad, p.grad = p.grad, None
+        p.data = p.data.T
+        p.grad = None if grad is None else grad.T
+        moments = optimizer.state[p]
+        for name, x in moments.items():
+            moments[name] = x.T if x.ndim == 2 else x
+
+
 class CrosscoderTrainer(MultiSAETrainer):
     """SAELens' `MultiSAETrainer` where every crosscoder takes the same batches.
 
-    Only its checkpoints differ: SAELens' are pickled, do not say where the data stands, and are
-    written in place.
+    Its steps are those of `CrosscoderSAETrainer`, and its checkpoints differ: SAELens' are pickled, do not say
+    where the data stands, and are written in place.
 
     Args:
         cfg: SAELens' settings, the same for all.
@@ -46,9 +189,14 @@ class CrosscoderTrainer(MultiSAETrainer):
             cfg,
             saes=dict(crosscoders),
             hook_names=dict.fromkeys(crosscoders, PAIR),
-            data_provider=({PAIR: batch} for batch in batches),
+            data_provider=({PAIR: on_device(batch, cfg.device)} for batch in batches),
             evaluator=None if evaluator is None else _of_each(evaluator),
         )
+        # SAELens makes its own, with settings of its own.
+        self.trainers = {
+            name: CrosscoderSAETrainer(one.cfg, one.sae, iter(()))
+            for name, one in self.trainers.items()
+        }
         self.batches = batches
         self.checkpoint_values = checkpoint_values
 

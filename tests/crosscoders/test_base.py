@@ -16,7 +16,11 @@ from torch.func import functional_call
 
 from sae_lens_dfc import Crosscoder, DSFTrainingCrosscoder
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
-from sae_lens_dfc.crosscoders.losses import dead_latent_loss, reconstruction_losses
+from sae_lens_dfc.crosscoders.losses import (
+    dead_latent_loss,
+    dead_latents_decoded,
+    reconstruction_losses,
+)
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from tests.helpers import (
     make_acts,
@@ -31,14 +35,18 @@ from tests.helpers import (
     train_steps,
 )
 
-MAKERS = [
-    make_standard,
+TOPK_MAKERS = [
     make_batchtopk,
     make_dsf,
     make_mapped_dsf,
     make_delta,
     make_dfc,
     partial(make_dfc, selection="partition", decoder_norm="sum"),
+]
+MAKERS = [
+    make_standard,
+    *TOPK_MAKERS,
+    *(partial(make, training_path="sparse") for make in TOPK_MAKERS),
 ]
 
 
@@ -97,7 +105,7 @@ def test_training_pass_agrees_with_loops_over_latents_and_models(make: Any) -> N
     randomised(crosscoder)
     output = crosscoder.training_forward_pass(step_input(acts))
     slow = slow_forward(crosscoder, acts)
-    torch.testing.assert_close(output.feature_acts, slow["feature_acts"])
+    torch.testing.assert_close(output.feature_acts.to_dense(), slow["feature_acts"])
     torch.testing.assert_close(output.sae_out, slow["sae_out"])
     for model in ("a", "b"):
         name = f"mse_loss_{model}"
@@ -156,7 +164,8 @@ def test_the_dead_latent_losss_gradients_are_those_of_finite_differences() -> No
     residual = torch.randn(6, 12, dtype=torch.float64)
 
     def loss(scores: Tensor, W_dec: Tensor) -> Tensor:
-        return dead_latent_loss(residual, scores, W_dec, dead, partition, k_aux=3)
+        decoded = dead_latents_decoded(scores, W_dec, dead, partition, k_aux=3)
+        return dead_latent_loss(residual, decoded, 8, k_aux=3)
 
     scores = torch.randn(6, 24, dtype=torch.float64, requires_grad=True)
     W_dec = torch.randn(24, 12, dtype=torch.float64, requires_grad=True)
@@ -304,7 +313,8 @@ def test_dead_latent_loss_is_the_error_of_the_strongest_dead_latents(
     W_dec = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
     residual = torch.tensor([[0.5, 0.0, 3.0, 0.0]])
     dead = torch.tensor([True, False, True])
-    loss = dead_latent_loss(residual, scores, W_dec, dead, crosscoder.partition, k_aux)
+    decoded = dead_latents_decoded(scores, W_dec, dead, crosscoder.partition, k_aux)
+    loss = dead_latent_loss(residual, decoded, 2, k_aux)
     assert loss.item() == pytest.approx(expected)
 
 
@@ -336,7 +346,8 @@ def test_the_dead_latent_loss_is_isolated_by_partition() -> None:
     residual = torch.randn(32, 12)
     for _ in range(2):
         W = W_dec.clone().requires_grad_()
-        dead_latent_loss(residual, scores, W, dead, partition, k_aux=3).backward()
+        decoded = dead_latents_decoded(scores, W, dead, partition, k_aux=3)
+        dead_latent_loss(residual, decoded, 24, k_aux=3).backward()
         assert W.grad is not None
         gradients.append(W.grad)
         residual = torch.cat([residual[:, :5], torch.randn(32, 7)], dim=1)  # another residual in B

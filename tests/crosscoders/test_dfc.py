@@ -102,7 +102,7 @@ def planted_dfc(latents: list[tuple[int, str]], n_a: int, n_b: int) -> DFCTraini
 
 def after_the_test(crosscoder: DFCTrainingCrosscoder) -> DFCTrainingCrosscoder:
     for step in range(5):
-        crosscoder.training_forward_pass(step_input(planted(500), step=step))
+        crosscoder.training_forward_pass(step_input(planted(2000), step=step))
     return crosscoder
 
 

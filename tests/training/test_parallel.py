@@ -15,7 +15,6 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -23,6 +22,7 @@ from sae_lens_dfc import ranks
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.selection import keep_largest, kth_largest
 from sae_lens_dfc.training.parallel import data_parallel, for_this_rank
+from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 from tests.helpers import make_delta, make_dfc, make_dsf, make_mapped_dsf, make_standard
 
 N_RANKS = 2
@@ -36,6 +36,10 @@ CASES: dict[str, Make] = {
         make_dfc, k=3, k_initial=8, k_anneal_steps=8, k_aux=4, test_steps=[10, 18], test_window=8
     ),
     "dfc by partition": partial(make_dfc, k=3, selection="partition", normalization="median_norm"),
+    "sparse dfc": partial(
+        make_dfc, k=3, k_aux=4, training_path="sparse", test_steps=[18], test_window=8
+    ),
+    "sparse delta": partial(make_delta, k=3, training_path="sparse"),
     "standard": make_standard,
     "dsf": partial(make_dsf, k=3),
     "dsf by a map": partial(make_mapped_dsf, k=3),
@@ -77,7 +81,7 @@ def train(make: Make) -> dict[str, Any]:
     torch.manual_seed(ranks.rank())  # other weights on each: the first rank's must win
     crosscoder = make()
     rows = (own_rows(batch) for batch in batches(crosscoder.cfg.d_in))
-    trainer = SAETrainer(for_this_rank(trainer_config()), crosscoder, rows)
+    trainer = CrosscoderSAETrainer(for_this_rank(trainer_config()), crosscoder, rows)
     with data_parallel(trainer):
         trained = trainer.fit()
     return {
@@ -105,7 +109,7 @@ def scores(kind: str) -> Tensor:
 
 
 def refused_step(make: Make) -> str:
-    trainer = SAETrainer(
+    trainer = CrosscoderSAETrainer(
         trainer_config(), make(), batches(make().cfg.d_in)
     )  # whole batches on each
     try:

@@ -1,0 +1,339 @@
+"""Encode and decode where only the latents that fire are touched, forward and backward.
+
+Of a batch's `batch x d_sae` activations only `k x batch` are not zero. Once they are known, decoding and every
+gradient are sums of a few rows for each row or latent: `torch.nn.functional.embedding_bag`, on CPU and GPU alike.
+The values and gradients are those of the dense definition `relu((x - b_dec) @ W_enc + b_enc)`, zero but at the chosen
+places, `@ W_dec`.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import embedding_bag
+from typing_extensions import override
+
+from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.crosscoders.selection import would_wait
+
+# A product whose columns start elsewhere in memory takes an eighth longer: more than half-empty columns cost.
+ALIGNMENT = 64
+
+
+class Places(NamedTuple):
+    """Where a sparse `(n_rows, d_sae)` matrix may be other than zero, by row and within a row by latent."""
+
+    rows: Int[Tensor, " n"]
+    latents: Int[Tensor, " n"]
+    row_starts: Int[Tensor, " n_rows"]
+    """Number of places before each row."""
+    by_latent: Int[Tensor, " n"]
+    """The order of the places by latent and within a latent by row."""
+    latent_starts: Int[Tensor, " d_sae"]
+    """Number of places before each latent, in that order."""
+
+    @classmethod
+    def of(
+        cls, rows: Int[Tensor, " n"], latents: Int[Tensor, " n"], n_rows: int, d_sae: int
+    ) -> "Places":
+        """Places in the order of rows, in both orders.
+
+        >>> places = Places.of(torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]), n_rows=2, d_sae=4)
+        >>> places.row_starts, places.by_latent, places.latent_starts
+        (tensor([0, 2]), tensor([2, 0, 1]), tensor([0, 1, 2, 2]))
+        """
+        by_latent = latents.argsort(stable=True)
+        return cls(
+            rows,
+            latents,
+            torch.searchsorted(rows, torch.arange(n_rows, device=rows.device)),
+            by_latent,
+            torch.searchsorted(latents[by_latent], torch.arange(d_sae, device=rows.device)),
+        )
+
+    def matrix(self, values: Float[Tensor, " n"]) -> Float[Tensor, "n_rows d_sae"]:
+        """The matrix with these values, as a sparse tensor that needs no more sorting."""
+        return torch.sparse_coo_tensor(
+            torch.stack([self.rows, self.latents]),
+            values,
+            (len(self.row_starts), len(self.latent_starts)),
+            is_coalesced=True,
+            check_invariants=False,
+        )
+
+
+def products(
+    x: Float[Tensor, "batch d"], y: Float[Tensor, "d_sae d"], places: Places
+) -> Float[Tensor, " n"]:
+    """`x[row] . y[latent]` at each place, without gradients.
+
+    >>> places = Places.of(torch.tensor([0, 1]), torch.tensor([2, 0]), n_rows=2, d_sae=3)
+    >>> products(torch.eye(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), places)
+    tensor([5., 2.])
+    """
+    n = places.row_starts.new_tensor([len(places.rows)])
+    with torch.no_grad(), warnings.catch_warnings():
+        # Torch calls all of its CSR tensors a beta, once in a process.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        zeros = torch.sparse_csr_tensor(
+            torch.cat([places.row_starts, n]),
+            places.latents,
+            x.new_zeros(len(places.rows)),
+            (len(x), len(y)),
+            check_invariants=False,
+        )
+        return torch.sparse.sampled_addmm(zeros, x, y.T, beta=0).values()
+
+
+class Chosen(NamedTuple):
+    """Latents that fire, by row and within a row by latent, with what `relu` is taken of."""
+
+    rows: Int[Tensor, " n"]
+    latents: Int[Tensor, " n"]
+    pre: Float[Tensor, " n"]
+
+    def where(self, these: Shaped[Tensor, " m"]) -> "Chosen":
+        """Those at these indices, or where this mask is true."""
+        return Chosen(self.rows[these], self.latents[these], self.pre[these])
+
+    def among(self, latents: slice) -> "Chosen":
+        """Those of some latents; on a GPU the others stay, with nothing to give."""
+        inside = (self.latents >= latents.start) & (self.latents < latents.stop)
+        return self._replace(pre=self.pre * inside) if would_wait(inside) else self.where(inside)
+
+    @classmethod
+    def joined(cls, groups: Sequence["Chosen"], d_sae: int) -> "Chosen":
+        """Several groups of the same rows as one."""
+        rows, latents, pre = (torch.cat(parts) for parts in zip(*groups, strict=True))
+        return cls(rows, latents, pre).where((rows * d_sae + latents).argsort())
+
+
+@dataclass(frozen=True)
+class PreActivations:
+    """What the latents take `relu` of, for a whole batch; the one dense product of a step. It knows no gradients.
+
+    >>> partition = Partition(d_a=1, d_b=1, n_a_exclusive=0, n_b_exclusive=0, n_shared=2)
+    >>> pre = PreActivations.of(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.ones(2), partition)
+    >>> pre.product, pre.at(torch.tensor([0]), torch.tensor([1])).pre
+    (tensor([[2., 3.]]), tensor([3.]))
+    """
+
+    product: Float[Tensor, "batch d_sae"]
+    """All of them, in bfloat16 if that was asked for."""
+    x: Float[Tensor, "batch d_in"]
+    W_enc: Float[Tensor, "d_in d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        x: Float[Tensor, "batch d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        partition: Partition,
+        dtype: torch.dtype | None = None,
+    ) -> "PreActivations":
+        """`x @ W_enc + b_enc` without the forbidden blocks.
+
+        Args:
+            x: Activations as the encoder takes them, the decoder's bias subtracted.
+            W_enc: Encoder, its forbidden blocks zero.
+            b_enc: Bias of the latents.
+            partition: Says which blocks are forbidden.
+            dtype: Format of the factors and of the product; sums are in float32 whatever it is. None takes that of `x`.
+        """
+        dtype = dtype or x.dtype
+        product = x.new_empty(len(x), len(b_enc), dtype=dtype)
+        factors = x.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
+        for inputs, latents in _aligned_blocks(partition):
+            part = factors[0][:, inputs], factors[1][inputs, latents]
+            torch.addmm(factors[2][latents], *part, out=product[:, latents])
+        return cls(product, x, W_enc, b_enc)
+
+    @property
+    def is_exact(self) -> bool:
+        return self.product.dtype == self.x.dtype
+
+    def at(self, rows: Int[Tensor, " n"], latents: Int[Tensor, " n"]) -> Chosen:
+        """Those at some places, in order, in the format of the weights: of a coarser product they are computed anew."""
+        if self.is_exact:
+            return Chosen(rows, latents, self.product[rows, latents])
+        places = Places.of(rows, latents, *self.product.shape)
+        return Chosen(rows, latents, products(self.x, self.W_enc.T, places) + self.b_enc[latents])
+
+
+@lru_cache
+def _aligned_blocks(partition: Partition) -> list[tuple[slice, slice]]:
+    """The allowed blocks, but for the strips of latents in which two meet: these read everything, zeros too."""
+    everything = slice(0, partition.d_in)
+    strips: list[tuple[slice, int]] = []
+    for start in range(0, partition.d_sae, ALIGNMENT):
+        reads = [
+            inputs
+            for inputs, latents in partition.blocks()
+            if latents.start < start + ALIGNMENT and start < latents.stop
+        ]
+        strips.append((reads[0] if len(reads) == 1 else everything, start))
+    blocks: list[tuple[slice, slice]] = []
+    for inputs, run in groupby(strips, key=lambda strip: strip[0]):
+        starts = [start for _, start in run]
+        blocks.append((inputs, slice(starts[0], min(starts[-1] + ALIGNMENT, partition.d_sae))))
+    return blocks
+
+
+class Weights(NamedTuple):
+    """What a crosscoder encodes and decodes with; the forbidden blocks are zero."""
+
+    W_enc: Float[Tensor, "d_in d_sae"]
+    """One that lies in memory as its transpose spares a copy of its gradient."""
+    b_enc: Float[Tensor, " d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, " d_in"]
+
+
+def rebuild(
+    acts: Float[Tensor, "batch d_in"],
+    weights: Weights,
+    chosen: Mapping[str, Chosen],
+    partition: Partition,
+) -> dict[str, Float[Tensor, "batch d_in"]]:
+    """What each of several choices of latents decodes to, without the decoder's bias, with its gradients.
+
+    They are made as more rows of one matrix, so that each weight's gradient is written once.
+
+    Args:
+        acts: Normalised activations.
+        weights: Encoder and decoder.
+        chosen: Which latents fire, for each reconstruction.
+        partition: Says which blocks of the gradients are zero.
+    """
+    n_rows, (d_sae, _) = len(acts), weights.W_dec.shape
+    rows = torch.cat([c.rows + i * n_rows for i, c in enumerate(chosen.values())])
+    latents = torch.cat([c.latents for c in chosen.values()])
+    pre = torch.cat([c.pre for c in chosen.values()])
+    places = Places.of(rows, latents, len(chosen) * n_rows, d_sae)
+    values = encode(acts, weights, pre, places, partition)
+    decoded = decode(values, weights.W_dec, places, partition).split(n_rows)
+    return dict(zip(chosen, decoded, strict=True))
+
+
+def encode(
+    x: Float[Tensor, "batch d_in"],
+    weights: Weights,
+    pre: Float[Tensor, " n"],
+    places: Places,
+    partition: Partition,
+) -> Float[Tensor, " n"]:
+    """`relu((x - b_dec) @ W_enc + b_enc)` at the places, with its gradients.
+
+    Args:
+        x: Normalised activations.
+        weights: Encoder, and the decoder's bias.
+        pre: What `relu` is taken of, already computed to find the places.
+        places: Rows beyond the batch begin it anew.
+        partition: Says which blocks of the gradient are zero.
+    """
+    W_enc, b_enc, _, b_dec = weights
+    return _Encode.apply(x, W_enc, b_enc, b_dec, pre, places, partition)  # type: ignore[no-any-return]
+
+
+def decode(
+    values: Float[Tensor, " n"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    places: Places,
+    partition: Partition,
+) -> Float[Tensor, "n_rows d_in"]:
+    """`places.matrix(values) @ W_dec`, with its gradients; the forbidden blocks of `W_dec` are zero."""
+    sums = _weighted_sums(W_dec.detach(), places.latents, places.row_starts, values)
+    return _DecoderGradient.apply(sums, W_dec, values.detach(), places, partition)  # type: ignore[no-any-return]
+
+
+def _weighted_sums(
+    table: Float[Tensor, "m d"],
+    index: Int[Tensor, " n"],
+    starts: Int[Tensor, " groups"],
+    weights: Float[Tensor, " n"],
+) -> Float[Tensor, "groups d"]:
+    return embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights)
+
+
+def _weight_gradient(
+    x: Float[Tensor, "rows d_in"],
+    values: Float[Tensor, " n"],
+    places: Places,
+    partition: Partition,
+) -> Float[Tensor, "d_sae d_in"]:
+    """The transposed sparse matrix times `x`, rows beyond those of `x` beginning it anew."""
+    rows = places.rows[places.by_latent] % len(x)
+    gradient = _weighted_sums(x, rows, places.latent_starts, values[places.by_latent])
+    for inputs, latents in partition.forbidden_blocks():
+        gradient[latents, inputs] = 0
+    return gradient
+
+
+class _Encode(Function):
+    @override
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,  # noqa: ARG004
+        b_dec: Tensor,
+        pre: Tensor,
+        places: Places,
+        partition: Partition,
+    ) -> Tensor:
+        ctx.save_for_backward(x, W_enc, b_dec, pre)
+        ctx.places, ctx.partition = places, partition
+        return pre.relu()
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, b_dec, pre = ctx.saved_tensors
+        places: Places = ctx.places
+        g = grad_outputs[0] * (pre > 0)
+        for_W_enc = _weight_gradient(x - b_dec, g, places, ctx.partition).T
+        for_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, places.latents, g)
+        # The sum over rows of the gradient of x - b_dec needs that gradient of no single row.
+        for_b_dec = -(W_enc @ for_b_enc)
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            by_row = _weighted_sums(W_enc.T, places.latents, places.row_starts, g)
+            for_x = by_row.unflatten(0, (-1, len(x))).sum(dim=0)
+        return for_x, for_W_enc, for_b_enc, for_b_dec, None, None, None
+
+
+class _DecoderGradient(Function):
+    """The decoder's part in the gradient; torch's own, by rows of the dictionary, is many times slower."""
+
+    @override
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sums: Tensor,
+        W_dec: Tensor,  # noqa: ARG004
+        values: Tensor,
+        places: Places,
+        partition: Partition,
+    ) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.places, ctx.partition = places, partition
+        return sums.view_as(sums)
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grad_outputs
+        (values,) = ctx.saved_tensors
+        for_W_dec = _weight_gradient(g, values, ctx.places, ctx.partition)
+        return g, for_W_dec, None, None, None
