@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +30,11 @@ from sae_lens_dfc import ranks
 from sae_lens_dfc.alignment import REASONS, Coverage, align
 from sae_lens_dfc.arguments import parsed_with_lists, with_files
 from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
-from sae_lens_dfc.benchmark.data import data_rows, run_data_benchmark
+from sae_lens_dfc.benchmark.data import run_data_benchmark
+from sae_lens_dfc.benchmark.figures import figure_rows
 from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
+from sae_lens_dfc.benchmark.step import FILENAME as STEP_FILENAME
+from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark
 from sae_lens_dfc.benchmark.tables import plot, spread, tables
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
@@ -140,18 +143,19 @@ class ReportOptions(HeldOutOptions):
 
 
 @dataclass
-class BenchmarkOptions:
-    """Measure what crosscoders find of known differences (recovery), or what the data's way costs (data)."""
+class BenchmarkOptions(StepConfig):
+    """Measure what crosscoders find of known differences (recovery), what the data's way costs (data), or a step (step)."""
 
-    name: str = field(positional=True, choices=["recovery", "data"])
+    name: str = field(positional=True, choices=["recovery", "data", "step"])
     """recovery: five architectures, the recipe dfc-tested and variants of both, over dictionary sizes, seeds, wrong
-    pairs and a null. data: harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided."""
+    pairs and a null. data: harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided. step:
+    one training step of a DFC, beside its encoder's product alone and beside other trainers' steps."""
     preset: str = field(default="small", choices=list(PRESETS))
     """small: a minute or two on two cores. full: what benchmarks/README.md reports, an hour (recovery, five seeds) or ten
-    minutes (data)."""
+    minutes (data). For recovery and data."""
     output: str | None = None
     """Folder for the results; of recovery, those that are there are not computed again. None takes runs/benchmark/ and the
-    preset's name."""
+    preset's name, or step."""
     jobs: int = os.cpu_count() or 1
     """Crosscoders trained at a time, one thread each; for recovery."""
 
@@ -279,12 +283,15 @@ def benchmark(options: BenchmarkOptions) -> None:
     """Run what is missing, then write and print the tables."""
     if options.jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {options.jobs}.")
-    folder = Path(options.output or f"runs/benchmark/{options.preset}")
+    kind = "step" if options.name == "step" else options.preset
+    folder = Path(options.output or f"runs/benchmark/{kind}")
     if options.name == "data":
         pair = ModelPair.load(*demo_models(DemoConfig()))
         results = run_data_benchmark(options.preset, pair, folder)
-        _say(text_table(["figure", "median", "range", "asked for"], data_rows(results)))
-        _say(f"\nResults: {folder / DATA_FILENAME}")
+        _say_figures(results, folder / DATA_FILENAME)
+        return
+    if options.name == "step":
+        _say_figures(run_step_benchmark(options, folder), folder / STEP_FILENAME)
         return
     path = folder / FILENAME
     rows = run_benchmark(options.preset, path, options.jobs)
@@ -294,6 +301,11 @@ def benchmark(options: BenchmarkOptions) -> None:
     for table in results:
         _say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
     _say(f"Results: {path}")
+
+
+def _say_figures(results: Mapping[str, Any], path: Path) -> None:
+    _say(text_table(["figure", "median", "range", "asked for"], figure_rows(results)))
+    _say(f"\nResults: {path}")
 
 
 class _OnHeldOutText(NamedTuple):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from sae_lens_dfc.benchmark import data
-from sae_lens_dfc.benchmark.data import TARGETS, DataPreset, data_rows, run_data_benchmark
+from sae_lens_dfc.benchmark.data import TARGETS, DataPreset, run_data_benchmark
+from sae_lens_dfc.benchmark.figures import figure_rows
 from sae_lens_dfc.pair import ModelPair
 
 
@@ -36,4 +37,4 @@ def test_each_figure_is_written_with_its_range_and_what_made_it(
         written[f"order/{kind}clustering"] for kind in ("uniform/", "", "not_shuffled/")
     )
     assert uniform == pytest.approx(1, abs=0.1) and 10 * uniform < served < text / 10
-    assert {row[0] for row in data_rows(results)} >= set(TARGETS)
+    assert {row[0] for row in figure_rows(results)} >= set(TARGETS)

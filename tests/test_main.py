@@ -239,7 +239,9 @@ def test_wrong_usage_exits_with_2(args: list[str], capsys: pytest.CaptureFixture
     assert "usage: sae-lens-dfc" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "align", "evaluate", "report", "generate"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "align", "evaluate", "report", "generate", "benchmark"]
+)
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

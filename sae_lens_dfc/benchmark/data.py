@@ -1,13 +1,11 @@
 """How much the data's way costs beside what cannot be avoided: the models' forward passes, and reading the bytes."""
 
-import json
 import logging
 import os
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +20,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.alignment import Coverage, align, pack
+from sae_lens_dfc.benchmark.figures import medians, ranges, timed, write_results
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.cache import PairedActivationsCache
 from sae_lens_dfc.cache_writer import CacheWriter
@@ -29,7 +28,6 @@ from sae_lens_dfc.contexts import ContextBatch, PairCounts
 from sae_lens_dfc.manifest import CacheHeader, write_manifest
 from sae_lens_dfc.metrics.shuffle import order_measures
 from sae_lens_dfc.models import HookedModel
-from sae_lens_dfc.output import replaced
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.texts import clean, load_texts, split_text
@@ -96,29 +94,18 @@ def run_data_benchmark(preset: str, pair: ModelPair, folder: Path) -> dict[str, 
         order = _served_order(Path(temporary) / "order")
         formats = _formats(Path(temporary), settings.cache_bytes // 16, pair)
     results = {
-        **{name: statistics.median(r[name] for r in rounds) for name in rounds[0]},
+        **medians(rounds),
         "padding_share": harvest.padding_share(),
         **{f"order/{name}": value for name, value in order.items()},
         **{f"written_gb_per_s/{name}": value for name, value in formats.items()},
-        "spread": {
-            name: [min(r[name] for r in rounds), max(r[name] for r in rounds)] for name in rounds[0]
-        },
+        "spread": ranges(rounds),
         "targets": TARGETS,
         "preset": preset,
         "models": [pair.a.name, pair.b.name],
         **provenance(),
     }
-    with replaced(folder / FILENAME) as path:
-        path.write_text(json.dumps(results, indent=2) + "\n")
+    write_results(results, folder / FILENAME)
     return results
-
-
-def _timed(do: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    do()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 # --- both models over a text ---
@@ -136,8 +123,8 @@ class _Harvest:
         self.batches = list(self.text.stream("training").batches(PairCounts()))
 
     def round(self) -> dict[str, float]:
-        bare = sum(_timed(lambda m=m: self.bare(m)) for m in (self.pair.a, self.pair.b))
-        live, written = _timed(lambda: self.run(write=False)), _timed(lambda: self.run(write=True))
+        bare = sum(timed(lambda m=m: self.bare(m)) for m in (self.pair.a, self.pair.b))
+        live, written = timed(lambda: self.run(write=False)), timed(lambda: self.run(write=True))
         return {
             "harvest_ratio": bare / live,
             "cache_write_ratio": live / written,
@@ -235,14 +222,14 @@ def _written(
 
 def _reading(cache: PairedActivationsCache) -> dict[str, float]:
     """An epoch of shuffled batches against the same bytes read in order, from memory and from the disk."""
-    plain = _timed(lambda: _read_in_order(cache))
-    first_epoch = _timed(lambda: _read_shuffled(PairedActivationsCache(cache.folder)))
+    plain = timed(lambda: _read_in_order(cache))
+    first_epoch = timed(lambda: _read_shuffled(PairedActivationsCache(cache.folder)))
     _read_shuffled(cache)
-    later_epoch = _timed(lambda: _read_shuffled(cache))
+    later_epoch = timed(lambda: _read_shuffled(cache))
     _forget(cache)
-    plain_from_disk = _timed(lambda: _read_in_order(cache))
+    plain_from_disk = timed(lambda: _read_in_order(cache))
     _forget(cache)
-    from_disk = _timed(lambda: _read_shuffled(PairedActivationsCache(cache.folder)))
+    from_disk = timed(lambda: _read_shuffled(PairedActivationsCache(cache.folder)))
     return {
         "shuffled_read_ratio": plain / later_epoch,
         "shuffled_read_ratio_first_epoch": plain / first_epoch,
@@ -285,7 +272,7 @@ def _formats(folder: Path, n_bytes: int, pair: ModelPair) -> dict[str, float]:
     }
     sizes = {name: rows.nbytes * (1 + (name == "datasets")) for name in writers}
     return {
-        name: sizes[name] / 1e9 / min(_timed(w) for _ in range(3)) for name, w in writers.items()
+        name: sizes[name] / 1e9 / min(timed(w) for _ in range(3)) for name, w in writers.items()
     }
 
 
@@ -302,16 +289,3 @@ def _served_order(folder: Path, n_shards: int = 64, shard_rows: int = 4096) -> d
         for name, value in order_measures(other, BATCH_SIZE).items():
             measures[f"{kind}/{name}"] = value
     return measures
-
-
-def data_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The figures as a table's rows: name, median, lowest and highest, and what is asked for."""
-    return [
-        [name, f"{value:.3f}", _range(results["spread"].get(name)), TARGETS.get(name, "")]
-        for name, value in results.items()
-        if isinstance(value, float)
-    ]
-
-
-def _range(spread: Sequence[float] | None) -> str:
-    return "" if spread is None else f"{spread[0]:.3f} to {spread[1]:.3f}"

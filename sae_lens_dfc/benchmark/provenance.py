@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+PACKAGE = Path(__file__).parent.parent
+
 
 def provenance() -> dict[str, Any]:
     """Commit, machine and versions; the commit is none where the package is not in a repository."""
@@ -20,18 +22,17 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """The commit of this package, and whether it was changed since; none outside a repository."""
+def commit(folder: Path = PACKAGE) -> str | None:
+    """The commit of a folder, and whether it was changed since; none outside a repository."""
     git = shutil.which("git")
     if git is None:
         return None
-    head = _git(git, "rev-parse", "HEAD")
+    head = _git(git, folder, "rev-parse", "HEAD")
     if head.returncode != 0:
         return None
-    changed = _git(git, "diff", "--quiet", "HEAD", "--", ".").returncode != 0
+    changed = _git(git, folder, "diff", "--quiet", "HEAD", "--", ".").returncode != 0
     return head.stdout.strip() + (", changed" if changed else "")
 
 
-def _git(git: str, *args: str) -> subprocess.CompletedProcess[str]:
-    package = Path(__file__).parent.parent
-    return subprocess.run([git, *args], capture_output=True, text=True, cwd=package)
+def _git(git: str, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([git, *args], capture_output=True, text=True, cwd=folder)

@@ -1,0 +1,321 @@
+"""One training step with everything else removed: what it costs beside its encoder's product and beside other trainers."""
+
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lens_dfc.benchmark.figures import medians, ranges, timed, write_results
+from sae_lens_dfc.benchmark.memory import with_peak_memory
+from sae_lens_dfc.benchmark.provenance import commit, provenance
+from sae_lens_dfc.benchmark.reference import Reference, load_reference, reference_step
+from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoder, DFCTrainingCrosscoderConfig
+from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
+from sae_lens_dfc.texts import first_line
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.training.data import require_positive
+from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
+
+logger = logging.getLogger(__name__)
+
+FILENAME = "step.json"
+TARGETS = {
+    "float32": {
+        "ratio_to_encoder_product": "<= 1.9",
+        "speedup_over_reference": ">= 4.5",
+        "peak_memory_ratio": "<= 1.25",
+    },
+    "bfloat16": {
+        "ratio_to_encoder_product": "<= 1.35",
+        "speedup_over_reference": ">= 6.5",
+        "peak_memory_ratio": "<= 1.25",
+    },
+}
+OF_REFERENCE = ("reference_ms", "speedup_over_reference")
+# A round's figure is the median over so many steps.
+STEPS_PER_ROUND = 5
+WARM_UP_STEPS = 2
+N_BATCHES = 8
+MAX_ACTIVE_FEATURES = 512
+# Above the steps of any measurement, so that only those latents are dead that are said to be.
+DEAD_FEATURE_WINDOW = 1_000_000
+TRAINING_STEPS = 100_000
+
+Seconds = Callable[[Tensor], float]
+"""Trains on a batch, or multiplies it, and says how long it took."""
+
+
+@dataclass(kw_only=True)
+class StepConfig:
+    """Sizes of the step that is measured, and what it is measured beside."""
+
+    d_a: int = 512
+    """Width of model A's activations; for step."""
+    d_b: int = 512
+    """Width of model B's activations; for step."""
+    d_sae: int = 8192
+    """Latents; for step."""
+    k: int = 32
+    """Latents active on a pair; for step."""
+    batch: int = 1024
+    """Pairs in a training step; for step."""
+    device: str = "cpu"
+    """Where everything is trained; for step."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the encoder's product in our step, where all else stays float32; for step."""
+    rounds: int = 7
+    """Rounds of everything, one after the other; a figure is the median over them. For step."""
+    reference: str | None = None
+    """Checkout of github.com/superkaiba/dfc_learning, to measure its training step too: the code in that folder is run.
+    It takes models of one width. For step."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of both models' activations together."""
+        return self.d_a + self.d_b
+
+
+def run_step_benchmark(cfg: StepConfig, folder: Path) -> dict[str, Any]:
+    """Measure, and write `step.json` into `folder`.
+
+    In each round everything is timed, one thing after the other and on the same batches, so that a
+    ratio is of two times of one round. A figure is the median over rounds; `spread` has the lowest
+    and highest round.
+
+    Args:
+        cfg: What to measure.
+        folder: Takes the results.
+
+    Raises:
+        ValueError: Sizes do not fit, the device is not there, the reference is not one, or takes no two widths.
+    """
+    device = _checked_device(cfg)
+    _crosscoder_config(cfg)  # raises when the sizes do not fit
+    reference = None if cfg.reference is None else load_reference(Path(cfg.reference))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _current(device):
+        rounds, peak = _measured(cfg, device, reference)
+    results = {
+        **medians(rounds),
+        **({} if reference else dict.fromkeys(OF_REFERENCE)),
+        "peak_memory_ratio": None if peak is None else peak / least_memory(cfg),
+        "peak_memory_bytes": peak,
+        "spread": ranges(rounds),
+        "targets": TARGETS[cfg.dtype],
+        "sizes": {name: getattr(cfg, name) for name in ("d_a", "d_b", "d_sae", "k", "batch")},
+        "settings": {
+            "device": cfg.device,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "dtype": cfg.dtype,
+            "rounds": cfg.rounds,
+            "steps_per_round": STEPS_PER_ROUND,
+            "warm_up_steps": WARM_UP_STEPS,
+            "batches": N_BATCHES,
+            "toy": asdict(_toy(cfg)),
+        },
+        "reference_commit": _reference_commit(cfg),
+        **provenance(),
+    }
+    write_results(results, folder / FILENAME)
+    return results
+
+
+def with_ratios(ms: Mapping[str, float]) -> dict[str, float]:
+    """A round's milliseconds, and their ratios.
+
+    >>> ms = with_ratios({"step_ms": 3.0, "encoder_product_ms": 2.0, "saelens_ms": 12.0})
+    >>> ms["ratio_to_encoder_product"], ms["speedup_over_saelens"]
+    (1.5, 4.0)
+    """
+    step = ms["step_ms"]
+    others = [name for name in ("saelens", "reference") if f"{name}_ms" in ms]
+    return {
+        **ms,
+        "ratio_to_encoder_product": step / ms["encoder_product_ms"],
+        **{f"speedup_over_{name}": ms[f"{name}_ms"] / step for name in others},
+    }
+
+
+def least_memory(cfg: StepConfig) -> int:
+    """Bytes that a step cannot do without: weights, their gradients, Adam's two states, and the latents of a batch.
+
+    >>> least_memory(StepConfig(d_a=1, d_b=1, d_sae=8, k=1, batch=4))  # 16 + 16 + 8 + 2 weights; 4 x 8 latents
+    736
+    """
+    n_weights = 2 * cfg.d_in * cfg.d_sae + cfg.d_sae + cfg.d_in
+    copies = 4
+    return (
+        copies * torch.float32.itemsize * n_weights
+        + torch.bfloat16.itemsize * cfg.batch * cfg.d_sae
+    )
+
+
+# --- what is asked for ---
+
+
+def _checked_device(cfg: StepConfig) -> torch.device:
+    require_positive(cfg, ("d_a", "d_b", "d_sae", "k", "batch", "rounds"))
+    if cfg.reference is not None and cfg.d_a != cfg.d_b:
+        raise ValueError(
+            f"The reference takes models of one width, got d_a={cfg.d_a} and d_b={cfg.d_b}. "
+            "Give both the same, or leave --reference out."
+        )
+    try:
+        torch.zeros(1, device=cfg.device)
+    # torch without CUDA says so by an assertion.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={cfg.device!r} is not there: {first_line(error)}") from error
+    return torch.device(cfg.device)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _reference_commit(cfg: StepConfig) -> str | None:
+    # A copy that lies in another repository is not of that repository's commit.
+    if cfg.reference is None or not (Path(cfg.reference) / ".git").exists():
+        return None
+    return commit(Path(cfg.reference))
+
+
+# --- the batches ---
+
+
+def _toy(cfg: StepConfig) -> ToyPairConfig:
+    toy = ToyPairConfig(d_a=cfg.d_a, d_b=cfg.d_b)
+    return replace(toy, active_features=min(cfg.k, MAX_ACTIVE_FEATURES))
+
+
+def _batches(cfg: StepConfig) -> list[Tensor]:
+    """Batches with features to find, as a selection among noise alone costs more or less than in a training."""
+    pair = ToyPair(_toy(cfg))
+    return [batch.to(cfg.device) for batch in islice(pair.batches(cfg.batch), N_BATCHES)]
+
+
+# --- the trainers ---
+
+
+def _crosscoder_config(cfg: StepConfig) -> DFCTrainingCrosscoderConfig:
+    product: dict[str, Any] = {} if cfg.dtype == "float32" else {"encoder_product": cfg.dtype}
+    return DFCTrainingCrosscoderConfig(
+        d_a=cfg.d_a, d_b=cfg.d_b, d_sae=cfg.d_sae, k=cfg.k, device=cfg.device, **product
+    )
+
+
+def _trainer_config(cfg: StepConfig) -> SAETrainerConfig:
+    return CrosscoderRunnerConfig(
+        sae=_crosscoder_config(cfg),
+        training_tokens=TRAINING_STEPS * cfg.batch,
+        train_batch_size_tokens=cfg.batch,
+        dead_feature_window=DEAD_FEATURE_WINDOW,
+        device=cfg.device,
+    ).to_sae_trainer_config()
+
+
+def _ours(cfg: StepConfig) -> SAETrainer[Any, Any]:
+    crosscoder = DFCTrainingCrosscoder(_crosscoder_config(cfg))
+    return CrosscoderSAETrainer(_trainer_config(cfg), crosscoder, iter(()))
+
+
+def _saelens(cfg: StepConfig) -> SAETrainer[Any, Any]:
+    sae = BatchTopKTrainingSAEConfig(d_in=cfg.d_in, d_sae=cfg.d_sae, k=cfg.k, device=cfg.device)
+    return SAETrainer(_trainer_config(cfg), BatchTopKTrainingSAE(sae), iter(()))
+
+
+def _step(trainer: SAETrainer[Any, Any], batch: Tensor) -> None:
+    trainer.step(batch)
+    trainer.n_training_steps += 1
+
+
+def _built_and_stepped(cfg: StepConfig, batches: Sequence[Tensor]) -> SAETrainer[Any, Any]:
+    trainer = _ours(cfg)
+    for batch in batches[:WARM_UP_STEPS]:
+        _step(trainer, batch)
+    return trainer
+
+
+def _load_libraries(cfg: StepConfig) -> None:
+    """Do once what takes memory that is not the crosscoder's: loading kernels, and the buffers of a product."""
+    tiny = replace(cfg, d_a=8, d_b=8, d_sae=64, k=4, batch=8)
+    _built_and_stepped(
+        tiny, torch.randn(WARM_UP_STEPS, tiny.batch, tiny.d_in, device=cfg.device).unbind()
+    )
+    torch.mm(
+        torch.randn(cfg.batch, cfg.d_in, device=cfg.device),
+        torch.randn(cfg.d_in, cfg.d_sae, device=cfg.device),
+    )
+
+
+# --- what is timed ---
+
+
+def _measured(
+    cfg: StepConfig, device: torch.device, reference: Reference | None
+) -> tuple[list[dict[str, float]], int | None]:
+    """Each round's figures, and the peak of our training's memory."""
+    torch.manual_seed(0)
+    logger.info("Drawing %d batches", N_BATCHES)
+    batches = _batches(cfg)
+    _load_libraries(cfg)
+    # Before the other trainers exist, so that what they freed is not taken up again unseen.
+    ours, peak = with_peak_memory(lambda: _built_and_stepped(cfg, batches), device)
+    seconds = _seconds(cfg, ours, reference)
+    for take in seconds.values():
+        for batch in batches[:WARM_UP_STEPS]:
+            take(batch)
+    progress = tqdm(range(cfg.rounds), "Measuring", unit=" rounds")
+    return [with_ratios(_round(seconds, batches, i)) for i in progress], peak
+
+
+def _seconds(
+    cfg: StepConfig, ours: SAETrainer[Any, Any], reference: Reference | None
+) -> dict[str, Seconds]:
+    W_enc = torch.randn(cfg.d_in, cfg.d_sae, device=cfg.device)
+    saelens = _saelens(cfg)
+    seconds: dict[str, Seconds] = {
+        "encoder_product_ms": lambda batch: timed(lambda: torch.mm(batch, W_enc)),
+        "step_ms": lambda batch: timed(lambda: _step(ours, batch)),
+        "step_ms_tenth_dead": lambda batch: _with_a_tenth_dead(ours, batch),
+        "saelens_ms": lambda batch: timed(lambda: _step(saelens, batch)),
+    }
+    if reference is not None:
+        sae = _crosscoder_config(cfg)
+        exclusive = sae.a_exclusive_fraction, sae.b_exclusive_fraction
+        step = reference_step(reference, cfg.d_a, cfg.d_sae, cfg.k, exclusive, cfg.device)
+        seconds["reference_ms"] = lambda batch: _of_reference(step, batch)
+    return seconds
+
+
+def _with_a_tenth_dead(trainer: SAETrainer[Any, Any], batch: Tensor) -> float:
+    trainer.n_forward_passes_since_fired[::10] = DEAD_FEATURE_WINDOW + 1
+    seconds = timed(lambda: _step(trainer, batch))
+    # Those that did not fire would be dead in the next step too, which is another measurement.
+    trainer.n_forward_passes_since_fired.zero_()
+    return seconds
+
+
+def _of_reference(step: Callable[[Tensor], Any], batch: Tensor) -> float:
+    # It normalises in place.
+    pairs = batch.view(len(batch), 2, -1).clone()
+    return timed(lambda: step(pairs))
+
+
+def _round(
+    seconds: Mapping[str, Seconds], batches: Sequence[Tensor], number: int
+) -> dict[str, float]:
+    """Milliseconds of each, on the same batches."""
+    first = number * STEPS_PER_ROUND
+    own = [batches[(first + i) % len(batches)] for i in range(STEPS_PER_ROUND)]
+    return {name: 1000 * statistics.median(map(take, own)) for name, take in seconds.items()}
