@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 from typing_extensions import override
 
-from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.crosscoders.partition import Partition, zero_forbidden_
 from sae_lens_dfc.crosscoders.selection import would_wait
 
 # A product whose columns start elsewhere in memory takes an eighth longer: more than half-empty columns cost.
@@ -115,6 +115,13 @@ class Chosen(NamedTuple):
         return cls(rows, latents, pre).where((rows * d_sae + latents).argsort())
 
 
+class Block(NamedTuple):
+    """Latents that may fire on any row, with what `relu` is taken of."""
+
+    latents: Int[Tensor, " n"]
+    pre: Float[Tensor, "batch n"]
+
+
 @dataclass(frozen=True)
 class PreActivations:
     """What the latents take `relu` of, for a whole batch; the one dense product of a step. It knows no gradients.
@@ -169,6 +176,12 @@ class PreActivations:
         places = Places.of(rows, latents, *self.product.shape)
         return Chosen(rows, latents, products(self.x, self.W_enc.T, places) + self.b_enc[latents])
 
+    def of_latents(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
+        """Those of some latents on every row, in the format of the weights likewise."""
+        if self.is_exact:
+            return self.product[:, latents]
+        return torch.addmm(self.b_enc[latents], self.x, self.W_enc[:, latents])
+
 
 @lru_cache
 def _aligned_blocks(partition: Partition) -> list[tuple[slice, slice]]:
@@ -202,58 +215,90 @@ class Weights(NamedTuple):
 def rebuild(
     acts: Float[Tensor, "batch d_in"],
     weights: Weights,
-    chosen: Mapping[str, Chosen],
+    choices: Mapping[str, Chosen | Block],
     partition: Partition,
 ) -> dict[str, Float[Tensor, "batch d_in"]]:
     """What each of several choices of latents decodes to, without the decoder's bias, with its gradients.
 
-    They are made as more rows of one matrix, so that each weight's gradient is written once.
+    It is `relu((acts - b_dec) @ W_enc + b_enc) @ W_dec` with zeros for the latents that were not chosen; each weight's gradient
+    is written once, whatever the number of choices.
 
     Args:
         acts: Normalised activations.
         weights: Encoder and decoder.
-        chosen: Which latents fire, for each reconstruction.
+        choices: Which latents fire, for each reconstruction; some of them one by one.
         partition: Says which blocks of the gradients are zero.
     """
-    n_rows, (d_sae, _) = len(acts), weights.W_dec.shape
-    rows = torch.cat([c.rows + i * n_rows for i, c in enumerate(chosen.values())])
-    latents = torch.cat([c.latents for c in chosen.values()])
-    pre = torch.cat([c.pre for c in chosen.values()])
-    places = Places.of(rows, latents, len(chosen) * n_rows, d_sae)
-    values = encode(acts, weights, pre, places, partition)
-    decoded = decode(values, weights.W_dec, places, partition).split(n_rows)
-    return dict(zip(chosen, decoded, strict=True))
+    decoded = _Rebuild.apply(acts, *weights, list(choices.values()), partition)
+    return dict(zip(choices, decoded, strict=True))
 
 
-def encode(
-    x: Float[Tensor, "batch d_in"],
-    weights: Weights,
-    pre: Float[Tensor, " n"],
-    places: Places,
-    partition: Partition,
-) -> Float[Tensor, " n"]:
-    """`relu((x - b_dec) @ W_enc + b_enc)` at the places, with its gradients.
+class _Rebuild(Function):
+    @override
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,  # noqa: ARG004
+        W_dec: Tensor,
+        b_dec: Tensor,
+        choices: list[Chosen | Block],
+        partition: Partition,
+    ) -> tuple[Tensor, ...]:
+        chosen = [c for c in choices if isinstance(c, Chosen)]
+        ctx.is_block = [isinstance(c, Block) for c in choices]
+        ctx.blocks = [c for c in choices if isinstance(c, Block)]
+        ctx.partition = partition
+        # All are rows of one matrix, those of one choice after those of another.
+        rows = torch.cat([c.rows + i * len(x) for i, c in enumerate(chosen)])
+        latents = torch.cat([c.latents for c in chosen])
+        values = torch.cat([c.pre for c in chosen]).relu()
+        places = Places.of(rows, latents, len(chosen) * len(x), len(W_dec))
+        ctx.places = places
+        with (
+            torch.enable_grad()
+        ):  # the kernel for the values' gradient is to be had as a gradient only
+            ctx.values = values.requires_grad_()
+            ctx.sums = _weighted_sums(W_dec, latents, places.row_starts, values)
+        ctx.save_for_backward(x, W_enc, W_dec, b_dec)
+        sparse = iter(ctx.sums.detach().split(len(x)))
+        return tuple(
+            c.pre.relu() @ W_dec[c.latents] if isinstance(c, Block) else next(sparse)
+            for c in choices
+        )
 
-    Args:
-        x: Normalised activations.
-        weights: Encoder, and the decoder's bias.
-        pre: What `relu` is taken of, already computed to find the places.
-        places: Rows beyond the batch begin it anew.
-        partition: Says which blocks of the gradient are zero.
-    """
-    W_enc, b_enc, _, b_dec = weights
-    return _Encode.apply(x, W_enc, b_enc, b_dec, pre, places, partition)  # type: ignore[no-any-return]
-
-
-def decode(
-    values: Float[Tensor, " n"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    places: Places,
-    partition: Partition,
-) -> Float[Tensor, "n_rows d_in"]:
-    """`places.matrix(values) @ W_dec`, with its gradients; the forbidden blocks of `W_dec` are zero."""
-    sums = _weighted_sums(W_dec.detach(), places.latents, places.row_starts, values)
-    return _DecoderGradient.apply(sums, W_dec, values.detach(), places, partition)  # type: ignore[no-any-return]
+    @override
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, W_dec, b_dec = ctx.saved_tensors
+        places: Places = ctx.places
+        is_block, values = ctx.is_block, ctx.values
+        centred = x - b_dec
+        sparse = torch.cat([g for g, b in zip(grad_outputs, is_block, strict=True) if not b])
+        (g,) = torch.autograd.grad(ctx.sums, values, sparse, retain_graph=True)
+        g = g * (values > 0)
+        for_W_dec = _latents_sums(sparse, values.detach(), places)
+        # As the transpose, like the weights themselves in memory.
+        for_W_enc = _latents_sums(centred, g, places)
+        for_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, places.latents, g)
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            by_row = _weighted_sums(W_enc.T, places.latents, places.row_starts, g)
+            for_x = by_row.unflatten(0, (-1, len(x))).sum(dim=0)
+        dense = [g for g, b in zip(grad_outputs, is_block, strict=True) if b]
+        for (latents, pre), grad in zip(ctx.blocks, dense, strict=True):
+            acts = pre.relu()
+            g = (grad @ W_dec[latents].T) * (acts > 0)
+            for_W_dec.index_add_(0, latents, acts.T @ grad)
+            for_W_enc.index_add_(0, latents, g.T @ centred)
+            for_b_enc.index_add_(0, latents, g.sum(dim=0))
+            if for_x is not None:
+                for_x += g @ W_enc[:, latents].T
+        zero_forbidden_(for_W_enc.T, for_W_dec, ctx.partition)
+        # The sum over rows of the gradient of x - b_dec needs that gradient of no single row.
+        for_b_dec = -(W_enc @ for_b_enc)
+        return for_x, for_W_enc.T, for_b_enc, for_W_dec, for_b_dec, None, None
 
 
 def _weighted_sums(
@@ -265,75 +310,9 @@ def _weighted_sums(
     return embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights)
 
 
-def _weight_gradient(
-    x: Float[Tensor, "rows d_in"],
-    values: Float[Tensor, " n"],
-    places: Places,
-    partition: Partition,
+def _latents_sums(
+    x: Float[Tensor, "rows d_in"], values: Float[Tensor, " n"], places: Places
 ) -> Float[Tensor, "d_sae d_in"]:
-    """The transposed sparse matrix times `x`, rows beyond those of `x` beginning it anew."""
+    """`places.matrix(values).T @ x`, rows beyond those of `x` beginning it anew."""
     rows = places.rows[places.by_latent] % len(x)
-    gradient = _weighted_sums(x, rows, places.latent_starts, values[places.by_latent])
-    for inputs, latents in partition.forbidden_blocks():
-        gradient[latents, inputs] = 0
-    return gradient
-
-
-class _Encode(Function):
-    @override
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,  # noqa: ARG004
-        b_dec: Tensor,
-        pre: Tensor,
-        places: Places,
-        partition: Partition,
-    ) -> Tensor:
-        ctx.save_for_backward(x, W_enc, b_dec, pre)
-        ctx.places, ctx.partition = places, partition
-        return pre.relu()
-
-    @override
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, b_dec, pre = ctx.saved_tensors
-        places: Places = ctx.places
-        g = grad_outputs[0] * (pre > 0)
-        for_W_enc = _weight_gradient(x - b_dec, g, places, ctx.partition).T
-        for_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, places.latents, g)
-        # The sum over rows of the gradient of x - b_dec needs that gradient of no single row.
-        for_b_dec = -(W_enc @ for_b_enc)
-        for_x = None
-        if ctx.needs_input_grad[0]:
-            by_row = _weighted_sums(W_enc.T, places.latents, places.row_starts, g)
-            for_x = by_row.unflatten(0, (-1, len(x))).sum(dim=0)
-        return for_x, for_W_enc, for_b_enc, for_b_dec, None, None, None
-
-
-class _DecoderGradient(Function):
-    """The decoder's part in the gradient; torch's own, by rows of the dictionary, is many times slower."""
-
-    @override
-    @staticmethod
-    def forward(
-        ctx: Any,
-        sums: Tensor,
-        W_dec: Tensor,  # noqa: ARG004
-        values: Tensor,
-        places: Places,
-        partition: Partition,
-    ) -> Tensor:
-        ctx.save_for_backward(values)
-        ctx.places, ctx.partition = places, partition
-        return sums.view_as(sums)
-
-    @override
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grad_outputs
-        (values,) = ctx.saved_tensors
-        for_W_dec = _weight_gradient(g, values, ctx.places, ctx.partition)
-        return g, for_W_dec, None, None, None
+    return _weighted_sums(x, rows, places.latent_starts, values[places.by_latent])

@@ -15,12 +15,14 @@ from sae_lens_dfc import ranks
 from sae_lens_dfc.crosscoders.base import DEAD, CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.partition import zero_forbidden_
 from sae_lens_dfc.crosscoders.selection import candidates, keep_largest, largest, would_wait
-from sae_lens_dfc.crosscoders.sparse import Chosen, Places, PreActivations, Weights, rebuild
+from sae_lens_dfc.crosscoders.sparse import Block, Chosen, Places, PreActivations, Weights, rebuild
 
 # Below so many scores, or above such a share that is kept, dense products are as fast: measured on 2 CPU cores, and
 # reckoned for a GPU, whose products are so much faster than its memory.
 MIN_SPARSE_SIZE = 2**16
 MAX_SPARSE_SHARE = {"cpu": 1 / 4, "cuda": 1 / 64}
+# Latents for each that is kept up to which all of them are multiplied: measured and reckoned likewise.
+MAX_BLOCK = {"cpu": 5, "cuda": 16}
 # Candidates of a coarser product for each latent that is kept: the exact values of all of them decide.
 COARSE_MARGIN = 1.1
 
@@ -211,11 +213,11 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
 
     def _choose(
         self, pre: PreActivations, dead: Tensor | None, n_dead: int | None
-    ) -> tuple[dict[str, Chosen], Tensor]:
+    ) -> tuple[dict[str, Chosen | Block], Tensor]:
         """What the whole dictionary, each part of it and the dead latents rebuild with; and the feature activations."""
         norms = self.competing_norms()
         whole = self._firing(pre, norms)
-        chosen = {WHOLE: whole}
+        chosen: dict[str, Chosen | Block] = {WHOLE: whole}
         chosen |= {name: whole.among(latents) for name, latents in self.parts().items()}
         if dead is not None and n_dead:
             which = torch.nonzero_static(dead, size=n_dead)[:, 0]
@@ -272,12 +274,17 @@ def smallest_positive(
     return smallest.min() if smallest.numel() > 0 else smallest.new_tensor(torch.inf)
 
 
-def _strongest_in_each_row(pre: PreActivations, norms: Tensor, latents: Tensor, k: int) -> Chosen:
+def _strongest_in_each_row(
+    pre: PreActivations, norms: Tensor, latents: Tensor, k: int
+) -> Chosen | Block:
     """Each row's at most `k` largest positive scores among some latents."""
-    d_sae = pre.product.shape[1]
+    k = min(k, len(latents))
     scores = pre.product[:, latents] * norms[latents]
-    top = scores.topk(min(k, len(latents)), dim=-1, sorted=False)
+    top = scores.topk(k, dim=-1, sorted=False)
+    if len(latents) <= MAX_BLOCK.get(scores.device.type, 1) * k:
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top.indices, True)
+        return Block(latents, pre.of_latents(latents) * kept)
     rows = torch.arange(len(scores), device=scores.device)[:, None]
-    flat = rows * d_sae + latents[top.indices]
+    flat = rows * len(norms) + latents[top.indices]
     flat = (flat.flatten() if would_wait(flat) else flat[top.values > 0]).sort().values
-    return pre.at(flat // d_sae, flat % d_sae)
+    return pre.at(flat // len(norms), flat % len(norms))

@@ -27,6 +27,7 @@ from sae_lens_dfc.crosscoders.partition import (
 )
 from sae_lens_dfc.crosscoders.selection import candidates, largest
 from sae_lens_dfc.crosscoders.sparse import (
+    Block,
     Chosen,
     Places,
     PreActivations,
@@ -82,12 +83,13 @@ def step(
 
 @many
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize("k_aux", [10, 60, 200])  # of 90 dead latents: so few one by one
 def test_losses_and_gradients_are_those_of_the_dense_path(
-    make: Make, dtype: str, tolerance: float
+    make: Make, dtype: str, tolerance: float, k_aux: int
 ) -> None:
     acts = make_acts(120, make().cfg.d_in).to(getattr(torch, dtype))
     (dense, expected), (sparse, gradients) = (
-        step(make, path, acts, dtype=dtype) for path in ("dense", "sparse")
+        step(make, path, acts, dtype=dtype, k_aux=k_aux) for path in ("dense", "sparse")
     )
     assert sparse.feature_acts.is_sparse and not dense.feature_acts.is_sparse
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
@@ -105,8 +107,10 @@ def rebuilt(x: Tensor, weights: Weights, mask: Tensor) -> Tensor:
     rows, latents = mask.nonzero(as_tuple=True)
     chosen = pre.at(rows, latents)
     half = chosen.where(torch.arange(len(chosen.rows)) % 2 == 0)
-    both = rebuild(x, weights, {"all": chosen, "half": half}, PARTITION)
-    return torch.cat([both["all"] + weights.b_dec, both["half"]])
+    some = torch.tensor([1, 4, 9])
+    choices = {"all": chosen, "some": Block(some, pre.of_latents(some)), "half": half}
+    found = rebuild(x, weights, choices, PARTITION)
+    return torch.cat([found["all"] + weights.b_dec, found["half"], found["some"]])
 
 
 def some_weights() -> Weights:
@@ -131,13 +135,15 @@ def test_encoding_and_decoding_have_the_gradients_of_finite_differences() -> Non
 def test_what_is_rebuilt_is_the_dense_product_of_what_was_chosen() -> None:
     mask, x, weights = torch.rand(5, 11) < 0.4, torch.randn(5, 7).double(), some_weights()
     W_enc, b_enc, W_dec, b_dec = weights
-    acts = (encode_blocks(x - b_dec, W_enc, PARTITION) + b_enc).relu() * mask
+    every = (encode_blocks(x - b_dec, W_enc, PARTITION) + b_enc).relu()
+    acts, some = every * mask, torch.zeros(11).index_fill_(0, torch.tensor([1, 4, 9]), 1)
     half = torch.zeros(5, 11, dtype=torch.double)
     half[mask] = (torch.arange(int(mask.sum())) % 2 == 0).double()
     expected = torch.cat(
         [
             decode_blocks(acts, W_dec, PARTITION) + b_dec,
             decode_blocks(acts * half, W_dec, PARTITION),
+            decode_blocks(every * some, W_dec, PARTITION),
         ]
     )
     torch.testing.assert_close(rebuilt(x, weights, mask), expected)
@@ -318,11 +324,14 @@ def test_on_a_gpu_the_same_are_found(make: Make, monkeypatch: pytest.MonkeyPatch
 
 
 @many
-def test_on_a_gpu_nothing_is_waited_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("k_aux", [2, 10])
+def test_on_a_gpu_nothing_is_waited_for(
+    make: Make, k_aux: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (selection, sparse, topk):
         monkeypatch.setattr(module, "would_wait", lambda x: True)  # noqa: ARG005
     monkeypatch.setattr(trainer, "read_later", lambda x: lambda: 20)  # noqa: ARG005
-    crosscoder = make(training_path="sparse")
+    crosscoder = make(training_path="sparse", k_aux=k_aux)
     training = trainer.CrosscoderSAETrainer(sae_trainer_config(120), crosscoder, iter(()))
     training.step(make_acts(120, crosscoder.cfg.d_in))
     # Views of the same memory, which a parameter with values cannot take of tensors without.
