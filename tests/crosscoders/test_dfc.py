@@ -100,9 +100,9 @@ def planted_dfc(latents: list[tuple[int, str]], n_a: int, n_b: int) -> DFCTraini
     return crosscoder
 
 
-def after_the_test(crosscoder: DFCTrainingCrosscoder) -> DFCTrainingCrosscoder:
+def after_the_test(crosscoder: DFCTrainingCrosscoder, n: int = 2000) -> DFCTrainingCrosscoder:
     for step in range(5):
-        crosscoder.training_forward_pass(step_input(planted(2000), step=step))
+        crosscoder.training_forward_pass(step_input(planted(n), step=step))
     return crosscoder
 
 
@@ -195,7 +195,7 @@ def test_a_latent_that_fired_too_seldom_is_not_judged() -> None:
         crosscoder.b_enc[
             1
         ] = -1.97  # of feature 2 in A, whose encoder is 2, only activations above 0.985
-    assert after_the_test(crosscoder).partition.n_a_exclusive == 2
+    assert after_the_test(crosscoder, n=500).partition.n_a_exclusive == 2
 
 
 def test_half_the_evidence_is_no_test_and_is_said_so(caplog: pytest.LogCaptureFixture) -> None:
