@@ -1,5 +1,6 @@
 """Two tiny language models of different architecture, width, depth and tokenizer, made from configs: no download."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from transformers import (
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import reference_pages
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: with a thread for each core in every one of them, all wait for one another. The
+    # environment is for the processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 # A busy machine is not a failed test.
 settings.register_profile("no deadline", deadline=None)
