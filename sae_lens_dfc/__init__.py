@@ -1,11 +1,5 @@
 """Crosscoders between two language models, as SAELens training targets."""
 
-import os
-
-# Torch reads it once, at its first large tensor. In small pages, a step on a CPU is a fifth longer: each gradient is
-# as large as the dictionary, and new.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 from sae_lens import register_sae_class, register_sae_training_class
 
 from sae_lens_dfc.cache import PairedActivationsCache

@@ -410,6 +410,9 @@ def _parser() -> ArgumentParser:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
+    # Torch looks at it with its first large tensor. In small pages a step on a CPU takes a tenth longer, as each gradient
+    # is as large as the dictionary, and new.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("sae_lens_dfc").setLevel(logging.INFO)
     try:

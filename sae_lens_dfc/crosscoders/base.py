@@ -127,11 +127,20 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
         return CrosscoderConfig
 
 
+def latents_together(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:
+    """The same encoder, in memory its transpose: the weights of a latent lie together, as their gradient is made.
+
+    >>> latents_together(torch.ones(2, 3)).stride()
+    (1, 2)
+    """
+    return W_enc.T.clone(memory_format=torch.contiguous_format).T
+
+
 @dataclass
 class CountedStepInput(TrainStepInput):
     """A training step's input whose dead latents are counted: nobody has to wait for a GPU to say how many."""
 
-    n_dead: int = 0
+    n_dead: int
     """How many latents `dead_neuron_mask` marks."""
 
 
@@ -144,7 +153,8 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
     It takes raw activations. While it trains, it keeps one mean and one scale for each model
     (fitted on the first batch it sees, or before by `fit_normalization`); the inference form that
     `save_inference_model` writes has them folded into its weights. In eval mode latents are selected
-    by the thresholds that the inference form uses.
+    by the thresholds that the inference form uses. `W_enc` lies in memory as its transpose; who writes
+    the state dict with safetensors makes it contiguous first, as `save_model` does.
     """
 
     b_enc: nn.Parameter
@@ -187,8 +197,7 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
                 for inputs in self.partition.models.values():
                     part = self.W_dec.data[:, inputs]
                     part *= self.cfg.decoder_init_norm / part.norm(dim=-1, keepdim=True)
-            # In memory it stays its transpose: a latent's weights lie together, as its sparse gradient is made.
-            self.W_enc.data = self.W_dec.data.T.clone()
+            self.W_enc.data = latents_together(self.W_dec.data.T)
             zero_forbidden_(self.W_enc.data, self.W_dec.data, self.partition)
         self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device))
 
@@ -231,7 +240,7 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_state_dict(*args, **kwargs)
         self._is_fitted = False
-        self.W_enc.data = self.W_enc.data.T.contiguous().T
+        self.W_enc.data = latents_together(self.W_enc.data)
         return result
 
     def _scale_of_each(self) -> Float[Tensor, "2"]:

@@ -53,6 +53,9 @@ def candidates(
     >>> candidates(torch.tensor([[3.0, -1.0], [0.5, 2.0]]), torch.ones(2), n=2)
     (tensor([0, 1, 1]), tensor([0, 0, 1]))
     """
+    if n == 0:
+        nowhere = torch.empty(0, dtype=torch.long, device=pre.device)
+        return nowhere, nowhere
     # Several ranks wait for one another as it is, and one may have to look at more than its share.
     if would_wait(pre) and ranks.world_size() == 1:
         # Of one long row TopK is radix selection there, and takes no longer than a few comparisons.
@@ -75,6 +78,8 @@ def candidates(
 def _threshold(pre: Tensor, norms: Tensor, n: float) -> Float[Tensor, ""]:
     """About the `n`-th largest score, and at least 0."""
     sample = (pre[::ROW_STRIDE, ::LATENT_STRIDE] * norms[::LATENT_STRIDE]).flatten()
+    # What is not a number is found without a threshold that is none.
+    sample = sample.nan_to_num(nan=torch.inf)
     k = min(math.ceil(n * len(sample) / pre.numel()), len(sample))
     return sample.topk(k, sorted=False).values.min().relu()
 
@@ -144,10 +149,10 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
     bits = BITS[values.element_size()]
     lowest = ranks.smallest(own)
     low, high = (int(bound.view(bits)) for bound in (lowest, ranks.largest(own)))
-    candidates = values[values >= lowest].view(bits)
+    possible = values[values >= lowest].view(bits)
     while low < high:
         middle = (low + high + 1) // 2
-        if int(ranks.total((candidates >= middle).sum())) >= k:
+        if int(ranks.total((possible >= middle).sum())) >= k:
             low = middle
         else:
             high = middle - 1

@@ -17,13 +17,15 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 from typing_extensions import override
 
 from sae_lens_dfc.crosscoders.partition import Partition, zero_forbidden_
 from sae_lens_dfc.crosscoders.selection import would_wait
 
-# A product whose columns start elsewhere in memory takes an eighth longer: more than half-empty columns cost.
+# Columns of a product begin at multiples of it. One that begins elsewhere takes an eighth longer on a CPU, which is more
+# than multiplying the zeros of a few latents.
 ALIGNMENT = 64
 
 
@@ -50,46 +52,42 @@ class Places(NamedTuple):
         (tensor([0, 2]), tensor([2, 0, 1]), tensor([0, 1, 2, 2]))
         """
         by_latent = latents.argsort(stable=True)
-        return cls(
-            rows,
-            latents,
-            torch.searchsorted(rows, torch.arange(n_rows, device=rows.device)),
-            by_latent,
-            torch.searchsorted(latents[by_latent], torch.arange(d_sae, device=rows.device)),
-        )
-
-    def matrix(self, values: Float[Tensor, " n"]) -> Float[Tensor, "n_rows d_sae"]:
-        """The matrix with these values, as a sparse tensor that needs no more sorting."""
-        return torch.sparse_coo_tensor(
-            torch.stack([self.rows, self.latents]),
-            values,
-            (len(self.row_starts), len(self.latent_starts)),
-            is_coalesced=True,
-            check_invariants=False,
-        )
+        latent_starts = _starts(latents[by_latent], d_sae)
+        return cls(rows, latents, _starts(rows, n_rows), by_latent, latent_starts)
 
 
+def _starts(numbers: Int[Tensor, " n"], n_groups: int) -> Int[Tensor, " n_groups"]:
+    return torch.searchsorted(numbers, torch.arange(n_groups, device=numbers.device))
+
+
+@torch.no_grad()
 def products(
-    x: Float[Tensor, "batch d"], y: Float[Tensor, "d_sae d"], places: Places
+    x: Float[Tensor, "batch d"],
+    y: Float[Tensor, "d_sae d"],
+    rows: Int[Tensor, " n"],
+    latents: Int[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
-    """`x[row] . y[latent]` at each place, without gradients.
+    """`x[row] . y[latent]` at each place, places in the order of rows, without gradients.
 
-    >>> places = Places.of(torch.tensor([0, 1]), torch.tensor([2, 0]), n_rows=2, d_sae=3)
-    >>> products(torch.eye(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), places)
+    >>> y = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    >>> products(torch.eye(2), y, torch.tensor([0, 1]), torch.tensor([2, 0]))
     tensor([5., 2.])
     """
-    n = places.row_starts.new_tensor([len(places.rows)])
-    with torch.no_grad(), warnings.catch_warnings():
-        # Torch calls all of its CSR tensors a beta, once in a process.
+    _hear_that_csr_is_a_beta()
+    row_starts = _starts(rows, len(x) + 1)
+    size = len(x), len(y)
+    zeros = torch.sparse_csr_tensor(
+        row_starts, latents, x.new_zeros(len(rows)), size, check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(zeros, x, y.T, beta=0).values()
+
+
+@lru_cache
+def _hear_that_csr_is_a_beta() -> None:
+    """Have torch say so now, once in a process: a filter around each use would not be safe among threads."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        zeros = torch.sparse_csr_tensor(
-            torch.cat([places.row_starts, n]),
-            places.latents,
-            x.new_zeros(len(places.rows)),
-            (len(x), len(y)),
-            check_invariants=False,
-        )
-        return torch.sparse.sampled_addmm(zeros, x, y.T, beta=0).values()
+        torch.eye(1).to_sparse_csr()
 
 
 class Chosen(NamedTuple):
@@ -107,6 +105,15 @@ class Chosen(NamedTuple):
         """Those of some latents; on a GPU the others stay, with nothing to give."""
         inside = (self.latents >= latents.start) & (self.latents < latents.stop)
         return self._replace(pre=self.pre * inside) if would_wait(inside) else self.where(inside)
+
+    def matrix(
+        self, values: Float[Tensor, " n"], size: tuple[int, int]
+    ) -> Float[Tensor, "batch d_sae"]:
+        """A sparse matrix with these values at their places, which needs no more sorting."""
+        indices = torch.stack([self.rows, self.latents])
+        return torch.sparse_coo_tensor(
+            indices, values, size, is_coalesced=True, check_invariants=False
+        )
 
     @classmethod
     def joined(cls, groups: Sequence["Chosen"], d_sae: int) -> "Chosen":
@@ -155,7 +162,8 @@ class PreActivations:
             W_enc: Encoder, its forbidden blocks zero.
             b_enc: Bias of the latents.
             partition: Says which blocks are forbidden.
-            dtype: Format of the factors and of the product; sums are in float32 whatever it is. None takes that of `x`.
+            dtype: Format of the factors and of the product. None takes that of `x`. Of bfloat16 the sums are in float32,
+                unless torch is allowed less on a GPU, as it is by default where it splits a sum.
         """
         dtype = dtype or x.dtype
         product = x.new_empty(len(x), len(b_enc), dtype=dtype)
@@ -173,8 +181,8 @@ class PreActivations:
         """Those at some places, in order, in the format of the weights: of a coarser product they are computed anew."""
         if self.is_exact:
             return Chosen(rows, latents, self.product[rows, latents])
-        places = Places.of(rows, latents, *self.product.shape)
-        return Chosen(rows, latents, products(self.x, self.W_enc.T, places) + self.b_enc[latents])
+        pre = products(self.x, self.W_enc.T, rows, latents) + self.b_enc[latents]
+        return Chosen(rows, latents, pre)
 
     def of_latents(self, latents: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
         """Those of some latents on every row, in the format of the weights likewise."""
@@ -226,7 +234,7 @@ def rebuild(
     Args:
         acts: Normalised activations.
         weights: Encoder and decoder.
-        choices: Which latents fire, for each reconstruction; some of them one by one.
+        choices: Which latents fire, for each reconstruction; one of them at least is `Chosen`.
         partition: Says which blocks of the gradients are zero.
     """
     decoded = _Rebuild.apply(acts, *weights, list(choices.values()), partition)
@@ -256,9 +264,8 @@ class _Rebuild(Function):
         values = torch.cat([c.pre for c in chosen]).relu()
         places = Places.of(rows, latents, len(chosen) * len(x), len(W_dec))
         ctx.places = places
-        with (
-            torch.enable_grad()
-        ):  # the kernel for the values' gradient is to be had as a gradient only
+        # Torch has a kernel for the values' gradient, but lends it to its own backward pass alone.
+        with torch.enable_grad():
             ctx.values = values.requires_grad_()
             ctx.sums = _weighted_sums(W_dec, latents, places.row_starts, values)
         ctx.save_for_backward(x, W_enc, W_dec, b_dec)
@@ -270,7 +277,8 @@ class _Rebuild(Function):
 
     @override
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, W_enc, W_dec, b_dec = ctx.saved_tensors
         places: Places = ctx.places
         is_block, values = ctx.is_block, ctx.values

@@ -1,5 +1,6 @@
 """What crosscoders that keep the largest scores of a batch share: groups, annealing, thresholds."""
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from sae_lens_dfc import ranks
 from sae_lens_dfc.crosscoders.base import DEAD, CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.partition import zero_forbidden_
 from sae_lens_dfc.crosscoders.selection import candidates, keep_largest, largest, would_wait
-from sae_lens_dfc.crosscoders.sparse import Block, Chosen, Places, PreActivations, Weights, rebuild
+from sae_lens_dfc.crosscoders.sparse import Block, Chosen, PreActivations, Weights, rebuild
+
+logger = logging.getLogger(__name__)
 
 # Below so many scores, or above such a share that is kept, dense products are as fast: measured on 2 CPU cores, and
 # reckoned for a GPU, whose products are so much faster than its memory.
@@ -91,13 +94,18 @@ T_TOPK_CONFIG = TypeVar("T_TOPK_CONFIG", bound=TopKTrainingCrosscoderConfig)
 
 
 class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_CONFIG], ABC):
-    """Keeps the largest scores of a batch in each group of latents (BatchTopK), and learns each group's threshold."""
+    """Keeps the largest scores of a batch in each group of latents (BatchTopK), and learns each group's threshold.
+
+    An architecture says what is its own by `budgets`, and by `parts` and `part_loss`. One that overrides
+    `select` or `calculate_aux_loss` besides trains on the dense path, which calls them.
+    """
 
     topk_threshold: Float[Tensor, " groups"]
 
     def __init__(self, cfg: T_TOPK_CONFIG, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         self.n_training_steps = 0
+        self._said = False
         n_groups = len(self.budgets())
         threshold = torch.zeros(n_groups, dtype=torch.double, device=self.W_dec.device)
         self.register_buffer("topk_threshold", threshold)
@@ -138,6 +146,7 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
     @override
     def _step(self, step_input: TrainStepInput) -> TrainStepOutput:
         if not self._goes_sparse(step_input.sae_in):
+            self._say_if_not_as_asked()
             return super()._step(step_input)
         is_autocast = torch.is_autocast_enabled(self.device.type)
         coarse = is_autocast or self.cfg.encoder_product == "bfloat16"
@@ -176,12 +185,26 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
     def _goes_sparse(self, acts: Tensor) -> bool:
         cfg = self.cfg
         hooks = self.hook_sae_acts_pre, self.hook_sae_acts_post
-        can = self.training and acts.ndim == 2 and not any(hook.has_hooks() for hook in hooks)
-        if not can or cfg.training_path != "auto":
-            return can and cfg.training_path == "sparse"
+        own, base = type(self), TopKTrainingCrosscoder
+        is_known = own.select is base.select and own.calculate_aux_loss is base.calculate_aux_loss
+        is_plain = acts.ndim == 2 and not any(hook.has_hooks() for hook in hooks)
+        if not (self.training and is_known and is_plain):
+            return False
+        if cfg.training_path != "auto":
+            return cfg.training_path == "sparse"
         share = cfg.k_at(self.n_training_steps) / cfg.d_sae
         limit = MAX_SPARSE_SHARE.get(acts.device.type, 0)
         return len(acts) * cfg.d_sae >= MIN_SPARSE_SIZE and share <= limit
+
+    def _say_if_not_as_asked(self) -> None:
+        asked = self.cfg.training_path == "sparse" or self.cfg.encoder_product == "bfloat16"
+        if asked and not self._said:
+            logger.warning(
+                "training_path=%r and encoder_product=%r are not taken: the step is dense, for its size, hooks on the "
+                "latents, evaluation mode or a subclass with a selection or loss of its own.",
+                *(self.cfg.training_path, self.cfg.encoder_product),
+            )
+            self._said = True
 
     def _sparse_step(
         self, step_input: TrainStepInput, product_dtype: torch.dtype
@@ -220,10 +243,11 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
         chosen: dict[str, Chosen | Block] = {WHOLE: whole}
         chosen |= {name: whole.among(latents) for name, latents in self.parts().items()}
         if dead is not None and n_dead:
-            which = torch.nonzero_static(dead, size=n_dead)[:, 0]
+            # Of a known number, nobody has to wait for a GPU to count them.
+            which = dead.to(torch.uint8).argsort(descending=True, stable=True)[:n_dead]
             chosen[DEAD] = _strongest_in_each_row(pre, norms, which, self.k_aux)
-        places = Places.of(whole.rows, whole.latents, *pre.product.shape)
-        return chosen, places.matrix(whole.pre.relu() * norms[whole.latents])
+        values = whole.pre.relu() * norms[whole.latents]
+        return chosen, whole.matrix(values, (len(pre.product), self.cfg.d_sae))
 
     def _firing(self, pre: PreActivations, norms: Tensor) -> Chosen:
         groups: list[Chosen] = []
@@ -249,7 +273,8 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
         own = [smallest_positive(feature_acts, latents) for latents, _ in self.budgets()]
         smallest = ranks.smallest(torch.stack(own).to(self.topk_threshold.dtype))
         # The first value replaces the unset 0: an average from 0 would let too many latents pass in a short run.
-        step = torch.where(self.topk_threshold > 0, self.cfg.topk_threshold_lr, 1.0)
+        step = torch.full_like(self.topk_threshold, self.cfg.topk_threshold_lr)
+        step.masked_fill_(self.topk_threshold == 0, 1.0)
         moved = self.topk_threshold + step * (smallest - self.topk_threshold)
         self.topk_threshold.copy_(torch.where(smallest.isinf(), self.topk_threshold, moved))
 

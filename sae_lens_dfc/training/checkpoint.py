@@ -61,6 +61,9 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
         if name.startswith("optimizer."):
             _, parameter, moment = name.split(".")
             moments.setdefault(int(parameter), {})[moment] = x
+    # Whether Adam is fused is this machine's matter, not the checkpoint's.
+    for group, own in zip(values["param_groups"], trainer.optimizer.param_groups, strict=True):
+        group["fused"] = own["fused"]
     trainer.optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
     trainer.lr_scheduler.load_state_dict(values["lr_scheduler"])
     for name, scheduler in values["coefficients"].items():

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from sae_lens_dfc import ranks
+from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 
 
 def for_this_rank(cfg: SAETrainerConfig) -> SAETrainerConfig:
@@ -49,11 +50,15 @@ def data_parallel(trainer: SAETrainer[Any, Any]) -> Iterator[None]:
     In one process nothing changes.
 
     Raises:
-        ValueError: On a step, the batch is not this rank's share of `train_batch_size_samples`.
+        ValueError: The trainer is not a `CrosscoderSAETrainer`, which counts what all ranks see; or, on a step, the batch is not this rank's share of `train_batch_size_samples`.
     """
     if ranks.world_size() == 1:
         yield
         return
+    if not isinstance(trainer, CrosscoderSAETrainer):
+        raise ValueError(
+            f"A {type(trainer).__name__} counts the firing of its own rank only. Use CrosscoderSAETrainer."
+        )
     crosscoder = trainer.sae.to(trainer.cfg.device)
     step = _Step(crosscoder.training_forward_pass, crosscoder.parameters())
     # Gradients that are views of the buckets: a copy of them would be a quarter more memory.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
-from sae_lens.training.types import DataProvider, MultiHookDataProvider
+from sae_lens.training.types import MultiHookDataProvider
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -30,16 +31,16 @@ PAIR = "pair"
 class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
     """SAELens' `SAETrainer` whose step is little more than the crosscoder's.
 
-    The same numbers by other means: Adam in one kernel, firing counted from the places where latents fire, and no
-    wait for a GPU. The counts are those of all ranks.
+    The same numbers by other means: Adam in one kernel, firing counted from the places where latents fire, and of a
+    GPU nothing is waited for but the number of dead latents, as of the last step's forward pass. The counts are those
+    of all ranks.
     """
 
-    def __init__(
-        self, cfg: SAETrainerConfig, sae: TrainingCrosscoder[Any], data_provider: DataProvider
-    ):
-        super().__init__(cfg, sae, data_provider)
-        for group in self.optimizer.param_groups:
-            group["fused"] = torch.device(cfg.device).type in ("cpu", "cuda")
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if torch.device(self.cfg.device).type in ("cpu", "cuda"):
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
         self._dead_count: _DeadCount | None = None
 
     @override
@@ -58,13 +59,17 @@ class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
         self._count(output.feature_acts)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        with _as_in_memory(self.optimizer):
+        with contiguous_for_fused_adam(self.optimizer):
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
-        return output
+        # The loss would hold what its backward pass needed until the next step.
+        losses = {name: torch.as_tensor(loss).detach() for name, loss in output.losses.items()}
+        return replace(
+            output, loss=output.loss.detach(), sae_out=output.sae_out.detach(), losses=losses
+        )
 
     @torch.no_grad()
     def _count(self, feature_acts: Tensor) -> None:
@@ -101,7 +106,7 @@ def read_later(x: Int[Tensor, ""]) -> Callable[[], int]:
         return lambda: int(x)
     here = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
     is_here = torch.cuda.Event()
-    is_here.record()
+    is_here.record(torch.cuda.current_stream(x.device))
 
     def number() -> int:
         is_here.synchronize()
@@ -133,16 +138,16 @@ def on_device(batch: Float[Tensor, "batch d_in"], device: str) -> Float[Tensor, 
 
 
 @contextmanager
-def _as_in_memory(optimizer: Optimizer) -> Iterator[None]:
-    """While this is open, parameters, gradients and moments that lie in memory as their transpose are that.
+def contiguous_for_fused_adam(optimizer: Optimizer) -> Iterator[None]:
+    """While this is open, a parameter that is a transpose in memory is transposed, with its gradient and moments.
 
-    Torch's fused Adam on a CPU copies whatever is not contiguous, and goes wrong without a word when a
-    parameter and its moments lie differently.
+    Torch's fused Adam on a CPU copies whatever is not contiguous, which takes longer than the step. Where a parameter and its
+    moments differ in their order in memory it is wrong without a word: moments are copied into the parameter's order.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     transposed = [p for p in parameters if p.ndim == 2 and not p.is_contiguous()]
     for p in parameters:
-        moments = optimizer.state[p]
+        moments = optimizer.state.get(p, {})
         for name, x in moments.items():
             if x.shape == p.shape and x.stride() != p.stride():
                 moments[name] = torch.empty_like(p).copy_(x)
@@ -158,7 +163,7 @@ def _transpose(parameters: list[Tensor], optimizer: Optimizer) -> None:
         grad, p.grad = p.grad, None
         p.data = p.data.T
         p.grad = None if grad is None else grad.T
-        moments = optimizer.state[p]
+        moments = optimizer.state.get(p, {})
         for name, x in moments.items():
             moments[name] = x.T if x.ndim == 2 else x
 
