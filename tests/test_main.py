@@ -52,6 +52,18 @@ def test_train_writes_a_crosscoder_and_says_where(run: Path) -> None:
     }
 
 
+def test_the_path_of_a_step_and_the_format_of_its_product_are_flags(
+    flags: list[str], tmp_path: Path
+) -> None:
+    more = ["--sae.training-path", "sparse", "--sae.encoder-product", "bfloat16", "--autocast"]
+    assert main(["train", *flags, *more, "--output-path", str(tmp_path / "run")]) == 0
+    settings = json.loads((tmp_path / "run" / "runner_cfg.json").read_text())
+    sae = settings["sae"]
+    assert (sae["training_path"], sae["encoder_product"]) == ("sparse", "bfloat16")
+    assert settings["autocast"] is True
+    assert main(["evaluate", str(tmp_path / "run"), "--eval-pairs", "300", "--json"]) == 0
+
+
 def test_evaluate_prints_measures_for_people_and_machines(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

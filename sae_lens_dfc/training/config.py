@@ -92,9 +92,9 @@ class CrosscoderRunnerConfig(DataConfig):
     feature_sampling_window: int = 2000
     """Steps over which firing rates are counted."""
     autocast: bool = False
-    """Train in bfloat16 where torch deems it safe."""
+    """Train in bfloat16 where torch deems it safe; on the sparse path (training_path) that is the encoder's product."""
     compile_sae: bool = False
-    """Compile the crosscoder's training step with torch.compile."""
+    """Compile the crosscoder's training step with torch.compile; on the sparse path (training_path) it gains nothing."""
     sae_compilation_mode: str | None = None
     """Mode of torch.compile for the crosscoder."""
     device: str = "cpu"

@@ -42,6 +42,8 @@ TESTED = DFCTrainingCrosscoderConfig(
     test_steps=[18, 35],
     test_window=10,
 )
+ON_THE_SPARSE_PATH = replace(TESTED, training_path="sparse")
+COARSE = replace(ON_THE_SPARSE_PATH, encoder_product="bfloat16")
 STANDARD = StandardTrainingCrosscoderConfig(d_sae=64, l1_warm_up_steps=30, aux_loss_coefficient=0.1)
 
 
@@ -119,7 +121,11 @@ def stopped_and_resumed(
     return saved(Path(cfg.output_path))
 
 
-@pytest.mark.parametrize("sae", [TESTED, STANDARD], ids=lambda s: s.architecture())
+@pytest.mark.parametrize(
+    "sae",
+    [TESTED, ON_THE_SPARSE_PATH, COARSE, STANDARD],
+    ids=["dfc", "dfc, sparse", "dfc, bfloat16", "standard"],
+)
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_training_stopped_twice_ends_with_the_same_bits(
     sae: CrosscoderTrainingConfig,
@@ -144,11 +150,11 @@ def test_a_training_in_memory_resumes_too(
 def test_several_crosscoders_resume_together(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = replace(cfg, other_saes=[STANDARD, TESTED])
+    cfg = replace(cfg, other_saes=[STANDARD, TESTED, ON_THE_SPARSE_PATH, COARSE])
     resumed = stopped_and_resumed(cfg, pair, monkeypatch, 22)
     assert resumed == uninterrupted(cfg, pair)
     weights = {name: w for name, w in resumed.items() if name.endswith("sae_weights.safetensors")}
-    assert len(set(weights.values())) == 3, "the same settings twice are two seeds"
+    assert len(set(weights.values())) == 5, "the same settings twice are two seeds"
 
 
 def test_a_training_on_a_cache_resumes(

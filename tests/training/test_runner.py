@@ -18,6 +18,7 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
@@ -36,6 +37,7 @@ from sae_lens_dfc import (
 )
 from sae_lens_dfc.contexts import PairCounts, in_order
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
+from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import evaluate
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
@@ -54,6 +56,38 @@ EVERY: list[CrosscoderTrainingConfig] = [
     DeltaTrainingCrosscoderConfig(d_a=16, d_b=16, d_sae=64, k=4),
     replace(DFC, k_initial=8, k_anneal_steps=5, test_steps=[10], test_window=5),
 ]
+
+
+ON_THE_SPARSE_PATH: list[CrosscoderTrainingConfig] = [
+    replace(sae, training_path="sparse")
+    for sae in EVERY
+    if isinstance(sae, TopKTrainingCrosscoderConfig)
+]
+
+
+def kind(sae: CrosscoderTrainingConfig) -> str:
+    """The architecture, and how its steps are to be computed: at these sizes densely, unless told otherwise."""
+    path = getattr(sae, "training_path", "auto")
+    return sae.architecture() + (", sparse" if path == "sparse" else "")
+
+
+every = pytest.mark.parametrize("sae", [*EVERY, *ON_THE_SPARSE_PATH], ids=kind)
+
+
+@pytest.fixture
+def kinds_trained(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The kinds of crosscoders that took training steps, as their steps' outputs show them."""
+    seen: set[str] = set()
+    step = TrainingCrosscoder[Any].training_forward_pass
+
+    def watched(self: TrainingCrosscoder[Any], step_input: TrainStepInput) -> TrainStepOutput:
+        output = step(self, step_input)
+        is_sparse = output.feature_acts.is_sparse
+        seen.add(self.cfg.architecture() + (", sparse" if is_sparse else ""))
+        return output
+
+    monkeypatch.setattr(TrainingCrosscoder, "training_forward_pass", watched)
+    return seen
 
 
 def fresh(cfg: Any) -> Any:
@@ -104,9 +138,13 @@ def test_from_two_model_names_and_a_text_to_a_saved_crosscoder(
     assert metadata.pairs_trained > 1000
 
 
-@pytest.mark.parametrize("sae", EVERY, ids=lambda c: c.architecture())
+@every
 def test_every_architecture_trains_on_two_models_and_is_opened_by_saelens(
-    sae: CrosscoderTrainingConfig, cfg: CrosscoderRunnerConfig, pair: ModelPair, tmp_path: Path
+    sae: CrosscoderTrainingConfig,
+    cfg: CrosscoderRunnerConfig,
+    pair: ModelPair,
+    tmp_path: Path,
+    kinds_trained: set[str],
 ) -> None:
     models = pair if sae.d_a != sae.d_b else ModelPair(pair.a, pair.a)
     here = replace(cfg, sae=fresh(sae), output_path=str(tmp_path / "run"))
@@ -115,6 +153,7 @@ def test_every_architecture_trains_on_two_models_and_is_opened_by_saelens(
     acts = make_acts(10, sae.d_in)
     assert torch.equal(first.encode(acts), again.encode(acts))
     assert torch.equal(first.encode(acts), trained.to_inference().encode(acts))
+    assert kinds_trained == {kind(sae)}
 
 
 def test_firing_is_counted_anew_after_the_last_test(
@@ -294,9 +333,11 @@ def test_wandb_is_off_unless_asked_for(cfg: CrosscoderRunnerConfig) -> None:
     assert not cfg.logger.log_to_wandb
 
 
+@pytest.mark.parametrize("path", ["dense", "sparse"])
 def test_wandb_gets_the_held_out_measures(
-    cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+    path: Any, cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cfg = replace(cfg, sae=replace(fresh(DFC), training_path=path))
     logged: dict[str, Any] = {}
     calls: list[str] = []
     monkeypatch.setattr("wandb.init", lambda **_: calls.append("init"))
@@ -311,6 +352,24 @@ def test_wandb_gets_the_held_out_measures(
         "crosscoder/metrics/l0/a_exclusive",
         "crosscoder/losses/mse_loss_b",
     } <= set(logged)
+    assert logged["crosscoder/metrics/l0"] == pytest.approx(4, abs=0.05)
+
+
+def test_autocast_on_the_sparse_path_is_the_coarse_product_and_nothing_else(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, kinds_trained: set[str]
+) -> None:
+    sparse = replace(fresh(EVERY[-1]), training_path="sparse")
+    coarse = replace(sparse, encoder_product="bfloat16")
+    runs = [
+        replace(cfg, sae=fresh(sparse)),
+        replace(cfg, sae=fresh(sparse), autocast=True),
+        replace(cfg, sae=fresh(coarse)),
+    ]
+    exact, cast, product = (CrosscoderTrainingRunner(run, pair).run().state_dict() for run in runs)
+    assert kinds_trained == {"dfc, sparse"}
+    for name, weights in product.items():
+        assert torch.equal(cast[name], weights), name
+    assert not torch.equal(exact["W_dec"], product["W_dec"])
 
 
 def test_the_models_forward_passes_are_compiled_when_asked(
@@ -334,12 +393,16 @@ def test_the_models_forward_passes_are_compiled_when_asked(
 
 
 @pytest.mark.slow
-def test_a_compiled_step_trains_the_same(cfg: CrosscoderRunnerConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("training_path", ["dense", "sparse"])
+def test_a_compiled_step_trains_the_same(
+    training_path: Any, cfg: CrosscoderRunnerConfig, tmp_path: Path
+) -> None:
     # In a process of its own: the checks of shapes that tests add cannot be compiled.
     folders = [tmp_path / name for name in ("plain", "compiled")]
     for folder in folders:
         here = replace(
             cfg,
+            sae=replace(fresh(DFC), training_path=training_path),
             training_tokens=64 * 10,
             output_path=str(folder),
             compile_sae=folder.name == "compiled",
@@ -360,8 +423,11 @@ def test_a_compiled_step_trains_the_same(cfg: CrosscoderRunnerConfig, tmp_path: 
 # --- SAELens' own runners, unmodified ---
 
 
+@pytest.mark.parametrize("path", ["dense", "sparse"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_saelens_trainer_takes_a_crosscoder_and_any_iterator(autocast: bool) -> None:
+def test_saelens_trainer_takes_a_crosscoder_and_any_iterator(
+    autocast: bool, path: str, kinds_trained: set[str]
+) -> None:
     def batches() -> Any:
         while True:
             yield make_acts(64, 12)
@@ -374,19 +440,25 @@ def test_saelens_trainer_takes_a_crosscoder_and_any_iterator(autocast: bool) -> 
         lr=1e-3,
         lr_end=1e-3,
     )
-    trained = SAETrainer(cfg, make_dfc(), batches()).fit()
+    trained = SAETrainer(cfg, make_dfc(training_path=path), batches()).fit()
+    assert kinds_trained == {kind(trained.cfg)}
     assert trained.is_normalization_fitted
     assert trained.cfg.metadata.l0 == pytest.approx(6, abs=0.1)
     assert trained.to_inference().leak() == 0
 
 
-def test_saelens_multi_sae_trainer_trains_all_architectures_on_one_stream() -> None:
+def test_saelens_multi_sae_trainer_trains_all_architectures_on_one_stream(
+    kinds_trained: set[str],
+) -> None:
     def batches() -> Any:
         while True:
             acts = make_acts(64, 40)
             yield {"unequal": acts, "equal": acts[:, :32]}
 
-    saes = {c.architecture(): get_sae_training_class(c.architecture())[0](fresh(c)) for c in EVERY}
+    saes = {
+        kind(c): get_sae_training_class(c.architecture())[0](fresh(c))
+        for c in [*EVERY, *ON_THE_SPARSE_PATH]
+    }
     hooks = {name: "unequal" if sae.cfg.d_in == 40 else "equal" for name, sae in saes.items()}
     cfg = SAETrainerConfig(
         total_training_samples=64 * 20,
@@ -396,13 +468,14 @@ def test_saelens_multi_sae_trainer_trains_all_architectures_on_one_stream() -> N
         lr_end=1e-3,
     )
     MultiSAETrainer(cfg, saes, hooks, batches()).fit()
+    assert kinds_trained == set(saes)
     for sae in saes.values():
         assert isinstance(sae, TrainingCrosscoder) and sae.to_inference().leak() == 0
 
 
-@pytest.mark.parametrize("sae", EVERY, ids=lambda c: c.architecture())
+@every
 def test_saelens_language_model_runner_takes_a_pair_with_two_tokenizers(
-    sae: Any, pair: ModelPair, tmp_path: Path
+    sae: Any, pair: ModelPair, tmp_path: Path, kinds_trained: set[str]
 ) -> None:
     pair = pair if sae.d_a != sae.d_b else ModelPair(pair.a, pair.a)
     cfg = LanguageModelSAERunnerConfig(
@@ -428,6 +501,7 @@ def test_saelens_language_model_runner_takes_a_pair_with_two_tokenizers(
     with pytest.warns(UserWarning, match="Dataset is not tokenized"):
         runner = LanguageModelSAETrainingRunner(cfg, override_dataset=texts, override_model=pair)  # type: ignore[arg-type]
     trained = runner.run()
+    assert kinds_trained == {kind(sae)}
     saved = SAE.load_from_disk(tmp_path / "out")
     acts = make_acts(5, sae.d_in)
     torch.testing.assert_close(
@@ -437,13 +511,17 @@ def test_saelens_language_model_runner_takes_a_pair_with_two_tokenizers(
 
 def test_saelens_command_line_offers_the_architectures() -> None:
     flags = ["--d_a", "3", "--d_b", "5", "--d_in", "8", "--k", "4", "--verbose", "false"]
+    flags += ["--training_path", "sparse", "--encoder_product", "bfloat16"]
     cfg = _parse_cfg_args(["--architecture", "dfc", *flags])
     assert isinstance(cfg.sae, DFCTrainingCrosscoderConfig)
     assert (cfg.sae.d_in, cfg.sae.k) == (8, 4)
+    assert (cfg.sae.training_path, cfg.sae.encoder_product) == ("sparse", "bfloat16")
 
 
-@pytest.mark.parametrize("sae", EVERY, ids=lambda c: c.architecture())
-def test_saelens_synthetic_runner_takes_a_crosscoder(sae: Any, tmp_path: Path) -> None:
+@every
+def test_saelens_synthetic_runner_takes_a_crosscoder(
+    sae: Any, tmp_path: Path, kinds_trained: set[str]
+) -> None:
     cfg = SyntheticSAERunnerConfig(
         synthetic_model=SyntheticModelConfig(num_features=50, hidden_dim=sae.d_in),
         sae=fresh(sae),
@@ -456,5 +534,6 @@ def test_saelens_synthetic_runner_takes_a_crosscoder(sae: Any, tmp_path: Path) -
     )
     result = SyntheticSAERunner(cfg).run()
     assert result.final_eval is not None
+    assert kinds_trained == {kind(sae)}
     assert 0 <= result.final_eval.mcc <= 1
     assert isinstance(SAE.load_from_disk(tmp_path / "out"), Crosscoder)

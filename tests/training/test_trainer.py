@@ -3,15 +3,27 @@
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
+from sae_lens.config import LoggingConfig
 from sae_lens.training.sae_trainer import SAETrainer
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
-from tests.helpers import make_acts, make_delta, make_dfc, make_standard, sae_trainer_config
+from tests.helpers import (
+    make_acts,
+    make_delta,
+    make_dfc,
+    make_dsf,
+    make_standard,
+    sae_trainer_config,
+)
 
 ROWS = 48
 MAKERS = {
@@ -87,10 +99,74 @@ def test_weights_that_come_to_lie_otherwise_in_memory_train_on(
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-4)
 
 
-def test_after_a_step_nothing_but_the_latents_that_fire_is_left_of_the_activations() -> None:
-    crosscoder = make_dfc(training_path="sparse")
-    trainer = CrosscoderSAETrainer(sae_trainer_config(ROWS), crosscoder, iter(()))
-    output = trainer.step(make_acts(ROWS, 12))
+class Made(TorchDispatchMode):
+    """The memory that was taken, meanwhile, for tensors of at least so many values."""
+
+    def __init__(self, at_least: int):
+        super().__init__()
+        self.at_least = at_least
+        self.storages: list[ReferenceType[UntypedStorage]] = []
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.layout == torch.strided and x.numel() >= self.at_least:
+                self.storages.append(ref(x.untyped_storage()))
+        return result
+
+
+@pytest.mark.parametrize("make", [make_dfc, make_dsf, make_delta])
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_after_a_step_nothing_but_the_latents_that_fire_is_left_of_the_activations(
+    path: str, make: Callable[..., Any]
+) -> None:
+    # So large that nothing else is: neither a weight nor the reconstructions of two or three parts.
+    n_rows, d_sae = 600, 64
+    crosscoder = make(training_path=path, d_sae=d_sae)
+    trainer = CrosscoderSAETrainer(sae_trainer_config(n_rows), crosscoder, iter(()))
+    trainer.step(make_acts(n_rows, 12))
+    trainer.n_forward_passes_since_fired[::3] = 1000
+    acts = make_acts(n_rows, 12)
+    with Made(at_least=n_rows * d_sae) as made:
+        output = trainer.step(acts)
+    assert output.losses["auxiliary_reconstruction_loss"] > 0
+    n_left = sum(storage() is not None for storage in made.storages)
+    if path == "dense":
+        assert n_left > 0, "this would be seen"
+        return
+    assert made.storages and n_left == 0
     for x in (output.feature_acts, output.hidden_pre):
         assert x.is_sparse and x.is_coalesced()
-        assert x.values().numel() <= 6 * ROWS
+        assert x.values().numel() <= 6 * n_rows
+
+
+@pytest.mark.parametrize("kind", [SAETrainer, CrosscoderSAETrainer])
+@pytest.mark.parametrize("make", [make_dfc, make_delta])
+def test_what_is_logged_of_a_training_is_that_of_the_dense_path(
+    make: Callable[..., Any], kind: type[SAETrainer[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=2, eval_every_n_wandb_logs=3)
+    logs: list[list[dict[str, float]]] = []
+    for path in ("dense", "sparse"):
+        own: list[dict[str, float]] = []
+
+        def log(values: dict[str, Any], step: int, own: list[dict[str, float]] = own) -> None:
+            numbers = {name: x for name, x in values.items() if isinstance(x, int | float)}
+            own.append({**numbers, "step": step})
+
+        monkeypatch.setattr("wandb.log", log)
+        torch.manual_seed(0)
+        cfg = sae_trainer_config(ROWS, 20, logger=logger)
+        batches = (make_acts(ROWS, 12) for _ in range(20))
+        kind(cfg, make(training_path=path), batches).fit()
+        logs.append(own)
+    dense, sparse = logs
+    losses = [values for values in dense if "losses/overall_loss" in values]
+    assert [values["step"] for values in losses] == list(range(1, 20, 2))
+    assert 3 < losses[0]["metrics/l0"] <= 6
+    assert {"losses/mse_loss_a", "metrics/explained_variance/b"} <= losses[0].keys()
+    assert any("sparsity/below_1e-5" in values for values in dense)
+    torch.testing.assert_close(sparse, dense, rtol=1e-3, atol=1e-3)
