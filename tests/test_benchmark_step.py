@@ -15,7 +15,7 @@ from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.benchmark import memory, step
 from sae_lens_dfc.benchmark.memory import with_peak_memory
 from sae_lens_dfc.benchmark.reference import load_reference, reference_step
-from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark, with_ratios
+from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark, targets, with_ratios
 
 SIZES = {"--d-a": 8, "--d-b": 8, "--d-sae": 64, "--k": 4, "--batch": 32, "--rounds": 2}
 RATIOS = {
@@ -86,7 +86,8 @@ def test_every_figure_is_written_and_printed_with_its_range(
     for name, (low, high) in written["spread"].items():
         assert 0 < low <= written[name] <= high
         assert f"{written[name]:.3f}" in out and f"{low:.3f} to {high:.3f}" in out
-    assert "<= 1.9" in out and ">= 4.5" in out and "<= 1.25" in out
+    # What is asked for is asked at other sizes.
+    assert "<=" not in out and written["targets"] == {}
     assert {"commit", "machine", "versions", "settings"} <= set(written)
     assert written["sizes"] == {"d_a": 8, "d_b": 8, "d_sae": 64, "k": 4, "batch": 32}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["step.json"]
@@ -148,8 +149,14 @@ def test_a_tenth_of_the_latents_is_dead_in_that_step_alone(
 
     monkeypatch.setattr(step, "_ours", watched)
     run_step_benchmark(StepConfig(d_a=8, d_b=8, d_sae=64, k=4, batch=32, rounds=2), tmp_path)
-    # Two to load libraries, two for memory; then two to warm up and five in each round, of either kind.
-    assert dead == [0] * 4 + [0, 0, 7, 7] + 2 * ([0] * 5 + [7] * 5)
+    # Two of either kind to load libraries, two for memory and two to warm up; then five in each round.
+    assert dead == 4 * [0, 7] + [0, 0, 7, 7] + 2 * ([0] * 5 + [7] * 5)
+
+
+def test_what_is_asked_for_is_asked_at_the_sizes_it_was_set_for() -> None:
+    asked = [targets(StepConfig(d_sae=d_sae, dtype="bfloat16")) for d_sae in (8192, 32768)]
+    assert asked[0] == asked[1] and asked[0]["ratio_to_encoder_product"] == "<= 1.35"
+    assert targets(StepConfig(batch=512)) == targets(StepConfig(d_sae=4096)) == {}
 
 
 def test_ratios_of_a_round_leave_out_the_reference_that_was_not_timed() -> None:

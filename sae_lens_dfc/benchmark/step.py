@@ -1,6 +1,7 @@
 """One training step with everything else removed: what it costs beside its encoder's product and beside other trainers."""
 
 import logging
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -112,7 +113,7 @@ def run_step_benchmark(cfg: StepConfig, folder: Path) -> dict[str, Any]:
         "peak_memory_ratio": None if peak is None else peak / least_memory(cfg),
         "peak_memory_bytes": peak,
         "spread": ranges(rounds),
-        "targets": TARGETS[cfg.dtype],
+        "targets": targets(cfg),
         "sizes": {name: getattr(cfg, name) for name in ("d_a", "d_b", "d_sae", "k", "batch")},
         "settings": {
             "device": cfg.device,
@@ -123,12 +124,24 @@ def run_step_benchmark(cfg: StepConfig, folder: Path) -> dict[str, Any]:
             "warm_up_steps": WARM_UP_STEPS,
             "batches": N_BATCHES,
             "toy": asdict(_toy(cfg)),
+            "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE"),
         },
         "reference_commit": _reference_commit(cfg),
         **provenance(),
     }
     write_results(results, folder / FILENAME)
     return results
+
+
+def targets(cfg: StepConfig) -> dict[str, str]:
+    """What is asked for: on two idle CPU cores, at the default sizes and with more latents.
+
+    >>> targets(StepConfig(d_sae=32768))["ratio_to_encoder_product"], targets(StepConfig(k=7))
+    ('<= 1.9', {})
+    """
+    sizes = (cfg.d_a, cfg.d_b, cfg.k, cfg.batch, cfg.device)
+    is_asked = sizes == (512, 512, 32, 1024, "cpu") and cfg.d_sae >= 8192
+    return TARGETS[cfg.dtype] if is_asked else {}
 
 
 def with_ratios(ms: Mapping[str, float]) -> dict[str, float]:
@@ -243,6 +256,7 @@ def _built_and_stepped(cfg: StepConfig, batches: Sequence[Tensor]) -> SAETrainer
     trainer = _ours(cfg)
     for batch in batches[:WARM_UP_STEPS]:
         _step(trainer, batch)
+        _with_a_tenth_dead(trainer, batch)
     return trainer
 
 
@@ -318,4 +332,9 @@ def _round(
     """Milliseconds of each, on the same batches."""
     first = number * STEPS_PER_ROUND
     own = [batches[(first + i) % len(batches)] for i in range(STEPS_PER_ROUND)]
-    return {name: 1000 * statistics.median(map(take, own)) for name, take in seconds.items()}
+    # In another order each time, so that nothing always follows the same.
+    names = list(seconds)
+    turn = number % len(names)
+    order = names[turn:] + names[:turn]
+    ms = {name: 1000 * statistics.median(map(seconds[name], own)) for name in order}
+    return {name: ms[name] for name in names}

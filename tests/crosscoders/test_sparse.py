@@ -16,7 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck
 from transformer_lens.hook_points import HookPoint
 
-from sae_lens_dfc import DFCTrainingCrosscoder, ToyPair, ToyPairConfig
+from sae_lens_dfc import (
+    BatchTopKTrainingCrosscoder,
+    DFCTrainingCrosscoder,
+    ToyPair,
+    ToyPairConfig,
+)
 from sae_lens_dfc.crosscoders import selection, sparse, topk
 from sae_lens_dfc.crosscoders.partition import (
     Partition,
@@ -99,6 +104,25 @@ def test_losses_and_gradients_are_those_of_the_dense_path(
     close(sparse.sae_out, dense.sae_out)
     close(gradients, expected)
     close(sparse.metrics, dense.metrics)
+
+
+@many
+def test_a_budget_of_less_than_one_latent_keeps_none_on_either_path(make: Make) -> None:
+    acts = make_acts(60, make().cfg.d_in)
+    (dense, expected), (sparse, gradients) = (
+        step(make, path, acts, k=0.01) for path in ("dense", "sparse")
+    )
+    assert (sparse.feature_acts.to_dense() == 0).all()
+    torch.testing.assert_close(sparse.losses, dense.losses)
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_second_derivatives_are_refused() -> None:
+    crosscoder = make_batchtopk(training_path="sparse")
+    loss = crosscoder.training_forward_pass(step_input(make_acts(20, 12))).loss
+    (gradient,) = torch.autograd.grad(loss, crosscoder.W_dec, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def rebuilt(x: Tensor, weights: Weights, mask: Tensor) -> Tensor:
@@ -245,6 +269,23 @@ def test_hooks_on_the_latents_see_dense_activations() -> None:
     crosscoder.hook_sae_acts_post.add_hook(see)
     output = crosscoder.training_forward_pass(step_input(make_acts(20, 12)))
     assert torch.equal(seen[0], output.feature_acts) and not seen[0].is_sparse
+
+
+class OwnLoss(BatchTopKTrainingCrosscoder):
+    """One latent's activations are to be small: SAELens' place for a loss of one's own."""
+
+    def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        losses = super().calculate_aux_loss(*args, **kwargs)
+        return {**losses, "own": kwargs.get("feature_acts", args[1])[:, 0].sum()}
+
+
+def test_an_architecture_with_a_loss_of_its_own_trains_on_the_path_that_has_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    crosscoder = OwnLoss(make_batchtopk(training_path="sparse").cfg)
+    for _ in range(2):
+        assert "own" in crosscoder.training_forward_pass(step_input(make_acts(20, 12))).losses
+    assert caplog.text.count("the step is dense") == 1
 
 
 def test_a_coarse_product_needs_the_sparse_path() -> None:

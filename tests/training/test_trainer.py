@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
+from sae_lens_dfc.training.checkpoint import load_trainer_state, trainer_state
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 from tests.helpers import (
     make_acts,
@@ -75,6 +76,23 @@ def test_latents_said_to_be_dead_from_outside_are_dead_in_the_next_step() -> Non
     assert trainer.step(make_acts(ROWS, 12)).losses[name] > 0
     trainer.n_forward_passes_since_fired = torch.zeros(24)
     assert trainer.step(make_acts(ROWS, 12)).losses[name] == 0
+
+
+def test_after_a_step_its_graph_is_gone() -> None:
+    trainer = CrosscoderSAETrainer(
+        sae_trainer_config(ROWS), make_dfc(training_path="sparse"), iter(())
+    )
+    output = trainer.step(make_acts(ROWS, 12))
+    for x in (output.loss, output.sae_out, output.feature_acts, *output.losses.values()):
+        assert isinstance(x, Tensor) and x.grad_fn is None
+
+
+def test_adam_stays_fused_after_a_checkpoint_that_saelens_trainer_made() -> None:
+    theirs = trained(SAETrainer, make_dfc)
+    ours = CrosscoderSAETrainer(sae_trainer_config(ROWS), make_dfc(), iter(()))
+    load_trainer_state(ours, trainer_state(theirs))
+    assert ours.optimizer.param_groups[0]["fused"]
+    ours.step(make_acts(ROWS, 12))
 
 
 def _as_transpose(p: Tensor) -> Tensor:
