@@ -23,6 +23,7 @@ from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
+from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 
 __all__ = [
     "BatchTopKTrainingCrosscoder",
@@ -31,6 +32,7 @@ __all__ = [
     "Crosscoder",
     "CrosscoderConfig",
     "CrosscoderRunnerConfig",
+    "CrosscoderSAETrainer",
     "CrosscoderTrainingRunner",
     "DFCTrainingCrosscoder",
     "DFCTrainingCrosscoderConfig",

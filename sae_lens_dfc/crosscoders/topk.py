@@ -50,11 +50,11 @@ class TopKTrainingCrosscoderConfig(CrosscoderTrainingConfig, ABC):
     """Step of the moving average of the smallest selected score, the threshold of the saved crosscoder."""
     training_path: Literal["auto", "sparse", "dense"] = "auto"
     """How a training step is computed, with the same result. sparse: only the encoder's product is dense, and all else
-    touches the active latents alone; it has no dense activations, so hooks on the crosscoder take the other. dense: as it
-    is defined. auto: the faster."""
+    touches the active latents alone; hooks on the latents, which it does not compute densely, take the other path. dense: as
+    it is defined. auto: the faster."""
     encoder_product: Literal["exact", "bfloat16"] = "exact"
-    """Format of the sparse path's dense product. bfloat16: it only finds the candidates, whose activations are then
-    computed in the format of the weights."""
+    """Format of the sparse path's dense product. bfloat16: it only finds candidates, a tenth more than are kept,
+    whose activations are then computed in the format of the weights; of dead latents it also says which are strongest."""
 
     @override
     def __post_init__(self) -> None:
@@ -152,7 +152,8 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
         coarse = is_autocast or self.cfg.encoder_product == "bfloat16"
         # The product is all that is worth another format.
         with torch.autocast(self.device.type, enabled=False):
-            return self._sparse_step(step_input, torch.bfloat16 if coarse else self.dtype)
+            dtype = torch.bfloat16 if coarse else self.dtype
+            return self._sparse_step(step_input, dtype)  # type: ignore[call-arg]
 
     # --- parts of the dictionary that rebuild something alone ---
 
@@ -187,7 +188,7 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
         hooks = self.hook_sae_acts_pre, self.hook_sae_acts_post
         own, base = type(self), TopKTrainingCrosscoder
         is_known = own.select is base.select and own.calculate_aux_loss is base.calculate_aux_loss
-        is_plain = acts.ndim == 2 and not any(hook.has_hooks() for hook in hooks)
+        is_plain = acts.ndim == 2 and not any(h._forward_hooks or h._backward_hooks for h in hooks)
         if not (self.training and is_known and is_plain):
             return False
         if cfg.training_path != "auto":
@@ -206,6 +207,8 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
             )
             self._said = True
 
+    # Compiled, its sums of unequal lengths are slower by half.
+    @torch.compiler.disable
     def _sparse_step(
         self, step_input: TrainStepInput, product_dtype: torch.dtype
     ) -> TrainStepOutput:

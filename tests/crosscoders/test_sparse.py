@@ -260,13 +260,17 @@ def test_the_path_is_the_faster_one(n_rows: int, d_sae: int, k: float, is_sparse
     assert output.feature_acts.is_sparse == is_sparse
 
 
-def test_hooks_on_the_latents_see_dense_activations() -> None:
+@pytest.mark.parametrize("is_torchs", [False, True])
+def test_hooks_on_the_latents_see_dense_activations(is_torchs: bool) -> None:
     crosscoder, seen = make_batchtopk(training_path="sparse"), list[Tensor]()
 
     def see(tensor: Tensor, *, hook: HookPoint) -> None:  # noqa: ARG001
         seen.append(tensor)
 
-    crosscoder.hook_sae_acts_post.add_hook(see)
+    if is_torchs:
+        crosscoder.hook_sae_acts_post.register_forward_hook(lambda *args: seen.append(args[2]))
+    else:
+        crosscoder.hook_sae_acts_post.add_hook(see)
     output = crosscoder.training_forward_pass(step_input(make_acts(20, 12)))
     assert torch.equal(seen[0], output.feature_acts) and not seen[0].is_sparse
 

@@ -393,19 +393,7 @@ def test_the_models_forward_passes_are_compiled_when_asked(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "training_path",
-    [
-        "dense",
-        pytest.param(
-            "sparse",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="torch compiles a part of the sparse step, and refuses its backward",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("training_path", ["dense", "sparse"])
 def test_a_compiled_step_trains_the_same(
     training_path: Any, cfg: CrosscoderRunnerConfig, tmp_path: Path
 ) -> None:
