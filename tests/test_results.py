@@ -49,6 +49,51 @@ def test_the_datas_way_costs_no_more_than_it_may() -> None:
     assert DATA["shuffled_read_ratio"] >= 0.5 and DATA["shuffled_read_ratio_from_disk"] >= 0.5
 
 
+STEPS = {
+    (dtype, d_sae): json.loads((COMMITTED.parent / f"step-{dtype}-{d_sae}.json").read_text())
+    for dtype in ("float32", "bfloat16")
+    for d_sae in (8192, 32768)
+}
+
+
+def test_a_step_costs_no_more_than_it_may() -> None:
+    for (dtype, d_sae), step in STEPS.items():
+        assert step["commit"] and step["reference_commit"]
+        assert (step["settings"]["dtype"], step["sizes"]["d_sae"]) == (dtype, d_sae)
+        ratio, speedup = (1.9, 4.5) if dtype == "float32" else (1.35, 6.5)
+        assert step["ratio_to_encoder_product"] <= ratio
+        assert step["speedup_over_reference"] >= speedup
+        assert step["peak_memory_ratio"] <= 1.25
+    for dtype in ("float32", "bfloat16"):
+        large, small = (STEPS[dtype, d_sae] for d_sae in (32768, 8192))
+        assert large["ratio_to_encoder_product"] <= small["ratio_to_encoder_product"]
+
+
+def test_the_benchmarks_page_has_the_measured_steps() -> None:
+    root = COMMITTED.parent.parent.parent
+    page = (root / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for step in STEPS.values():
+        for figure in ("step_ms", "step_ms_tenth_dead", "encoder_product_ms"):
+            assert f"{step[figure]:.0f} ms" in page
+        for figure in ("ratio_to_encoder_product", "peak_memory_ratio"):
+            assert f"{step[figure]:.2f}" in page
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for dtype in ("float32", "bfloat16"):
+        step = STEPS[dtype, 8192]
+        assert f"{step['ratio_to_encoder_product']:.2f}" in readme
+        for other in ("saelens", "reference"):
+            assert f"{step[f'speedup_over_{other}']:.1f}" in readme
+
+
+PATHS = json.loads((COMMITTED.parent / "training_paths.json").read_text())
+
+
+def test_the_ways_of_computing_a_step_train_alike() -> None:
+    for variant, differences in PATHS["relative_to_exact"].items():
+        assert len(differences) == 2, variant
+        assert max(map(abs, differences)) < 1e-3, variant
+
+
 def test_the_readme_and_the_guide_have_the_measured_figures() -> None:
     root = COMMITTED.parent.parent.parent
     for name in ("README.md", "docs/data.md"):

@@ -409,13 +409,16 @@ def curve(n: int, **overrides: Any) -> Tensor:
     for batch in toy_batches(n, 256):
         losses.append(training.step(batch).loss.item())
         training.n_training_steps += 1
-    return torch.tensor(losses)
+    return torch.tensor(losses, dtype=torch.double)
 
 
-def test_training_on_the_sparse_path_is_training_on_the_dense_one() -> None:
-    dense, sparse = (curve(200, training_path=path) for path in ("dense", "sparse"))
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("float64", 1e-9)])
+def test_training_on_the_sparse_path_is_training_on_the_dense_one(
+    dtype: str, tolerance: float
+) -> None:
+    dense, sparse = (curve(200, training_path=path, dtype=dtype) for path in ("dense", "sparse"))
     assert dense[-1] < dense[0] / 2
-    torch.testing.assert_close(sparse, dense, rtol=1e-3, atol=0)
+    torch.testing.assert_close(sparse, dense, rtol=tolerance, atol=0)
 
 
 def test_a_coarse_product_finds_the_latents_that_the_exact_one_finds() -> None:
