@@ -283,6 +283,11 @@ def benchmark(options: BenchmarkOptions) -> None:
     """Run what is missing, then write and print the tables."""
     if options.jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {options.jobs}.")
+    given = [f.name for f in fields(StepConfig) if getattr(options, f.name) != f.default]
+    if options.name != "step" and given:
+        raise ValueError(
+            f"{', '.join(given)}: for `benchmark step`, not for {options.name}. Leave them out."
+        )
     kind = "step" if options.name == "step" else options.preset
     folder = Path(options.output or f"runs/benchmark/{kind}")
     if options.name == "data":

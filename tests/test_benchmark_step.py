@@ -153,6 +153,15 @@ def test_a_tenth_of_the_latents_is_dead_in_that_step_alone(
     assert dead == 4 * [0, 7] + [0, 0, 7, 7] + 2 * ([0] * 5 + [7] * 5)
 
 
+def test_sizes_of_a_step_are_not_taken_by_another_benchmark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["benchmark", "recovery", "--d-sae", "99", "--k", "3", "--output", str(tmp_path / "out")]
+    assert main(args) == 1
+    assert "d_sae, k: for `benchmark step`, not for recovery." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_asked_for_is_asked_at_the_sizes_it_was_set_for() -> None:
     asked = [targets(StepConfig(d_sae=d_sae, dtype="bfloat16")) for d_sae in (8192, 32768)]
     assert asked[0] == asked[1] and asked[0]["ratio_to_encoder_product"] == "<= 1.35"
