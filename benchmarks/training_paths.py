@@ -71,7 +71,7 @@ def train(cache: PairedActivationsCache, seed: int, variant: dict[str, str]) -> 
     start = time.perf_counter()
     batches = cache.batches(BATCH, seed)
     for _ in range(STEPS):
-        losses.append(trainer.step(next(batches).acts).loss.detach())
+        losses.append(trainer.step(next(batches).acts).loss)
         trainer.n_training_steps += 1
     return {
         "losses": torch.stack(losses).tolist(),

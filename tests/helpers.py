@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from sae_lens_dfc import (
 )
 from sae_lens_dfc.contexts import Context, ContextBatch, ContextStream
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segment, Segments
 from sae_lens_dfc.sources import Source, SourceConfig
@@ -95,6 +97,16 @@ def make_delta(**overrides: Any) -> DeltaTrainingCrosscoder:
     return randomised(
         DeltaTrainingCrosscoder(DeltaTrainingCrosscoderConfig(**{**defaults, **overrides}))
     )
+
+
+TOPK_MAKERS: dict[str, Callable[..., TopKTrainingCrosscoder[Any]]] = {
+    "batchtopk": make_batchtopk,
+    "dsf": make_dsf,
+    "dsf by a map": make_mapped_dsf,
+    "delta": make_delta,
+    "dfc": make_dfc,
+    "dfc by partition": partial(make_dfc, selection="partition", decoder_norm="sum"),
+}
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from sae_lens_dfc.crosscoders.partition import (
     encode_blocks,
     zero_forbidden_,
 )
+from sae_lens_dfc.crosscoders.sparse import firing_counts
 
 # A latent whose decoder vanished must not turn the scores into NaN.
 MIN_DECODER_NORM = 1e-8
@@ -380,9 +381,9 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
     ) -> dict[str, Any]:
         explained = explained_variances(acts, reconstruction, self.partition)
         metrics = {f"explained_variance/{model}": value for model, value in explained.items()}
+        counts = firing_counts(feature_acts)
         for name, latents in self.partition.slices.items():
-            n_active = feature_acts.bool().float().sum(dim=-2).to_dense()[..., latents].sum(dim=-1)
-            metrics[f"l0/{name}"] = (n_active / feature_acts.shape[-2]).mean()
+            metrics[f"l0/{name}"] = counts[latents].sum() / len(feature_acts)
         return metrics
 
     # --- saving ---

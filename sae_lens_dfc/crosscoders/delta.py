@@ -8,7 +8,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_dfc.crosscoders.losses import difference_loss
-from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder, TopKTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.topk import (
+    Part,
+    TopKTrainingCrosscoder,
+    TopKTrainingCrosscoderConfig,
+)
 
 
 @dataclass(kw_only=True)
@@ -79,12 +83,10 @@ class DeltaTrainingCrosscoder(TopKTrainingCrosscoder[DeltaTrainingCrosscoderConf
         return [(slice(0, n), share), (slice(n, self.cfg.d_sae), 1 - share)]
 
     @override
-    def parts(self) -> dict[str, slice]:
-        return {"delta_loss": slice(0, self.cfg.n_delta)}
+    def parts(self) -> dict[str, Part]:
+        return {"delta_loss": Part(slice(0, self.cfg.n_delta), self._difference_loss)}
 
-    @override
-    def part_loss(self, name: str, acts: Tensor, reconstruction: Tensor) -> Tensor:
-        """The loss on the difference of the two models."""
+    def _difference_loss(self, acts: Tensor, reconstruction: Tensor) -> Tensor:
         # Each model has its own scale: the difference is taken of the activations as they are, in their joint unit.
         units = torch.exp(self.input_scale.log().mean()) / self.input_scale
         loss = difference_loss(acts, reconstruction, units.to(acts.dtype), self.partition)

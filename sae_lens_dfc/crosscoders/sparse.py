@@ -82,6 +82,21 @@ def products(
     return torch.sparse.sampled_addmm(zeros, x, y.T, beta=0).values()
 
 
+def firing_counts(feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
+    """How often each latent fires in a batch, whose activations may be sparse.
+
+    >>> acts = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
+    >>> firing_counts(acts), firing_counts(acts.to_sparse())
+    (tensor([2., 1.]), tensor([2., 1.]))
+    """
+    if not feature_acts.is_sparse:
+        return (feature_acts != 0).sum(dim=0, dtype=torch.float)
+    feature_acts = feature_acts.coalesce()
+    fires = (feature_acts.values() != 0).float()
+    counts = fires.new_zeros(feature_acts.shape[1])
+    return counts.index_add_(0, feature_acts.indices()[1], fires)
+
+
 @lru_cache
 def _hear_that_csr_is_a_beta() -> None:
     """Have torch say so now, once in a process: a filter around each use would not be safe among threads."""

@@ -3,8 +3,9 @@
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,14 @@ MAX_BLOCK = {"cpu": 5, "cuda": 16}
 COARSE_MARGIN = 1.1
 
 WHOLE = "whole"
+
+
+class Part(NamedTuple):
+    """Latents whose reconstruction alone, decoder bias and all, has a loss."""
+
+    latents: slice
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """Of normalised activations and that reconstruction of them."""
 
 
 @dataclass(kw_only=True)
@@ -96,7 +105,7 @@ T_TOPK_CONFIG = TypeVar("T_TOPK_CONFIG", bound=TopKTrainingCrosscoderConfig)
 class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_CONFIG], ABC):
     """Keeps the largest scores of a batch in each group of latents (BatchTopK), and learns each group's threshold.
 
-    An architecture says what is its own by `budgets`, and by `parts` and `part_loss`. One that overrides
+    An architecture says what is its own by `budgets` and `parts`. One that overrides
     `select` or `calculate_aux_loss` besides trains on the dense path, which calls them.
     """
 
@@ -116,12 +125,13 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
 
     @override
     def select(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        k = self.cfg.k_at(self.n_training_steps)
-        kept: list[Tensor] = []
-        for latents, share in self.budgets():
-            size = latents.stop - latents.start
-            kept.append(keep_largest(scores[..., latents], min(share * k, size)))
+        kept = [keep_largest(scores[..., latents], k) for latents, k in self._k_of_groups()]
         return torch.cat(kept, dim=-1)
+
+    def _k_of_groups(self) -> list[tuple[slice, float]]:
+        """The groups, and how many latents of each are active on a row at this step, no more than there are."""
+        k = self.cfg.k_at(self.n_training_steps)
+        return [(s, min(share * k, s.stop - s.start)) for s, share in self.budgets()]
 
     @override
     def latent_thresholds(self) -> Float[Tensor, " d_sae"]:
@@ -157,13 +167,9 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
 
     # --- parts of the dictionary that rebuild something alone ---
 
-    def parts(self) -> dict[str, slice]:
-        """Latents whose reconstruction alone has a loss, by the name of the loss."""
+    def parts(self) -> dict[str, Part]:
+        """The parts that have a loss of their own, by the name of the loss."""
         return {}
-
-    def part_loss(self, name: str, acts: Tensor, reconstruction: Tensor) -> Tensor:
-        """The loss of a part's reconstruction, decoder bias and all, of normalised activations."""
-        raise NotImplementedError(name)
 
     @override
     def calculate_aux_loss(
@@ -175,10 +181,10 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
     ) -> dict[str, Tensor]:
         """The dead-latent loss and those of parts of the dictionary."""
         losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
-        for name, latents in self.parts().items():
-            acts = (feature_acts / self.competing_norms())[:, latents]
-            rebuilt = acts @ self.decoder()[latents] + self.b_dec
-            losses[name] = self.part_loss(name, step_input.sae_in, rebuilt)
+        for name, part in self.parts().items():
+            acts = (feature_acts / self.competing_norms())[:, part.latents]
+            rebuilt = acts @ self.decoder()[part.latents] + self.b_dec
+            losses[name] = part.loss(step_input.sae_in, rebuilt)
         return losses
 
     # --- the sparse path ---
@@ -229,11 +235,11 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
         reconstruction = rebuilt[WHOLE] + self.b_dec
         losses: dict[str, Tensor] = {}
         if n_dead is not None:
-            residual = acts - reconstruction
-            dead = rebuilt.get(DEAD, torch.zeros_like(residual))
-            losses[DEAD] = self._dead_loss(residual, dead, n_dead)
-        for name in self.parts():
-            losses[name] = self.part_loss(name, acts, rebuilt[name] + self.b_dec)
+            losses[DEAD] = acts.new_zeros(())
+        if n_dead:
+            losses[DEAD] = self._dead_loss(acts - reconstruction, rebuilt[DEAD], n_dead)
+        for name, part in self.parts().items():
+            losses[name] = part.loss(acts, rebuilt[name] + self.b_dec)
         # Of the scores only those that were kept are kept.
         return self._step_output(step_input, feature_acts, feature_acts, reconstruction, losses)
 
@@ -244,7 +250,7 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
         norms = self.competing_norms()
         whole = self._firing(pre, norms)
         chosen: dict[str, Chosen | Block] = {WHOLE: whole}
-        chosen |= {name: whole.among(latents) for name, latents in self.parts().items()}
+        chosen |= {name: whole.among(part.latents) for name, part in self.parts().items()}
         if dead is not None and n_dead:
             # Of a known number, nobody has to wait for a GPU to count them.
             which = dead.to(torch.uint8).argsort(descending=True, stable=True)[:n_dead]
@@ -254,20 +260,16 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
 
     def _firing(self, pre: PreActivations, norms: Tensor) -> Chosen:
         groups: list[Chosen] = []
-        for latents, n_kept in self._numbers_kept(len(pre.product)):
+        n_rows = len(pre.product)
+        for latents, k in self._k_of_groups():
+            n_kept = int(k * (n_rows * ranks.world_size()))
             n = -(-n_kept // ranks.world_size())
             n = n if pre.is_exact else math.ceil(COARSE_MARGIN * n)
-            n = min(n, len(pre.product) * (latents.stop - latents.start))
+            n = min(n, n_rows * (latents.stop - latents.start))
             rows, columns = candidates(pre.product[:, latents], norms[latents], n)
             found = pre.at(rows, columns + latents.start)
             groups.append(found.where(largest(found.pre.relu() * norms[found.latents], n_kept)))
         return groups[0] if len(groups) == 1 else Chosen.joined(groups, self.cfg.d_sae)
-
-    def _numbers_kept(self, n_rows: int) -> list[tuple[slice, int]]:
-        """The groups of latents, and how many scores each keeps of all ranks' rows."""
-        k = self.cfg.k_at(self.n_training_steps)
-        n_rows *= ranks.world_size()
-        return [(s, int(min(share * k, s.stop - s.start) * n_rows)) for s, share in self.budgets()]
 
     # --- thresholds ---
 

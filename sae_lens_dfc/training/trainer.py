@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from sae_lens_dfc import ranks
 from sae_lens_dfc.crosscoders.base import CountedStepInput, TrainingCrosscoder
+from sae_lens_dfc.crosscoders.sparse import firing_counts
 from sae_lens_dfc.evaluate import HeldOutEvaluator
 from sae_lens_dfc.provider import Batches
 from sae_lens_dfc.training.checkpoint import load_checkpoint, save_checkpoint
@@ -113,21 +114,6 @@ def read_later(x: Int[Tensor, ""]) -> Callable[[], int]:
         return int(here)
 
     return number
-
-
-def firing_counts(feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
-    """How often each latent fires in a batch, whose activations may be sparse.
-
-    >>> acts = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
-    >>> firing_counts(acts), firing_counts(acts.to_sparse())
-    (tensor([2., 1.]), tensor([2., 1.]))
-    """
-    if not feature_acts.is_sparse:
-        return (feature_acts != 0).sum(dim=0, dtype=torch.float)
-    feature_acts = feature_acts.coalesce()
-    fires = (feature_acts.values() != 0).float()
-    counts = fires.new_zeros(feature_acts.shape[1])
-    return counts.index_add_(0, feature_acts.indices()[1], fires)
 
 
 def on_device(batch: Float[Tensor, "batch d_in"], device: str) -> Float[Tensor, "batch d_in"]:

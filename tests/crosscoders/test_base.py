@@ -23,30 +23,21 @@ from sae_lens_dfc.crosscoders.losses import (
 )
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from tests.helpers import (
+    TOPK_MAKERS,
     make_acts,
     make_batchtopk,
-    make_delta,
     make_dfc,
     make_dsf,
-    make_mapped_dsf,
     make_standard,
     randomised,
     step_input,
     train_steps,
 )
 
-TOPK_MAKERS = [
-    make_batchtopk,
-    make_dsf,
-    make_mapped_dsf,
-    make_delta,
-    make_dfc,
-    partial(make_dfc, selection="partition", decoder_norm="sum"),
-]
 MAKERS = [
     make_standard,
-    *TOPK_MAKERS,
-    *(partial(make, training_path="sparse") for make in TOPK_MAKERS),
+    *TOPK_MAKERS.values(),
+    *(partial(make, training_path="sparse") for make in TOPK_MAKERS.values()),
 ]
 
 

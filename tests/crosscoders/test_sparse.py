@@ -42,13 +42,11 @@ from sae_lens_dfc.crosscoders.sparse import (
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.training import trainer
 from tests.helpers import (
+    TOPK_MAKERS,
     dfc_config,
     make_acts,
     make_batchtopk,
-    make_delta,
     make_dfc,
-    make_dsf,
-    make_mapped_dsf,
     randomised,
     sae_trainer_config,
     step_input,
@@ -56,13 +54,10 @@ from tests.helpers import (
 
 Make = Callable[..., TopKTrainingCrosscoder[Any]]
 SIZES = {"d_a": 20, "d_b": 20, "d_sae": 300, "k": 7.5}
+OTHER_WIDTHS = {"dsf by a map": {"d_b": 30}, "dfc": {"d_b": 30}}
 MAKERS: dict[str, Make] = {
-    "batchtopk": partial(make_batchtopk, **SIZES),
-    "dsf": partial(make_dsf, **SIZES),
-    "dsf by a map": partial(make_mapped_dsf, **{**SIZES, "d_b": 30}),
-    "delta": partial(make_delta, **SIZES),
-    "dfc": partial(make_dfc, **{**SIZES, "d_b": 30}),
-    "dfc by partition": partial(make_dfc, **SIZES, selection="partition", decoder_norm="sum"),
+    name: partial(make, **{**SIZES, **OTHER_WIDTHS.get(name, {})})
+    for name, make in TOPK_MAKERS.items()
 }
 many = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 PARTITION = Partition(d_a=3, d_b=4, n_a_exclusive=2, n_b_exclusive=3, n_shared=6)

@@ -23,7 +23,14 @@ from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.selection import keep_largest, kth_largest
 from sae_lens_dfc.training.parallel import data_parallel, for_this_rank
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
-from tests.helpers import make_delta, make_dfc, make_dsf, make_mapped_dsf, make_standard
+from tests.helpers import (
+    make_delta,
+    make_dfc,
+    make_dsf,
+    make_mapped_dsf,
+    make_standard,
+    sae_trainer_config,
+)
 
 N_RANKS = 2
 ROWS = 64  # of all ranks together
@@ -64,16 +71,7 @@ def own_rows(batch: Tensor) -> Tensor:
 
 
 def trainer_config() -> SAETrainerConfig:
-    return SAETrainerConfig(
-        total_training_samples=ROWS * STEPS,
-        train_batch_size_samples=ROWS,
-        lr=3e-3,
-        lr_end=3e-4,
-        lr_warm_up_steps=3,
-        dead_feature_window=3,
-        feature_sampling_window=15,
-        logger=LoggingConfig(log_to_wandb=False),
-    )
+    return sae_trainer_config(ROWS, STEPS, dead_feature_window=3)
 
 
 def train(make: Make) -> dict[str, Any]:

@@ -11,26 +11,9 @@ from torch import Tensor
 from sae_lens_dfc.crosscoders.partition import zero_forbidden_
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
-from tests.helpers import (
-    make_acts,
-    make_batchtopk,
-    make_delta,
-    make_dfc,
-    make_dsf,
-    make_mapped_dsf,
-    randomised,
-    sae_trainer_config,
-)
+from tests.helpers import TOPK_MAKERS, make_acts, randomised, sae_trainer_config
 
 ROWS = 48
-MAKERS: dict[str, Callable[..., TopKTrainingCrosscoder[Any]]] = {
-    "batchtopk": make_batchtopk,
-    "dsf": make_dsf,
-    "dsf by a map": make_mapped_dsf,
-    "delta": make_delta,
-    "dfc": make_dfc,
-    "dfc by partition": partial(make_dfc, selection="partition", decoder_norm="sum"),
-}
 WIDTH_1 = {"d_a": 1, "d_b": 1}
 
 
@@ -107,7 +90,7 @@ NOT_NUMBERS = {
     "one infinity": Case(batch=partial(with_one, torch.inf)),
     "a row of infinities": Case(batch=partial(with_a_row_of, torch.inf)),
 }
-many = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+many = pytest.mark.parametrize("make", TOPK_MAKERS.values(), ids=TOPK_MAKERS)
 
 
 def three_steps(
