@@ -18,6 +18,7 @@ LAYERS = [
     "alignment",
     "chat",
     "models",
+    "steering",
     "pair",
     "generate",
     "sources",

@@ -1,0 +1,74 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
+from sae_lens_dfc.steering import changed, logits
+
+IDS = torch.tensor([[0, 5, 9, 40], [0, 7, 3, 3]])
+MASK = torch.ones_like(IDS)
+
+
+@pytest.fixture(scope="module", params=["TransformerBridge", "HookedTransformer"])
+def model(request: pytest.FixtureRequest, llama_config: ModelConfig) -> HookedModel:
+    return load_model(replace(llama_config, model_class_name=request.param))
+
+
+def twice(acts: Tensor) -> Tensor:
+    return 2 * acts
+
+
+def test_a_change_that_changes_nothing_leaves_the_logits_bit_equal(model: HookedModel) -> None:
+    before = logits(model, IDS, MASK)
+    with changed(model, lambda acts: acts):
+        assert torch.equal(logits(model, IDS, MASK), before)
+
+
+def test_the_model_goes_on_from_what_the_change_gives(model: HookedModel) -> None:
+    acts = model.activations(IDS, MASK)
+    before = logits(model, IDS, MASK)
+    with changed(model, twice):
+        doubled = model.activations(IDS, MASK)
+        assert not torch.allclose(logits(model, IDS, MASK), before)
+    # What is read at the hook is what the model went on from.
+    torch.testing.assert_close(doubled, 2 * acts)
+    assert torch.equal(logits(model, IDS, MASK), before)
+
+
+def test_only_its_own_hook_leaves_after_an_exception_too(model: HookedModel) -> None:
+    calls: list[int] = []
+    model.model.add_hook(model.hook_name, lambda acts, hook: calls.append(1))  # noqa: ARG005
+    try:
+        before = logits(model, IDS, MASK)
+        with pytest.raises(KeyError), changed(model, twice):
+            raise KeyError
+        assert torch.equal(logits(model, IDS, MASK), before)
+        assert len(calls) == 2
+    finally:
+        model.model.reset_hooks()
+
+
+def test_heads_are_one_vector(llama_config: ModelConfig) -> None:
+    model = load_model(replace(llama_config, hook_name="blocks.1.attn.hook_z"))
+    shapes: list[tuple[int, ...]] = []
+    before = logits(model, IDS, MASK)
+
+    def look(acts: Tensor) -> Tensor:
+        shapes.append(tuple(acts.shape))
+        return acts
+
+    with changed(model, look):
+        assert torch.equal(logits(model, IDS, MASK), before)
+    assert shapes == [(2, 4, model.d_model)]
+
+
+def test_compatibility_mode_calls_a_change_once(llama_config: ModelConfig) -> None:
+    model = load_model(llama_config)
+    model.model.enable_compatibility_mode(disable_warnings=True)  # type: ignore[operator]
+    calls: list[Callable[..., Tensor]] = []
+    with changed(model, lambda acts: calls.append(twice) or acts):  # type: ignore[func-returns-value]
+        logits(model, IDS, MASK)
+    assert len(calls) == 1
