@@ -43,6 +43,7 @@ LAYERS = [
     "crosscoders.delta",
     "crosscoders.evidence",
     "crosscoders.dfc",
+    "metrics.spread",
     "metrics.reconstruction",
     "metrics.sparsity",
     "metrics.exclusivity",
