@@ -1,9 +1,11 @@
 """The spread of a measure over stretches of the text it was measured on."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Sums = Mapping[str, Tensor]
@@ -11,6 +13,16 @@ Sums = Mapping[str, Tensor]
 N_BLOCKS = 10
 SE = "/se"
 """Ends the name under which a measure's standard error stands."""
+
+
+class Estimate(NamedTuple):
+    """A measure, of one thing or of many."""
+
+    value: Float[Tensor, "*shape"]
+    se: Float[Tensor, "*shape"]
+    """Its standard error; NaN where nothing is known of it."""
+    degrees: int
+    """Degrees of freedom of the standard error."""
 
 
 @dataclass
@@ -30,7 +42,7 @@ class Jackknife:
     {'mean': 2.0, 'mean/se': 0.577}
     """
 
-    statistic: Callable[[Sums], Mapping[str, float]]
+    statistic: Callable[[Sums], Mapping[str, float | Tensor]]
     """The measures, from sums over all batches."""
     _blocks: list[dict[str, Tensor]] = field(default_factory=list)
     _n_batches: int = 0
@@ -49,26 +61,43 @@ class Jackknife:
         first, *others = self._blocks or [{}]
         return {name: sum((block[name] for block in others), x) for name, x in first.items()}
 
-    def compute(self) -> dict[str, float]:
-        """Each measure, and under its name with `/se` its standard error where there are two blocks or more.
+    def estimates(self) -> dict[str, Estimate]:
+        """Each measure with its standard error, which is NaN where there is one block only.
 
         Raises:
             ValueError: No batch was counted.
         """
         if not self._blocks:
             raise ValueError("No pair was evaluated, so there is no measure. Give more text.")
-        total = self.total
-        result = dict(self.statistic(total))
-        g = len(self._blocks)
-        if g < 2:
-            return result
+        total, g = self.total, len(self._blocks)
+        values = {name: _tensor(x) for name, x in self.statistic(total).items()}
         without = [
             self.statistic({name: x - block[name] for name, x in total.items()})
             for block in self._blocks
+            if g > 1
         ]
-        for name in list(result):
-            values = [statistics[name] for statistics in without]
-            mean = sum(values) / g
-            squares = sum((value - mean) ** 2 for value in values)
-            result[name + SE] = math.sqrt((g - 1) / g * squares)
+        result: dict[str, Estimate] = {}
+        for name, value in values.items():
+            se = torch.full_like(value, torch.nan)
+            if without:
+                others = torch.stack([_tensor(statistics[name]) for statistics in without])
+                se = ((g - 1) * others.var(dim=0, unbiased=False)).sqrt()
+            result[name] = Estimate(value, se, g - 1)
         return result
+
+    def compute(self) -> dict[str, float]:
+        """Each measure, and under its name with `/se` its standard error where there are two blocks or more.
+
+        Raises:
+            ValueError: No batch was counted.
+        """
+        result: dict[str, float] = {}
+        for name, estimate in self.estimates().items():
+            result[name] = estimate.value.item()
+            if estimate.degrees > 0:
+                result[name + SE] = estimate.se.item()
+        return result
+
+
+def _tensor(x: float | Tensor) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.double)

@@ -1,0 +1,170 @@
+"""Which latents are called exclusive, and on what evidence: an exclusive partition is filled whatever the models are."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.stats import t as student
+from torch import Tensor
+
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
+from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms
+from sae_lens_dfc.metrics.scaling import owned_by_a
+from sae_lens_dfc.metrics.significance import benjamini_hochberg, empirical_p
+from sae_lens_dfc.metrics.span import explained_by_few
+from sae_lens_dfc.metrics.spread import Estimate
+
+ONE_SIDED = 0.8
+"""Relative decoder norm above which (or, for B, below 1 - which) a latent counts as exclusive (arXiv 2602.11729, section 2.3)."""
+TWO_SIDED = 0.7
+"""Relative decoder norm below which (and above 1 - which) a latent is without doubt in both models."""
+MAX_NU_ERROR = 0.2
+MAX_NU_RECONSTRUCTION = 0.5
+"""Latent scaling below which a latent is its source's alone (arXiv 2504.02922, section 3)."""
+MAX_FALSE_DISCOVERIES = 0.05
+"""Share of the calls that may be false."""
+MIN_FIRINGS = 20
+"""Held-out firings below which a latent is not judged."""
+N_SPAN_REFERENCE = 512
+"""Two-sided latents whose directions are looked for among the others'; more take time and say no more."""
+
+
+class LatentEvidence(NamedTuple):
+    """What was measured of each latent. A *candidate* is in an exclusive partition, or has one-sided decoder norms."""
+
+    is_a: Bool[Tensor, " d_sae"]
+    """Whether its source is model A."""
+    is_candidate: Bool[Tensor, " d_sae"]
+    is_two_sided: Bool[Tensor, " d_sae"]
+    """Whether it is one of the latents that candidates are compared with."""
+    firings: Int[Tensor, " d_sae"]
+    """On how many held-out pairs it fires."""
+    relative_decoder_norm: Float[Tensor, " d_sae"]
+    nu_error: Float[Tensor, " d_sae"]
+    nu_error_se: Float[Tensor, " d_sae"]
+    nu_reconstruction: Float[Tensor, " d_sae"]
+    nu_reconstruction_se: Float[Tensor, " d_sae"]
+    auc: Float[Tensor, " d_sae"]
+    """How well the target tells when it fires; 1/2 when not at all."""
+    r2: Float[Tensor, " d_sae"]
+    span: Float[Tensor, " d_sae"]
+    """Share of its direction, moved to the target, that five of the target's shared latents explain; NaN where not asked."""
+    p_scaling: Float[Tensor, " d_sae"]
+    p_transfer: Float[Tensor, " d_sae"]
+    q: Float[Tensor, " d_sae"]
+    """False discovery rate at which it would just be called exclusive; NaN where it is not judged."""
+    is_exclusive: Bool[Tensor, " d_sae"]
+    """Whether it is called exclusive, with evidence."""
+
+    @property
+    def groups(self) -> dict[str, Bool[Tensor, " d_sae"]]:
+        """The candidates of each model, and the latents that both models have, as far as they fire often enough."""
+        fires = self.firings >= MIN_FIRINGS
+        return {
+            A_EXCLUSIVE: self.is_candidate & self.is_a & fires,
+            B_EXCLUSIVE: self.is_candidate & ~self.is_a & fires,
+            SHARED: self.is_two_sided & fires,
+        }
+
+
+def latent_evidence(
+    crosscoder: Crosscoder,
+    directions: Float[Tensor, "d_sae d_in"],
+    scaling: dict[str, Estimate],
+    transfer: dict[str, Float[Tensor, " d_sae"]],
+) -> LatentEvidence:
+    """The evidence of each latent, and which are called exclusive.
+
+    A candidate that fires often enough is called when both hold, at a false discovery rate of 5 % over all
+    candidates of the run (Benjamini & Hochberg on the larger of the two p-values):
+
+    - `nu_error` is within 0.2 of 0 and `nu_reconstruction` within 0.5 (Minder et al.'s limits), beyond their standard
+      error: the target has its direction neither in its error nor in its reconstruction;
+    - the target tells its firing worse than that of nearly all latents that both models have: the p-value is
+      the share of those, in the same crosscoder, whose ROC-AUC is as low.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        directions: Each latent's direction in both models; see `scaling.directions`.
+        scaling: `LatentScaling.estimates()`.
+        transfer: `Transfer.compute()`.
+    """
+    relative = relative_decoder_norms(crosscoder)
+    is_candidate = candidates(crosscoder)
+    is_two_sided = ~is_candidate & (relative <= TWO_SIDED) & (relative >= 1 - TWO_SIDED)
+    firings = transfer["firings"].long()
+    judged = is_candidate & (firings >= MIN_FIRINGS)
+    reference = is_two_sided & (firings >= MIN_FIRINGS)
+    error, reconstruction = scaling["nu_error"], scaling["nu_reconstruction"]
+    p_scaling = torch.maximum(
+        p_near_zero(error, MAX_NU_ERROR), p_near_zero(reconstruction, MAX_NU_RECONSTRUCTION)
+    )
+    auc = transfer["auc"]
+    p_transfer = empirical_p(-auc, -auc[reference])
+    q = torch.full_like(p_scaling, torch.nan)
+    q[judged] = benjamini_hochberg(torch.maximum(p_scaling, p_transfer)[judged])
+    return LatentEvidence(
+        is_a=owned_by_a(crosscoder),
+        is_candidate=is_candidate,
+        is_two_sided=is_two_sided,
+        firings=firings,
+        relative_decoder_norm=relative,
+        nu_error=error.value.float(),
+        nu_error_se=error.se.float(),
+        nu_reconstruction=reconstruction.value.float(),
+        nu_reconstruction_se=reconstruction.se.float(),
+        auc=auc,
+        r2=transfer["r2"],
+        span=_span(crosscoder, directions, judged, reference),
+        p_scaling=p_scaling.float(),
+        p_transfer=p_transfer.float(),
+        q=q.float(),
+        is_exclusive=q <= MAX_FALSE_DISCOVERIES,
+    )
+
+
+@torch.no_grad()
+def candidates(crosscoder: Crosscoder) -> Bool[Tensor, " d_sae"]:
+    """Latents of the exclusive partitions, and those whose decoder has all but left one model."""
+    relative = relative_decoder_norms(crosscoder)
+    is_candidate = (relative > ONE_SIDED) | (relative < 1 - ONE_SIDED)
+    is_candidate[: crosscoder.partition.slices[SHARED].start] = True
+    return is_candidate
+
+
+def p_near_zero(estimate: Estimate, limit: float) -> Float[Tensor, "*shape"]:
+    """The p-value of a measure's lying outside `[-limit, limit]` (two one-sided t tests); 1 where its error is not known.
+
+    >>> one = torch.ones(1, dtype=torch.double)
+    >>> p_near_zero(Estimate(0 * one, 0.1 * one, 9), 0.2).item() < 0.05 < p_near_zero(Estimate(0.1 * one, one, 9), 0.2).item()
+    True
+    """
+    if estimate.degrees < 1:
+        return torch.ones_like(estimate.value)
+    distance = (limit - estimate.value.abs()) / estimate.se
+    p = torch.from_numpy(student.sf(distance.cpu().numpy(), estimate.degrees))
+    return p.to(estimate.value).nan_to_num(1.0)
+
+
+def _span(
+    crosscoder: Crosscoder, directions: Tensor, judged: Tensor, reference: Tensor
+) -> Float[Tensor, " d_sae"]:
+    """Of candidates, and of some two-sided latents, each of which may use all but itself."""
+    span = torch.full_like(directions[:, 0], torch.nan)
+    shared = crosscoder.partition.slices[SHARED]
+    some = reference.nonzero()[:N_SPAN_REFERENCE, 0]
+    asked = judged.clone()
+    asked[some] = True
+    for latents, target in _by_target(crosscoder, asked):
+        own = latents[:, None] == torch.arange(shared.start, shared.stop, device=latents.device)
+        dictionary = crosscoder.W_dec[shared, target]
+        span[latents] = explained_by_few(directions[latents, target], dictionary, own)
+    return span
+
+
+def _by_target(crosscoder: Crosscoder, asked: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    is_a, models = owned_by_a(crosscoder), crosscoder.partition.models
+    yield (asked & is_a).nonzero()[:, 0], models["b"]
+    yield (asked & ~is_a).nonzero()[:, 0], models["a"]

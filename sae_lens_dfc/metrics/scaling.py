@@ -1,0 +1,134 @@
+"""Latent scaling: whether the other model's activations hold a latent's direction after all."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.metrics.spread import Estimate, Jackknife, Sums
+from sae_lens_dfc.metrics.stitching import Stitching
+
+
+@torch.no_grad()
+def owned_by_a(crosscoder: Crosscoder) -> Bool[Tensor, " d_sae"]:
+    """Whether model A is where a latent is stronger: its *source*; the other model is its *target*."""
+    norms = crosscoder.decoder_norms()
+    return norms[0] >= norms[1]
+
+
+@torch.no_grad()
+def directions(crosscoder: Crosscoder, stitching: Stitching | None) -> Float[Tensor, "d_sae d_in"]:
+    """Each latent's decoder in its source and the same direction in its target, joined on the last axis, in raw units.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        stitching: How a direction moves; none takes it as it is, which says something only where both models have one
+            basis: a model and its fine-tune.
+
+    Raises:
+        ValueError: Without a map the two widths differ.
+    """
+    partition = crosscoder.partition
+    if stitching is None and partition.d_a != partition.d_b:
+        raise ValueError(
+            f"A direction of width {partition.d_a} cannot stand for one of width {partition.d_b}. Give a stitching map."
+        )
+    a, b = partition.models["a"], partition.models["b"]
+    W_dec, is_a = crosscoder.W_dec, owned_by_a(crosscoder)
+    in_a, in_b = W_dec[:, a], W_dec[:, b]
+    if stitching is None:
+        # In the units that both models had in training.
+        scale = crosscoder.input_scale[0] / crosscoder.input_scale[1]
+        to_b, to_a = in_a * scale, in_b / scale
+    else:
+        to_b, to_a = stitching.direction_to_b(in_a), stitching.direction_to_a(in_b)
+    moved = torch.where(is_a[:, None], in_a, to_a), torch.where(is_a[:, None], to_b, in_b)
+    return torch.cat(moved, dim=-1)
+
+
+@dataclass
+class LatentScaling:
+    """By how much each latent's direction is in the target model's error and in its reconstruction (arXiv 2504.02922).
+
+    With `f` a latent's activation and `d_m` its direction in model m, the least squares solution of `f beta d_m = y_m` is
+
+        beta = sum f <d_m, y_m> / (|d_m|^2 sum f^2)
+
+    With `y` the reconstruction error with the latent's own contribution put back, `nu_error` is the target's beta over the
+    source's: near 1 the target has the direction and the crosscoder left it out there (complete shrinkage). With `y` the
+    reconstruction less its bias, `nu_reconstruction` is: near 1 other latents rebuild the direction in the target (latent
+    decoupling). Both are near 0 for a latent that its source has alone. Of the bias, which is most of some models'
+    activations, no latent is the cause.
+
+    >>> from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
+    >>> crosscoder = Crosscoder(CrosscoderConfig(d_in=2, d_sae=1, d_a=1, d_b=1))
+    >>> crosscoder.W_enc.data, crosscoder.W_dec.data = torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]])
+    >>> scaling = LatentScaling(crosscoder, torch.ones(1, 2))
+    >>> acts = torch.tensor([[1.0, 0.5], [2.0, 1.0]])  # B has half of it, and the crosscoder does not say so
+    >>> scaling.update(acts, crosscoder.encode(acts))
+    >>> {name: nu.value.item() for name, nu in scaling.estimates().items()}
+    {'nu_error': 0.5, 'nu_reconstruction': 0.0}
+
+    Args:
+        crosscoder: The saved crosscoder.
+        directions: Each latent's direction in both models, joined on the last axis, in raw units; see `directions`.
+    """
+
+    crosscoder: Crosscoder
+    directions: Float[Tensor, "d_sae d_in"]
+    _nu: Jackknife = field(init=False)
+
+    @torch.no_grad()
+    def __post_init__(self) -> None:
+        crosscoder, models = self.crosscoder, self.crosscoder.partition.models.values()
+        D, W_dec = self.directions.double(), crosscoder.W_dec.double()
+        squares = torch.stack([D[:, m].pow(2).sum(dim=-1) for m in models])
+        own = torch.stack([(D[:, m] * W_dec[:, m]).sum(dim=-1) for m in models]) / squares
+        is_a = owned_by_a(crosscoder)
+
+        def nu(sums: Sums) -> dict[str, Tensor]:
+            fit = {name: sums[name] / (squares * sums["squares"]) for name in sums}
+            betas = {"error": fit["error"] + own, "reconstruction": fit["reconstruction"]}
+            return {
+                f"nu_{name}": torch.where(is_a, beta[1] / beta[0], beta[0] / beta[1])
+                for name, beta in betas.items()
+            }
+
+        self._nu = Jackknife(nu)
+
+    @torch.no_grad()
+    def update(
+        self, acts: Float[Tensor, "batch d_in"], feature_acts: Float[Tensor, "batch d_sae"]
+    ) -> None:
+        """Count a batch of raw activations and their code in."""
+        if len(acts) == 0:
+            return
+        rebuilt = self.crosscoder.decode(feature_acts)
+        targets = {"error": acts - rebuilt, "reconstruction": rebuilt - self.crosscoder.b_dec}
+        models = self.crosscoder.partition.models.values()
+        sums = {
+            name: torch.stack(
+                [_products(feature_acts, y[:, m], self.directions[:, m]) for m in models]
+            )
+            for name, y in targets.items()
+        }
+        self._nu.update({**sums, "squares": feature_acts.double().pow(2).sum(dim=0)})
+
+    def estimates(self) -> dict[str, Estimate]:
+        """`nu_error` and `nu_reconstruction` of each latent; NaN where it did not fire, or has no direction in the target.
+
+        Raises:
+            ValueError: No batch was counted.
+        """
+        return self._nu.estimates()
+
+
+def _products(
+    feature_acts: Float[Tensor, "batch d_sae"],
+    y: Float[Tensor, "batch d_model"],
+    directions: Float[Tensor, "d_sae d_model"],
+) -> Float[Tensor, " d_sae"]:
+    """`sum f <d, y>` of each latent."""
+    return (feature_acts * (y @ directions.T)).sum(dim=0, dtype=torch.double)
