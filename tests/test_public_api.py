@@ -45,6 +45,7 @@ LAYERS = [
     "crosscoders.dfc",
     "metrics.spread",
     "metrics.reconstruction",
+    "metrics.frequency",
     "metrics.sparsity",
     "metrics.exclusivity",
     "metrics.pca",
