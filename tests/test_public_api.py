@@ -46,6 +46,7 @@ LAYERS = [
     "metrics.spread",
     "metrics.reconstruction",
     "metrics.frequency",
+    "metrics.cross_reconstruction",
     "metrics.sparsity",
     "metrics.exclusivity",
     "metrics.pca",
