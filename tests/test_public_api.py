@@ -47,6 +47,8 @@ LAYERS = [
     "metrics.reconstruction",
     "metrics.frequency",
     "metrics.cross_reconstruction",
+    "metrics.splicing",
+    "metrics.downstream",
     "metrics.sparsity",
     "metrics.exclusivity",
     "metrics.pca",
