@@ -95,7 +95,7 @@ def _rows(
 ) -> PairedRows:
     contexts = [context.segments for context in batch.contexts]
     acts = torch.cat(pair.activations(contexts))
-    later = torch.cat([_after_first_position(context) for context in contexts]).to(acts.device)
+    later = torch.cat([after_first_position(context) for context in contexts]).to(acts.device)
     finite = acts.isfinite().all(dim=-1)
     usable = later & finite
     norms = acts[:, : pair.d_a].norm(dim=-1), acts[:, pair.d_a :].norm(dim=-1)
@@ -132,7 +132,8 @@ def _check_finite(counts: PairCounts, at_least: int) -> None:
         )
 
 
-def _after_first_position(context: Segments) -> Bool[Tensor, " n_segments"]:
+def after_first_position(context: Segments) -> Bool[Tensor, " n_segments"]:
+    """Whether a segment's pair stands at position 0 in neither model."""
     return torch.from_numpy((context.last_a > 0) & (context.last_b > 0))
 
 

@@ -130,6 +130,20 @@ def _read(
     positions: Sequence[Int[np.ndarray, " _"]],
 ) -> Float[Tensor, "n_positions d_model"]:
     """One model's activations at these positions of each row of tokens, row after row."""
+    ids, mask = padded(model, rows)
+    acts = model.activations(ids, mask).flatten(end_dim=1)
+    where = np.concatenate([i * ids.shape[1] + at for i, at in enumerate(positions)])
+    return acts[torch.from_numpy(where).to(acts.device)]
+
+
+def padded(
+    model: HookedModel, rows: Sequence[Int[np.ndarray, " _"]]
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Rows of tokens as one batch, padded on the right, and 1 where there is a token.
+
+    Raises:
+        ValueError: A row is longer than the model can read.
+    """
     longest = max(map(len, rows))
     if longest > model.n_ctx:
         raise ValueError(
@@ -140,6 +154,4 @@ def _read(
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    acts = model.activations(torch.from_numpy(ids), torch.from_numpy(mask)).flatten(end_dim=1)
-    where = np.concatenate([i * longest + at for i, at in enumerate(positions)])
-    return acts[torch.from_numpy(where).to(acts.device)]
+    return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -22,6 +22,7 @@ from sae_lens_dfc import (
 )
 from sae_lens_dfc.contexts import Context, ContextBatch, ContextStream
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segment, Segments
@@ -63,6 +64,14 @@ def dfc_config(**overrides: Any) -> DFCTrainingCrosscoderConfig:
 
 def make_dfc(**overrides: Any) -> DFCTrainingCrosscoder:
     return randomised(DFCTrainingCrosscoder(dfc_config(**overrides)))
+
+
+@torch.no_grad()
+def make_firing_dfc(**overrides: Any) -> Crosscoder:
+    """A saved one; untrained, its threshold would let no latent fire."""
+    crosscoder = make_dfc(**overrides).to_inference()
+    crosscoder.threshold.zero_()
+    return crosscoder
 
 
 def make_batchtopk(**overrides: Any) -> BatchTopKTrainingCrosscoder:

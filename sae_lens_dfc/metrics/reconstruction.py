@@ -5,16 +5,33 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.metrics.spread import Jackknife, Sums
+
+
+def moments(x: Float[Tensor, "n d"]) -> dict[str, Tensor]:
+    """What variances are made of, as sums over rows: `n`, `x (d,)` and `xx (d,)`."""
+    n = torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)
+    return {"n": n, "x": x.sum(dim=0), "xx": x.pow(2).sum(dim=0)}
+
+
+def squared_deviations(sums: Sums) -> Float[Tensor, " d"]:
+    """Each dimension's sum of squared deviations from its mean, from `moments` added up.
+
+    >>> squared_deviations(moments(torch.tensor([[1.0], [2.0], [3.0]])))
+    tensor([2.])
+    """
+    return sums["xx"] - sums["x"].pow(2) / sums["n"]
 
 
 @dataclass
 class ExplainedVariance:
     """Share of each model's variance that its reconstruction explains, over any number of batches.
 
-    Also the median over dimensions: where one dimension holds half of the variance, as in Gemma,
-    the total is mostly about that one.
+    `1 - sum |x - reconstruction|^2 / sum |x - mean|^2`, sums over pairs and dimensions. Also the median over
+    dimensions: where one dimension holds half of the variance, as in Gemma, the total is mostly about that one.
 
     >>> partition = Partition(d_a=1, d_b=1, n_a_exclusive=0, n_b_exclusive=0, n_shared=1)
     >>> metric = ExplainedVariance(partition)
@@ -24,8 +41,11 @@ class ExplainedVariance:
     """
 
     partition: Partition
-    _n: int = 0
-    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _origin: Tensor | None = None
+    _sums: Jackknife = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sums = Jackknife(self._measures)
 
     def update(
         self, acts: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]
@@ -34,31 +54,90 @@ class ExplainedVariance:
         if len(acts) == 0:
             return
         acts = acts.double()
-        if self._n == 0:
+        if self._origin is None:
             # Sums of squares around a fixed first guess: around 0 they cancel where the mean is most of the norm.
-            self._sums = {name: torch.zeros_like(acts[0]) for name in ("x", "xx", "error")}
-            self._sums["origin"] = acts.mean(dim=0)
-        x = acts - self._sums["origin"]
-        self._n += len(acts)
-        self._sums["x"] += x.sum(dim=0)
-        self._sums["xx"] += x.pow(2).sum(dim=0)
-        self._sums["error"] += (acts - reconstruction).pow(2).sum(dim=0)
+            self._origin = acts.mean(dim=0)
+        error = (acts - reconstruction).pow(2).sum(dim=0)
+        self._sums.update({**moments(acts - self._origin), "error": error})
 
     def compute(self) -> dict[str, float]:
-        """`explained_variance/a`, `…/b`, and `explained_variance_median/a`, `…/b` over dimensions.
+        """`explained_variance/a`, `…/b`, and `explained_variance_median/a`, `…/b` over dimensions; each with its `/se`.
 
         Raises:
             ValueError: No batch was counted.
         """
-        if self._n == 0:
-            raise ValueError("No pair was evaluated, so no variance is known. Give more text.")
-        variance = self._sums["xx"] - self._sums["x"].pow(2) / self._n
+        return self._sums.compute()
+
+    def _measures(self, sums: Sums) -> dict[str, float]:
+        variance = squared_deviations(sums)
         result: dict[str, float] = {}
         for model, inputs in self.partition.models.items():
-            error, total = self._sums["error"][inputs], variance[inputs]
+            error, total = sums["error"][inputs], variance[inputs]
             result[f"explained_variance/{model}"] = (1 - error.sum() / total.sum()).item()
             varies = total > 0
             result[f"explained_variance_median/{model}"] = (
                 (1 - error[varies] / total[varies]).median().item()
             )
         return result
+
+
+@dataclass
+class ReconstructionByRow:
+    """How near each pair's reconstruction is, in length and direction, averaged over pairs.
+
+    - `mse/m`: squared L2 norm of the error, summed over the model's dimensions, in the normalised units of training
+      (the raw error times the model's `input_scale`). There, by default, each model's total variance is
+      `(d_a + d_b) / 2`, so both models' figures compare, and with the training loss.
+    - `cosine/m`: cosine of `reconstruction - centre` and `x - centre`.
+    - `norm_ratio/m`: `|reconstruction - centre| / |x - centre|`; below 1 the reconstruction shrinks.
+
+    Around 0 the last two would be near 1 for any reconstruction: the mean is 94 % of the squared norm in Gemma.
+
+    Args:
+        partition: Says which columns are whose.
+        centre: Mean of the raw activations, known beforehand so that one pass is enough: of other text, or the
+            crosscoder's `b_dec`, which is about that.
+        input_scale: The crosscoder's `input_scale`.
+
+    >>> partition = Partition(d_a=1, d_b=2, n_a_exclusive=0, n_b_exclusive=0, n_shared=1)
+    >>> metric = ReconstructionByRow(partition, centre=torch.ones(3), input_scale=torch.tensor([10.0, 1.0]))
+    >>> metric.update(torch.tensor([[3.0, 1.0, 5.0]]), torch.tensor([[2.0, 1.0, -1.0]]))
+    >>> metric.compute()
+    {'mse/a': 100.0, 'cosine/a': 1.0, 'norm_ratio/a': 0.5, 'mse/b': 36.0, 'cosine/b': -1.0, 'norm_ratio/b': 0.5}
+    """
+
+    partition: Partition
+    centre: Float[Tensor, " d_in"]
+    input_scale: Float[Tensor, "2"]
+    _sums: Jackknife = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sums = Jackknife(
+            lambda sums: {k: (x / sums["n"]).item() for k, x in sums.items() if k != "n"}
+        )
+
+    def update(
+        self, acts: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]
+    ) -> None:
+        """Count a batch of raw activations and their reconstruction in."""
+        if len(acts) == 0:
+            return
+        centre = self.centre.to(acts.device).double()
+        x, y = acts.double() - centre, reconstruction.double() - centre
+        sums = {"n": torch.tensor(float(len(acts)), dtype=torch.double, device=acts.device)}
+        for scale, (model, where) in zip(
+            self.input_scale.double().tolist(), self.partition.models.items(), strict=True
+        ):
+            x_m, y_m = x[:, where], y[:, where]
+            sums[f"mse/{model}"] = (scale * (y_m - x_m)).pow(2).sum()
+            sums[f"cosine/{model}"] = cosine_similarity(x_m, y_m).sum()
+            sums[f"norm_ratio/{model}"] = (y_m.norm(dim=-1) / x_m.norm(dim=-1)).sum()
+        self._sums.update(sums)
+
+    def compute(self) -> dict[str, float]:
+        """`mse/m`, `cosine/m` and `norm_ratio/m` of each model; each with its `/se`.
+
+        Raises:
+            ValueError: No batch was counted.
+        """
+        return self._sums.compute()
