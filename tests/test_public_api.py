@@ -21,6 +21,7 @@ LAYERS = [
     "steering",
     "pair",
     "generate",
+    "judge",
     "sources",
     "contexts",
     "norms",
