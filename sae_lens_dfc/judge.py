@@ -76,7 +76,9 @@ def parse_similarity(answer: str) -> int:
     """
     said = re.sub(r"<think>.*?(</think>|\Z)", " ", answer, flags=re.DOTALL)
     said = re.sub(r"\s*(/|out of)\s*5(?:\.0)?\b(?![.,]?\d)", " ", said)
-    named = re.findall(r"similarity[^\w\n]*(?:is|of|rating|score)?[^\w\n]*(-?\d[\d.,]*)", said, re.I)
+    named = re.findall(
+        r"similarity[^\w\n]*(?:is|of|rating|score)?[^\w\n]*(-?\d[\d.,]*)", said, re.I
+    )
     numbers = named[-1:] or re.findall(r"-?\d[\d.,]*", said)
     values = {number.rstrip(".,") for number in numbers}
     if len(values) != 1 or not re.fullmatch("[1-5]", value := values.pop()):

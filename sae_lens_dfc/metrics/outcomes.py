@@ -33,11 +33,16 @@ def common_outcomes(a: HookedModel, b: HookedModel) -> tuple[Outcomes, Outcomes]
     the rest: they say nothing that could be compared.
     """
     texts_a, texts_b = token_texts(a), token_texts(b)
-    shared = {text: i for i, text in enumerate(sorted(set(texts_a.values()) & set(texts_b.values())))}
+    shared = {
+        text: i for i, text in enumerate(sorted(set(texts_a.values()) & set(texts_b.values())))
+    }
 
     def one(texts: dict[int, str]) -> Outcomes:
         known = {token: shared[text] for token, text in texts.items() if text in shared}
-        tokens, outcomes = torch.tensor(list(known)).long(), torch.tensor(list(known.values())).long()
+        tokens, outcomes = (
+            torch.tensor(list(known)).long(),
+            torch.tensor(list(known.values())).long(),
+        )
         return Outcomes(tokens, outcomes, len(shared) + 1)
 
     return one(texts_a), one(texts_b)
