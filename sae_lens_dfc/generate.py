@@ -3,12 +3,14 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -17,13 +19,41 @@ from sae_lens_dfc.chat import n_leading_bos, render_chat
 from sae_lens_dfc.models import HookedModel, ModelConfig
 from sae_lens_dfc.output import replaced
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.steering import added, changed
 from sae_lens_dfc.texts import clean, load_texts
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class GenerateOptions:
+@dataclass(kw_only=True)
+class Sampling:
+    """How a model's tokens are drawn.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    max_new_tokens: int = 128
+    """Tokens after which an answer is cut."""
+    temperature: float = 1.0
+    """How freely tokens are drawn; 0 takes the likeliest."""
+    top_p: float = 1.0
+    """Tokens are drawn from the likeliest that have this much probability together; 1 takes all."""
+    batch_size: int = 16
+    """Prompts answered at a time; HookedTransformer answers one at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or above, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(Sampling):
     """Write both models' answers to each prompt of a data set, as text to train a delta crosscoder on.
 
     Raises:
@@ -42,24 +72,15 @@ class GenerateOptions:
     """Column that holds the prompts."""
     n_prompts: int | None = None
     """At most so many prompts; none takes all."""
-    max_new_tokens: int = 128
-    """Tokens after which an answer is cut."""
-    temperature: float = 1.0
-    """How freely tokens are drawn; 0 takes the likeliest."""
     seed: int = 42
     """Seed of the draws; the same one gives the same answers in batches of the same size."""
-    batch_size: int = 16
-    """Prompts answered at a time; HookedTransformer answers one at a time."""
     overwrite: bool = False
     """Replace the output file."""
 
     def __post_init__(self) -> None:
-        for name in ("n_prompts", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 or above, got {self.temperature}.")
+        super().__post_init__()
+        if self.n_prompts is not None and self.n_prompts < 1:
+            raise ValueError(f"n_prompts must be at least 1, got {self.n_prompts}.")
         if Path(self.output).suffix != ".jsonl":
             raise ValueError(f"output must be a .jsonl file, got {self.output!r}. Name one.")
 
@@ -143,7 +164,11 @@ def prompt_ids(model: HookedModel, prompt: str) -> list[int]:
 
 @torch.no_grad()
 def answer(
-    model: HookedModel, prompts: Sequence[list[int]], options: GenerateOptions, seed: int
+    model: HookedModel,
+    prompts: Sequence[list[int]],
+    options: Sampling,
+    seed: int,
+    vectors: Float[Tensor, "_ d_model"] | None = None,
 ) -> list[str]:
     """The model's answer to each prompt, as text without special tokens.
 
@@ -152,6 +177,7 @@ def answer(
         prompts: Token ids of each prompt, see `prompt_ids`.
         options: Length, temperature and batch size.
         seed: Seed of the draws.
+        vectors: Added at every position of a prompt and its answer (`steering.added`), one for each prompt.
 
     Raises:
         ValueError: A HookedTransformer's tokenizer has no padding token.
@@ -169,7 +195,12 @@ def answer(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for i in range(0, len(prompts), size):
-            for ids in _new_tokens(model, prompts[i : i + size], options, stops):
+            steered = nullcontext()
+            if vectors is not None:
+                steered = changed(model, added(vectors[i : i + size]))
+            with steered:
+                new = _new_tokens(model, prompts[i : i + size], options, stops)
+            for ids in new:
                 end = next((n for n, token in enumerate(ids) if token in stops), len(ids))
                 answers.append(_decoded(model, ids[:end]))
     return answers
@@ -198,7 +229,7 @@ def _takes_padding(model: HookedModel) -> bool:
 
 
 def _new_tokens(
-    model: HookedModel, prompts: Sequence[list[int]], options: GenerateOptions, stops: list[int]
+    model: HookedModel, prompts: Sequence[list[int]], options: Sampling, stops: list[int]
 ) -> list[list[int]]:
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -215,6 +246,7 @@ def _new_tokens(
         eos_token_id=stops,  # type: ignore[arg-type]
         do_sample=options.temperature > 0,
         temperature=options.temperature or 1.0,
+        top_p=options.top_p if options.top_p < 1 else None,
         return_type="tokens",
         verbose=False,
         **padding,

@@ -1,7 +1,7 @@
 """Changing what a model computes at its hook, with hooks that leave when their block ends."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float, Int
@@ -32,18 +32,43 @@ def changed(model: HookedModel, change: Change) -> Iterator[None]:
         yield
 
 
+def added(vectors: Float[Tensor, "*batch d_model"]) -> Change:
+    """Add a direction to the activations at every token position, as in arXiv 2602.11729, appendix B.4.3.
+
+    A vector of zeros changes no bit of what the model computes.
+
+    Args:
+        vectors: One vector for all texts, or one for each text of a batch.
+
+    >>> change = added(torch.tensor([[0.0, 0.0], [1.0, -1.0]]))
+    >>> change(torch.ones(2, 3, 2))[:, 0]
+    tensor([[1., 1.],
+            [2., 0.]])
+    """
+    return lambda acts: acts + vectors.to(acts.device).unsqueeze(-2)
+
+
 @torch.no_grad()
 def logits(
-    model: HookedModel, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch pos d_vocab"]:
+    model: HookedModel,
+    ids: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    positions: Sequence[int] | None = None,
+) -> Float[Tensor, "batch _ d_vocab"]:
     """Next-token logits of a whole forward pass, with whatever hooks the model has now.
 
     Args:
         model: The model.
         ids: Token ids, padded on the right.
         mask: 1 for a token, 0 for padding.
+        positions: Positions whose logits are wanted; the others' are not computed. None gives all.
     """
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.autocast):
+    # By a hook, since TransformerLens' two classes have no argument for it in common.
+    kept = nullcontext()
+    if positions is not None:
+        where = list(positions)
+        kept = model.model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: x[:, where])])  # noqa: ARG005
+    with kept, torch.autocast(model.device.type, torch.bfloat16, enabled=model.autocast):
         return model.model(
             ids.to(model.device), attention_mask=mask.to(model.device), return_type="logits"
         )

@@ -14,6 +14,7 @@ from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.chat import chat_segments, contrastive_documents
 from sae_lens_dfc.generate import (
     GenerateOptions,
+    Sampling,
     answer,
     contrastive_rows,
     generate,
@@ -203,3 +204,17 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
     with pytest.raises(ValueError, match=message):
         generate(options(**changes))
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_a_tiny_top_p_leaves_only_the_likeliest_token(model: HookedModel) -> None:
+    prompts = [prompt_ids(model, prompt) for prompt in PROMPTS]
+    greedy = answer(model, prompts, Sampling(max_new_tokens=8, temperature=0), seed=0)
+    drawn = Sampling(max_new_tokens=8, top_p=1e-6)
+    assert answer(model, prompts, drawn, seed=0) == greedy
+    assert answer(model, prompts, Sampling(max_new_tokens=8), seed=0) != greedy
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.5])
+def test_top_p_is_a_probability(top_p: float) -> None:
+    with pytest.raises(ValueError, match="top_p must be above 0 and at most 1, got"):
+        Sampling(top_p=top_p)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_lens_dfc.generate import Sampling, answer
 from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
-from sae_lens_dfc.steering import changed, logits
+from sae_lens_dfc.steering import added, changed, logits
 
 IDS = torch.tensor([[0, 5, 9, 40], [0, 7, 3, 3]])
 MASK = torch.ones_like(IDS)
@@ -76,3 +77,48 @@ def test_compatibility_mode_calls_a_change_once(llama_config: ModelConfig) -> No
     with changed(model, lambda acts: calls.append(twice) or acts):  # type: ignore[func-returns-value]
         logits(model, IDS, MASK)
     assert len(calls) == 1
+
+
+def test_a_strength_of_zero_leaves_the_logits_bit_equal(model: HookedModel) -> None:
+    before = logits(model, IDS, MASK)
+    direction = torch.randn(model.d_model)
+    with changed(model, added(0.0 * direction)):
+        assert torch.equal(logits(model, IDS, MASK), before)
+    with changed(model, added(torch.stack([0.0 * direction, direction]))):
+        after = logits(model, IDS, MASK)
+    assert torch.equal(after[0], before[0])
+    assert not torch.allclose(after[1], before[1])
+
+
+def test_a_direction_is_added_at_every_position(model: HookedModel) -> None:
+    direction = torch.arange(model.d_model).float()
+    acts = model.activations(IDS, MASK)
+    with changed(model, added(direction)):
+        torch.testing.assert_close(model.activations(IDS, MASK), acts + direction)
+
+
+def test_logits_at_some_positions_are_those_of_all(model: HookedModel) -> None:
+    full = logits(model, IDS, MASK)
+    some = logits(model, IDS, MASK, positions=[3, 1])
+    torch.testing.assert_close(some, full[:, [3, 1]])
+    assert logits(model, IDS, MASK).shape == full.shape
+
+
+def test_steering_acts_on_each_new_token_too(model: HookedModel) -> None:
+    model.tokenizer.pad_token = "<s>"
+    prompts = [[0, 5, 9, 40], [0, 7, 3, 3]]
+    # Without a cache, step by step:
+    vectors = torch.randn(2, model.d_model, generator=torch.Generator().manual_seed(0)) * 3
+    expected: list[str] = []
+    for ids, vector in zip(prompts, vectors, strict=True):
+        read = list(ids)
+        with changed(model, added(vector)):
+            for _ in range(6):
+                row = torch.tensor([read])
+                read.append(int(logits(model, row, torch.ones_like(row))[0, -1].argmax()))
+        expected.append(str(model.tokenizer.decode(read[4:], skip_special_tokens=True)))
+    greedy = Sampling(max_new_tokens=6, temperature=0)
+    assert answer(model, prompts, greedy, seed=0, vectors=vectors) == expected
+    assert answer(model, prompts, greedy, seed=0) != expected
+    unsteered = answer(model, prompts, greedy, seed=0)
+    assert answer(model, prompts, greedy, seed=0, vectors=0 * vectors) == unsteered

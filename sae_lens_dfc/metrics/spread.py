@@ -1,7 +1,9 @@
 """The spread of a measure over stretches of the text it was measured on."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -101,3 +103,22 @@ class Jackknife:
 
 def _tensor(x: float | Tensor) -> Tensor:
     return torch.as_tensor(x, dtype=torch.double)
+
+
+def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean of independent values, and under its name with `/se` its standard error where there are two or more.
+
+    `s / sqrt(n)`, with `s` the standard deviation of a sample (divided by n - 1).
+
+    Raises:
+        ValueError: There is no value.
+
+    >>> mean_and_error("score", [1.0, 3.0])
+    {'score': 2.0, 'score/se': 1.0}
+    """
+    if not values:
+        raise ValueError(f"There is no value of {name}, so it has no mean.")
+    mean = fmean(values)
+    if len(values) < 2:
+        return {name: mean}
+    return {name: mean, name + SE: stdev(values) / math.sqrt(len(values))}

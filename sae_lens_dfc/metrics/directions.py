@@ -1,0 +1,90 @@
+"""What latents add to two models that are steered with them, and the random directions beside them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lens_dfc.pair import ModelPair
+
+T = TypeVar("T")
+
+PROMPTS = ("What's on your mind?", "What do you want to talk about?", "Tell me something")
+"""Open questions, which a steered model may answer with anything (arXiv 2602.11729, section 3.2.2)."""
+RANDOM = "random"
+"""The group of the control directions."""
+
+
+class Directions(NamedTuple):
+    """What a latent adds to each model at strength 1: its direction there, times its largest activation."""
+
+    a: Float[Tensor, " d_a"]
+    """In raw units of A's activations."""
+    b: Float[Tensor, " d_b"]
+    """In raw units of B's; for a latent that has no direction there, A's moved by the matrix of an affine map, no bias."""
+    source: Literal["a", "b"] = "a"
+    """The model that the latent is from; whether the other one follows it is the question."""
+
+
+def check_directions(
+    pair: ModelPair, directions: Mapping[int, Directions], groups: Mapping[int, str]
+) -> None:
+    """Refuse directions that these models cannot be steered with.
+
+    Raises:
+        ValueError: There is no latent, one has no group, or a direction has another width than its model, is not finite,
+            or is zero in its source model.
+    """
+    if not directions:
+        raise ValueError("There is no latent to steer with. Give directions of at least one.")
+    for latent, given in directions.items():
+        if latent not in groups or groups[latent] == RANDOM:
+            raise ValueError(
+                f"Latent {latent} needs a group other than {RANDOM!r}, such as its partition's name; "
+                f"got {groups.get(latent)!r}. Name one in groups."
+            )
+        for name, model, vector in (("a", pair.a, given.a), ("b", pair.b, given.b)):
+            if vector.shape != (model.d_model,) or not vector.isfinite().all():
+                raise ValueError(
+                    f"Latent {latent}'s direction in model {name} must be {model.d_model} finite numbers; got shape "
+                    f"{tuple(vector.shape)}. Give the row of W_dec that belongs to the model, or its mapped direction."
+                )
+        if not (given.a if given.source == "a" else given.b).any():
+            raise ValueError(
+                f"Latent {latent}'s direction in its source model {given.source} is zero: it does not fire, or has no "
+                "decoder there. Leave it out, or name the other model as its source."
+            )
+
+
+def random_directions(like: Sequence[Directions], n: int, seed: int) -> list[Directions]:
+    """Pairs of unrelated directions, uniform over all, as long in each model as those of the latents taken in turn.
+
+    >>> given = [Directions(torch.tensor([3.0, 4.0]), torch.tensor([2.0]))]
+    >>> [control] = random_directions(given, n=1, seed=0)
+    >>> round(control.a.norm().item(), 3), round(control.b.norm().item(), 3)
+    (5.0, 2.0)
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(vector: Tensor) -> Float[Tensor, " d_model"]:
+        drawn = torch.randn(vector.shape, generator=generator)
+        return drawn / drawn.norm() * vector.float().norm().cpu()
+
+    taken = [like[i * len(like) // n] for i in range(n)]
+    return [Directions(one(d.a), one(d.b), d.source) for d in taken]
+
+
+def by_group(
+    latents: Mapping[int, T], groups: Mapping[int, str], random: Sequence[T]
+) -> dict[str, list[T]]:
+    """What was found of the latents of each group, in order, and of the random directions, where there are any.
+
+    >>> by_group({4: "x", 7: "y", 9: "z"}, {4: "shared", 7: "a_exclusive", 9: "shared"}, ["r"])
+    {'shared': ['x', 'z'], 'a_exclusive': ['y'], 'random': ['r']}
+    """
+    members: dict[str, list[T]] = {}
+    for latent, value in latents.items():
+        members.setdefault(groups[latent], []).append(value)
+    return {**members, RANDOM: list(random)} if random else members

@@ -1,0 +1,107 @@
+"""What a model may say next, in words that two models of different vocabularies have in common."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lens_dfc.generate import stop_ids
+from sae_lens_dfc.models import HookedModel
+
+END = "\ue000end"
+"""Stands for the end of an answer, whichever token ends it in a model."""
+_ANCHOR = "a"
+
+
+class Outcomes(NamedTuple):
+    """Which of one model's tokens are which of the outcomes common to two models."""
+
+    tokens: Int[Tensor, " n"]
+    """Tokens whose text the other model's vocabulary has too."""
+    outcomes: Int[Tensor, " n"]
+    """Each one's outcome, below `n_outcomes - 1`, which is the one for all other tokens."""
+    n_outcomes: int
+    """Number of outcomes; the same for both models."""
+
+
+def common_outcomes(a: HookedModel, b: HookedModel) -> tuple[Outcomes, Outcomes]:
+    """The outcomes of A's and of B's next token: each text that is a token in both, an answer's end, and the rest.
+
+    Each vocabulary is decoded once. Tokens that are part of a character, and special ones that end no answer, are of
+    the rest: they say nothing that could be compared.
+    """
+    texts_a, texts_b = token_texts(a), token_texts(b)
+    shared = {
+        text: i for i, text in enumerate(sorted(set(texts_a.values()) & set(texts_b.values())))
+    }
+
+    def one(texts: dict[int, str]) -> Outcomes:
+        known = {token: shared[text] for token, text in texts.items() if text in shared}
+        tokens, outcomes = (
+            torch.tensor(list(known)).long(),
+            torch.tensor(list(known.values())).long(),
+        )
+        return Outcomes(tokens, outcomes, len(shared) + 1)
+
+    return one(texts_a), one(texts_b)
+
+
+def token_texts(model: HookedModel) -> dict[int, str]:
+    """The text that each token adds to a text, `END` for those that end an answer; without those that add no text.
+
+    Tokens are decoded after a letter, since some tokenizers drop the space of a token that comes first.
+    """
+    tokenizer = model.tokenizer
+    anchor: int = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"][-1]  # type: ignore[index]
+    n = min(len(tokenizer), int(model.model.cfg.d_vocab))
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    start, *decoded = backend.decode_batch(
+        [[anchor], *([anchor, i] for i in range(n))], skip_special_tokens=False
+    )
+    added = tokenizer.added_tokens_decoder
+    texts = {
+        i: text[len(start) :]
+        for i, text in enumerate(decoded)
+        if text.startswith(start) and len(text) > len(start) and "\ufffd" not in text
+        if i not in added or not added[i].special
+    }
+    return {**texts, **dict.fromkeys(stop_ids(model), END)}
+
+
+def outcome_probabilities(
+    logits: Float[Tensor, "*batch d_vocab"], outcomes: Outcomes
+) -> Float[Tensor, "*batch n_outcomes"]:
+    """Probability of each outcome: `softmax(logits)`, summed over the tokens of an outcome; the last is the rest's.
+
+    >>> two = Outcomes(torch.tensor([0, 2]), torch.tensor([1, 0]), n_outcomes=3)
+    >>> outcome_probabilities(torch.tensor([0.5, 0.2, 0.1, 0.2]).log(), two)
+    tensor([0.1000, 0.5000, 0.4000], dtype=torch.float64)
+    """
+    logits = logits.float()
+    tokens, where = outcomes.tokens.to(logits.device), outcomes.outcomes.to(logits.device)
+    # Of a large vocabulary only what both have is worth keeping.
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    known = (logits[..., tokens] - total).double().exp()
+    empty = known.new_zeros(*logits.shape[:-1], outcomes.n_outcomes)
+    probabilities = empty.index_add(-1, where, known)
+    probabilities[..., -1] = (1 - known.sum(dim=-1)).clamp(min=0)
+    return probabilities
+
+
+def jensen_shannon(
+    p: Float[Tensor, "*batch n"], q: Float[Tensor, "*batch n"]
+) -> Float[Tensor, "*batch"]:
+    """Jensen-Shannon divergence in bits: `KL(p || m) / 2 + KL(q || m) / 2` with `m = (p + q) / 2`; from 0 to 1.
+
+    Lin 1991, "Divergence measures based on the Shannon entropy"; 0 where both are equal, 1 where nothing is
+    likely in both.
+
+    >>> jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    tensor(1.)
+    """
+    m = (p + q) / 2
+    halves = (torch.special.xlogy(x, x) - torch.special.xlogy(x, m) for x in (p, q))
+    nats = sum(half.sum(dim=-1) for half in halves) / 2
+    return (nats / math.log(2)).clamp(min=0, max=1)
