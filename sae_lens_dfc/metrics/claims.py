@@ -10,14 +10,12 @@ from torch import Tensor
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
-from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms
+from sae_lens_dfc.metrics.exclusivity import ONE_SIDED, relative_decoder_norms
 from sae_lens_dfc.metrics.scaling import owned_by_a
 from sae_lens_dfc.metrics.significance import benjamini_hochberg, empirical_p
 from sae_lens_dfc.metrics.span import explained_by_few
 from sae_lens_dfc.metrics.spread import Estimate
 
-ONE_SIDED = 0.8
-"""Relative decoder norm above which (or, for B, below 1 - which) a latent counts as exclusive (arXiv 2602.11729, section 2.3)."""
 TWO_SIDED = 0.7
 """Relative decoder norm below which (and above 1 - which) a latent is without doubt in both models."""
 MAX_NU_ERROR = 0.2

@@ -7,6 +7,8 @@ from torch import Tensor
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 
 N_BINS = 20
+ONE_SIDED = 0.8
+"""Relative decoder norm above which (or, for B, below 1 - which) a latent counts as exclusive (arXiv 2602.11729, section 2.3)."""
 MIN_COSINE = 0.8
 """Cosine of two directions above which they are one (arXiv 2602.11729, section 2.3)."""
 
@@ -22,7 +24,11 @@ def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " d_sae"]:
 
 
 def decoder_metrics(crosscoder: Crosscoder) -> dict[str, float]:
-    """Number of latents by partition, median and extremes of the shared ones' relative decoder norm, and the leak."""
+    """Number of latents by partition, the leak, and how the shared latents' decoders share out between the models.
+
+    `relative_decoder_norm/…`: median and extremes, and the shares that are one-sided (`one_sided_a` above 0.8, `one_sided_b` below
+    0.2) or even (`even`, from 0.4 to 0.6).
+    """
     shared = relative_decoder_norms(crosscoder)[crosscoder.partition.slices["shared"]]
     result: dict[str, float] = {
         f"latents/{n}": size for n, size in crosscoder.partition.sizes.items()
@@ -32,6 +38,13 @@ def decoder_metrics(crosscoder: Crosscoder) -> dict[str, float]:
         result["relative_decoder_norm/median"] = shared.median().item()
         result["relative_decoder_norm/min"] = shared.min().item()
         result["relative_decoder_norm/max"] = shared.max().item()
+        bins = {
+            "one_sided_a": shared > ONE_SIDED,
+            "one_sided_b": shared < 1 - ONE_SIDED,
+            "even": (shared >= 0.4) & (shared <= 0.6),
+        }
+        for name, inside in bins.items():
+            result[f"relative_decoder_norm/{name}"] = inside.double().mean().item()
     return result
 
 

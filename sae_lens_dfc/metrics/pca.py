@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.metrics.moments import PairMoments
 
 
 @dataclass(frozen=True)
@@ -29,25 +30,17 @@ class JointPCA:
             acts: Batches of raw activations.
             partition: Says which columns are whose.
             k: Number of components.
+
+        Raises:
+            ValueError: There are no activations.
         """
-        n, total, outer = 0, 0.0, 0.0
-        origin: Tensor | None = None
-        for batch in tqdm(acts, "Principal components", leave=False):
-            if len(batch) == 0:
-                continue
-            x = batch.double()
-            origin = x.mean(dim=0) if origin is None else origin
-            x = x - origin
-            n, total, outer = n + len(x), total + x.sum(dim=0), outer + x.T @ x
-        if origin is None or not isinstance(total, Tensor) or not isinstance(outer, Tensor):
-            raise ValueError("No activations to fit principal components on. Give more text.")
-        centre = total / n
-        covariance = outer / n - torch.outer(centre, centre)
+        moments = PairMoments.of(tqdm(acts, "Principal components", leave=False))
+        centre, covariance = moments.mean, moments.covariance
         scale = torch.ones_like(centre)
         for inputs in partition.models.values():
             scale[inputs] = covariance.diagonal()[inputs].sum().rsqrt()
         _, vectors = torch.linalg.eigh(covariance * scale[:, None] * scale)
-        return cls((origin + centre).float(), scale.float(), vectors[:, -k:].T.float())
+        return cls(centre.float(), scale.float(), vectors[:, -k:].T.float())
 
     def reconstruct(self, acts: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """Raw activations rebuilt from the components alone."""

@@ -11,10 +11,8 @@ from torch.nn.functional import normalize
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED, Partition
-from sae_lens_dfc.metrics.exclusivity import MIN_COSINE, relative_decoder_norms
+from sae_lens_dfc.metrics.exclusivity import MIN_COSINE, ONE_SIDED, relative_decoder_norms
 
-ONE_SIDED = 0.8
-"""Relative decoder norm above which (or, for B, below 1 - which) a latent counts as exclusive (the same)."""
 N_DECILES = 10
 
 
