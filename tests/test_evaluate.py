@@ -15,8 +15,8 @@ from tests.helpers import make_acts, make_dfc, train_steps
 def test_batches_of_any_size_give_the_same_measures() -> None:
     acts = make_acts(60, 12)
     crosscoder = train_steps(make_dfc(), acts).to_inference()
-    whole, _ = evaluate(crosscoder, [acts])
-    parts, _ = evaluate(crosscoder, [acts[:0], *acts.split(7)])
+    whole, *_ = evaluate(crosscoder, [acts])
+    parts, *_ = evaluate(crosscoder, [acts[:0], *acts.split(7)])
     assert {k: v for k, v in parts.items() if not k.endswith(SE)} == pytest.approx(whole)
     assert whole["pairs_evaluated"] == 60
 
@@ -29,7 +29,7 @@ def test_an_empty_batch_in_front_changes_no_measure_of_principal_components() ->
 
 
 def test_measures_have_the_names_that_others_rely_on() -> None:
-    metrics, _ = evaluate(make_dfc().to_inference(), [make_acts(20, 12)])
+    metrics, *_ = evaluate(make_dfc().to_inference(), [make_acts(20, 12)])
     assert {
         "explained_variance/a",
         "explained_variance/b",
@@ -53,7 +53,7 @@ def test_no_activation_is_an_error_not_a_measure() -> None:
 def test_saelens_evaluator_measures_the_form_that_will_be_saved() -> None:
     acts = make_acts(60, 12)
     crosscoder = train_steps(make_dfc(), acts)
-    expected, _ = evaluate(crosscoder.to_inference(), [acts])
+    expected, *_ = evaluate(crosscoder.to_inference(), [acts])
     measured = HeldOutEvaluator([acts])(crosscoder, iter([]), ActivationScaler())
     assert measured == {f"held_out/{name}": value for name, value in expected.items()}
 

@@ -1,8 +1,9 @@
 """Which latents are called exclusive, and on what evidence: an exclusive partition is filled whatever the models are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.stats import t as student
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
-from sae_lens_dfc.metrics.exclusivity import ONE_SIDED, relative_decoder_norms
+from sae_lens_dfc.metrics.exclusivity import ONE_SIDED, quantiles, relative_decoder_norms
 from sae_lens_dfc.metrics.scaling import owned_by_a
 from sae_lens_dfc.metrics.significance import benjamini_hochberg, empirical_p
 from sae_lens_dfc.metrics.span import explained_by_few
@@ -70,7 +71,7 @@ class LatentEvidence(NamedTuple):
 def latent_evidence(
     crosscoder: Crosscoder,
     directions: Float[Tensor, "d_sae d_in"],
-    scaling: dict[str, Estimate],
+    scaling: Mapping[str, Mapping[str, Estimate]],
     transfer: dict[str, Float[Tensor, " d_sae"]],
 ) -> LatentEvidence:
     """The evidence of each latent, and which are called exclusive.
@@ -79,14 +80,14 @@ def latent_evidence(
     candidates of the run (Benjamini & Hochberg on the larger of the two p-values):
 
     - `nu_error` is within 0.2 of 0 and `nu_reconstruction` within 0.5 (Minder et al.'s limits), beyond their standard
-      error: the target has its direction neither in its error nor in its reconstruction;
+      error: the target has its direction neither in its error nor in its reconstruction, whichever way it is moved there;
     - the target tells its firing worse than that of nearly all latents that both models have: the p-value is
       the share of those, in the same crosscoder, whose ROC-AUC is as low.
 
     Args:
         crosscoder: The saved crosscoder.
         directions: Each latent's direction in both models; see `scaling.directions`.
-        scaling: `LatentScaling.estimates()`.
+        scaling: `LatentScaling.estimates()`, of each way to move directions.
         transfer: `Transfer.compute()`.
     """
     relative = relative_decoder_norms(crosscoder)
@@ -95,7 +96,10 @@ def latent_evidence(
     firings = transfer["firings"].long()
     judged = is_candidate & (firings >= MIN_FIRINGS)
     reference = is_two_sided & (firings >= MIN_FIRINGS)
-    error, reconstruction = scaling["nu_error"], scaling["nu_reconstruction"]
+    error, reconstruction = (
+        _largest([way[name] for way in scaling.values()])
+        for name in ("nu_error", "nu_reconstruction")
+    )
     p_scaling = torch.maximum(
         p_near_zero(error, MAX_NU_ERROR), p_near_zero(reconstruction, MAX_NU_RECONSTRUCTION)
     )
@@ -121,6 +125,73 @@ def latent_evidence(
         q=q.float(),
         is_exclusive=q <= MAX_FALSE_DISCOVERIES,
     )
+
+
+def _largest(ways: Sequence[Estimate]) -> Estimate:
+    """Of several estimates of each latent the one furthest from 0: what speaks most against its being exclusive."""
+    largest = ways[0]
+    for other in ways[1:]:
+        further = other.value.abs() > largest.value.abs()
+        value, se = (
+            torch.where(further, x, y)
+            for x, y in ((other.value, largest.value), (other.se, largest.se))
+        )
+        largest = Estimate(value, se, min(other.degrees, largest.degrees))
+    return largest
+
+
+def oriented(evidence: LatentEvidence) -> dict[str, Float[Tensor, " d_sae"]]:
+    """The measures of each latent, turned so that larger is more exclusive."""
+    return {
+        "relative_decoder_norm": (2 * evidence.relative_decoder_norm - 1).abs(),
+        "latent_scaling/nu_error": -evidence.nu_error.abs(),
+        "latent_scaling/nu_reconstruction": -evidence.nu_reconstruction.abs(),
+        "transfer/auc": -evidence.auc,
+        "transfer/r2": -evidence.r2,
+        "transfer/span": -evidence.span,
+    }
+
+
+def ranking(evidence: LatentEvidence) -> Int[Tensor, " n"]:
+    """Latents that fire often enough, those with the most evidence of being exclusive first.
+
+    Candidates by their p-value, and where it is the same by how ill the target tells their firing; then the others by how
+    one-sided their decoder norms are.
+    """
+    p = torch.maximum(evidence.p_scaling, evidence.p_transfer)
+    one_sided = (2 * evidence.relative_decoder_norm - 1).abs()
+    first = torch.where(evidence.is_candidate, p, 2 - one_sided)
+    second = torch.where(evidence.is_candidate, evidence.auc.nan_to_num(1.0), 0)
+    order = torch.from_numpy(np.lexsort((second.cpu().numpy(), first.cpu().numpy())))
+    return order[(evidence.firings >= MIN_FIRINGS).cpu()[order]]
+
+
+def claim_metrics(evidence: LatentEvidence) -> dict[str, float]:
+    """Each measure's median and quantiles over the candidates of each model and the two-sided latents, and the calls.
+
+    `latent_scaling/nu_error/GROUP` and so on; `exclusive/judged/GROUP`, how many candidates fire often enough;
+    `exclusive/scaling/GROUP` and `exclusive/transfer/GROUP`, how many pass either test alone, at p <= 0.05 each;
+    `exclusive/called/GROUP`, how many are called exclusive; `exclusive/called_share`, their share of all latents.
+    """
+    values = {
+        "latent_scaling/nu_error": evidence.nu_error,
+        "latent_scaling/nu_reconstruction": evidence.nu_reconstruction,
+        "transfer/auc": evidence.auc,
+        "transfer/r2": evidence.r2,
+        "transfer/span": evidence.span,
+    }
+    result: dict[str, float] = {}
+    for group, latents in evidence.groups.items():
+        for name, value in values.items():
+            result |= quantiles(f"{name}/{group}", value[latents])
+    for group in (A_EXCLUSIVE, B_EXCLUSIVE):
+        judged = evidence.groups[group]
+        result[f"exclusive/judged/{group}"] = int(judged.sum())
+        for name, p in (("scaling", evidence.p_scaling), ("transfer", evidence.p_transfer)):
+            result[f"exclusive/{name}/{group}"] = int((p[judged] <= 0.05).sum())
+        result[f"exclusive/called/{group}"] = int(evidence.is_exclusive[judged].sum())
+    result["exclusive/called_share"] = evidence.is_exclusive.double().mean().item()
+    return result
 
 
 @torch.no_grad()

@@ -3,8 +3,10 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.metrics.stitching import Stitching
 
 N_BINS = 20
 ONE_SIDED = 0.8
@@ -46,6 +48,41 @@ def decoder_metrics(crosscoder: Crosscoder) -> dict[str, float]:
         for name, inside in bins.items():
             result[f"relative_decoder_norm/{name}"] = inside.double().mean().item()
     return result
+
+
+@torch.no_grad()
+def decoder_cosines(crosscoder: Crosscoder, stitching: Stitching) -> dict[str, float]:
+    """Cosine of each shared latent's decoder in B with its decoder in A moved there, and the reverse: median and quantiles.
+
+    `decoder_cosine/a_to_b` is the median over the shared latents, `/p5` and `/p95` the 5th and 95th percentile. A latent that is
+    one thing in both models is near 1, as far as the map is good.
+    """
+    shared = crosscoder.W_dec[crosscoder.partition.slices["shared"]]
+    if len(shared) == 0:
+        return {}
+    in_a, in_b = (shared[:, m] for m in crosscoder.partition.models.values())
+    cosines = {
+        "a_to_b": cosine_similarity(stitching.direction_to_b(in_a), in_b),
+        "b_to_a": cosine_similarity(stitching.direction_to_a(in_b), in_a),
+    }
+    return {
+        key: value
+        for name, cosine in cosines.items()
+        for key, value in quantiles(f"decoder_cosine/{name}", cosine).items()
+    }
+
+
+def quantiles(name: str, values: Float[Tensor, " n"]) -> dict[str, float]:
+    """The median under the name, the 5th and 95th percentile under `/p5` and `/p95`; nothing where all are NaN.
+
+    >>> quantiles("x", torch.arange(101.0))
+    {'x': 50.0, 'x/p5': 5.0, 'x/p95': 95.0}
+    """
+    known = values[~values.isnan()].double()
+    if len(known) == 0:
+        return {}
+    at = {name: 0.5, f"{name}/p5": 0.05, f"{name}/p95": 0.95}
+    return {key: known.quantile(q).item() for key, q in at.items()}
 
 
 def relative_norm_histogram(crosscoder: Crosscoder) -> dict[str, list[int]]:

@@ -1,0 +1,136 @@
+"""Pairs on which there is nothing to find: what is measured there is how far a measure deceives."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sae_lens_dfc.activations import PairedRows
+from sae_lens_dfc.metrics.claims import LatentEvidence, oriented
+from sae_lens_dfc.metrics.downstream import Order
+from sae_lens_dfc.metrics.significance import share_beyond
+from sae_lens_dfc.models import ModelConfig, load_model
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.pair_data import PairData
+from sae_lens_dfc.segments import Segments
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.training.data import PairedText
+
+NULLS = {
+    "self": "model A twice",
+    "shuffle": "pairs shuffled",
+    "seed": "model A and another initialisation of it",
+}
+
+
+class Case(NamedTuple):
+    """A pair of models with its activations, to train on and to measure."""
+
+    cfg: CrosscoderRunnerConfig
+    pair: ModelPair
+    data: PairData
+    order_b: Order | None = None
+    """Whose B side each row of A is encoded with, where pairs are shuffled."""
+
+
+def null_case(name: str, case: Case, seed_model: ModelConfig | None = None) -> Case:
+    """A pair with nothing to find, of the same text and the same settings.
+
+    - `self`: model A twice, at the positions where A and B pair. Both models have every feature, so what is exclusive
+      is false.
+    - `shuffle`: each row of A with the B side of another, drawn once. The models have nothing in common, so what is
+      shared is false.
+    - `seed`: model A and a model that differs from it in nothing but its initialisation. What is exclusive is what two
+      trainings of one architecture do not share.
+
+    Args:
+        name: One of these.
+        case: The real pair.
+        seed_model: The other initialisation, for `seed`.
+
+    Raises:
+        ValueError: There is no such null, or `seed` has no model, or its width is not A's.
+    """
+    if name not in NULLS:
+        raise ValueError(f"There is no null {name!r}. Choose from {', '.join(NULLS)}.")
+    if name == "seed":
+        return _seed_null(case, seed_model)
+    return {"self": _self_null, "shuffle": _shuffle_null}[name](case)
+
+
+def _self_null(case: Case) -> Case:
+    d_a = case.pair.d_a
+
+    def twice(rows: PairedRows) -> PairedRows:
+        return rows._replace(acts=torch.cat([rows.acts[:, :d_a]] * 2, dim=-1))
+
+    contexts = [Segments(c.ids_a, c.ids_a, c.ends_a, c.ends_a) for c in case.data.contexts]
+    data = _changed(case.data, twice)
+    data.contexts = contexts
+    return Case(_of_one(case, case.cfg.model_a), ModelPair(case.pair.a, case.pair.a), data)
+
+
+def _shuffle_null(case: Case) -> Case:
+    generator = torch.Generator().manual_seed(case.cfg.seed)
+
+    def order(n: int) -> Int[Tensor, " n"]:
+        return torch.randperm(n, generator=generator)
+
+    data, d_a = case.data, case.pair.d_a
+    shuffled = [_shuffled(rows, d_a, order) for rows in (data.training, data.held_out)]
+    return case._replace(data=PairData(*shuffled, data.contexts, {}), order_b=order)
+
+
+def _seed_null(case: Case, seed_model: ModelConfig | None) -> Case:
+    if seed_model is None:
+        raise ValueError(
+            "The null 'seed' needs a model that differs from model A in nothing but its initialisation. Name it with "
+            "--seed-model."
+        )
+    pair = ModelPair(case.pair.a, load_model(seed_model))
+    if pair.d_b != pair.d_a or pair.b.n_layers != pair.a.n_layers:
+        raise ValueError(
+            f"Model {pair.b.name!r} has {pair.b.n_layers} layers of width {pair.d_b}, model A ({pair.a.name!r}) "
+            f"{pair.a.n_layers} of {pair.d_a}: not another initialisation of it."
+        )
+    cfg = _of_one(case, seed_model)
+    return Case(cfg, pair, PairData.collect(PairedText(cfg, pair), f"Null, {NULLS['seed']}"))
+
+
+def _of_one(case: Case, model_b: ModelConfig) -> CrosscoderRunnerConfig:
+    sae = replace(case.cfg.sae, d_in=0, d_a=case.pair.d_a, d_b=case.pair.d_a)
+    return replace(case.cfg, sae=sae, model_b=model_b)
+
+
+def _changed(data: PairData, change: Callable[[PairedRows], PairedRows]) -> PairData:
+    training, held_out = (
+        [change(rows) for rows in part] for part in (data.training, data.held_out)
+    )
+    return PairData(training, held_out, data.contexts, {})
+
+
+def _shuffled(rows: list[PairedRows], d_a: int, order: Order) -> list[PairedRows]:
+    of_b = torch.cat([r.acts[:, d_a:] for r in rows])
+    parts = of_b[order(len(of_b))].split([len(r.acts) for r in rows])
+    return [
+        r._replace(acts=torch.cat([r.acts[:, :d_a], b], dim=-1))
+        for r, b in zip(rows, parts, strict=True)
+    ]
+
+
+def beyond_null(run: LatentEvidence, null: LatentEvidence) -> dict[str, float]:
+    """Share of each model's candidates that are more exclusive than the null's 95th percentile, by measure.
+
+    Keys are `MEASURE/GROUP`. The null's candidates of either model are one distribution: there the two models are alike.
+    """
+    groups = ("a_exclusive", "b_exclusive")
+    there = torch.stack([null.groups[group] for group in groups]).any(dim=0)
+    of_run, of_null = oriented(run), oriented(null)
+    return {
+        f"{name}/{group}": share_beyond(values[run.groups[group]], of_null[name][there])
+        for name, values in of_run.items()
+        for group in groups
+    }

@@ -1,0 +1,103 @@
+"""A pair's activations in memory: those to train on or fit maps to, and those held out, with their text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sae_lens_dfc.activations import PairedRows
+from sae_lens_dfc.contexts import Context
+from sae_lens_dfc.evaluate import Deciles, alignment_metrics
+from sae_lens_dfc.metrics.frequency import paired_tokens, token_deciles
+from sae_lens_dfc.metrics.moments import PairMoments
+from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.segments import Segments
+from sae_lens_dfc.training.data import PairedText
+
+MAX_FIT_PAIRS = 50_000
+"""Pairs that the maps between the models are fitted to; twice as many explain no more on the demo's pair."""
+
+
+@dataclass
+class PairData:
+    """Rows of two models' activations, and the text of those held out."""
+
+    training: list[PairedRows]
+    held_out: list[PairedRows]
+    contexts: list[Segments]
+    """Text of the held-out rows, by the number that they name."""
+    metrics: dict[str, float]
+    """Alignment coverage over all text that was read."""
+
+    @classmethod
+    def collect(cls, text: PairedText, name: str) -> "PairData":
+        """Run both models over the whole text, once.
+
+        Raises:
+            ValueError: No pair is held out.
+        """
+        held = text.collect("held_out", f"{name}: held-out activations")
+        if held.counts.pairs == 0:
+            raise ValueError(
+                f"No pair is held out: {held.counts.texts} documents are, of every {text.cfg.held_out_every}th. "
+                "Give more documents, or lower held_out_every."
+            )
+        training = text.collect("training", f"{name}: activations")
+        training.counts.coverage.add(held.counts.coverage)
+        return cls(training.rows, held.rows, held.contexts, alignment_metrics(training.counts))
+
+    def stitching(self, d_a: int) -> Stitching:
+        """Maps between the two models, fitted to pairs that are not held out."""
+        return fit_stitching(PairMoments.of(r.acts for r in self._to_fit()), d_a)
+
+    def _to_fit(self) -> Iterator[PairedRows]:
+        n = 0
+        for rows in self.training:
+            if n >= MAX_FIT_PAIRS:
+                return
+            n += len(rows.acts)
+            yield rows
+
+    def deciles(self, pair: ModelPair) -> list[Deciles]:
+        """For each batch of held-out rows, in which decile of frequency each model's token is."""
+        tokens = paired_tokens(self.contexts)
+        tables = {
+            name: token_deciles(
+                tokens[name], max(int(model.model.cfg.d_vocab), _above(tokens[name]))
+            )
+            for name, model in (("a", pair.a), ("b", pair.b))
+        }
+        return [
+            {name: table[self._tokens(rows, name)] for name, table in tables.items()}
+            for rows in self.held_out
+        ]
+
+    def _tokens(self, rows: PairedRows, model: str) -> Int[Tensor, " n"]:
+        found = torch.zeros(len(rows.context), dtype=torch.long)
+        for number in rows.context.unique().tolist():
+            segments, here = self.contexts[number], rows.context == number
+            ids, last = (
+                (segments.ids_a, segments.last_a)
+                if model == "a"
+                else (segments.ids_b, segments.last_b)
+            )
+            found[here] = torch.from_numpy(ids[last])[rows.segment[here]]
+        return found
+
+    def held_out_with_text(self, n_pairs: int) -> Iterator[PairedRows]:
+        """At least so many held-out rows, with their contexts; all, where there are fewer."""
+        n = 0
+        for rows in self.held_out:
+            if n >= n_pairs:
+                return
+            n += len(rows.acts)
+            numbers = rows.context.unique().tolist()
+            yield rows._replace(contexts=[Context(self.contexts[i], i, 0) for i in numbers])
+
+
+def _above(tokens: Int[Tensor, " n"]) -> int:
+    """One more than the largest token: some tokenizers have more than their model says."""
+    return int(tokens.max()) + 1 if len(tokens) > 0 else 1
