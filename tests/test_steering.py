@@ -41,7 +41,7 @@ def test_the_model_goes_on_from_what_the_change_gives(model: HookedModel) -> Non
 
 def test_only_its_own_hook_leaves_after_an_exception_too(model: HookedModel) -> None:
     calls: list[int] = []
-    model.model.add_hook(model.hook_name, lambda acts, hook: calls.append(1))  # noqa: ARG005
+    model.model.add_hook(model.hook_name, lambda tensor, hook: calls.append(1))  # noqa: ARG005
     try:
         before = logits(model, IDS, MASK)
         with pytest.raises(KeyError), changed(model, twice):

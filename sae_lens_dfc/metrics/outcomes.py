@@ -1,7 +1,7 @@
 """What a model may say next, in words that two models of different vocabularies have in common."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -63,7 +63,7 @@ def token_texts(model: HookedModel) -> dict[int, str]:
     tokenizer = model.tokenizer
     anchor: int = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"][-1]  # type: ignore[index]
     n = min(len(tokenizer), int(model.model.cfg.d_vocab))
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     start, *decoded = backend.decode_batch(
         [[anchor], *([anchor, i] for i in range(n))], skip_special_tokens=False
     )
@@ -109,6 +109,6 @@ def jensen_shannon(
     tensor(1.)
     """
     m = (p + q) / 2
-    halves = (torch.special.xlogy(x, x) - torch.special.xlogy(x, m) for x in (p, q))
-    nats = sum(half.sum(dim=-1) for half in halves) / 2
+    to_m = [(torch.special.xlogy(x, x) - torch.special.xlogy(x, m)).sum(dim=-1) for x in (p, q)]
+    nats = (to_m[0] + to_m[1]) / 2
     return (nats / math.log(2)).clamp(min=0, max=1)

@@ -30,7 +30,7 @@ def drawn(size: int, seed: int) -> Tensor:
 def measured(
     pair: ModelPair, directions: Mapping[int, Directions], **options: Any
 ) -> BehaviourResult:
-    given = {"strengths": STRENGTHS, "n_random": 0, **options}
+    given: dict[str, Any] = {"strengths": STRENGTHS, "n_random": 0, **options}
     groups = dict.fromkeys(directions, "shared")
     return behaviour(pair, directions, groups, BehaviourOptions(**given))
 
@@ -196,6 +196,7 @@ def test_directions_that_do_not_fit_are_refused(pair: ModelPair) -> None:
     for groups in ({}, {7: "random"}):
         with pytest.raises(ValueError, match="Latent 7 needs a group other than 'random'"):
             behaviour(pair, {7: Directions(a, b)}, groups)
-    for wrong in ({"strengths": (0.0, 1.0)}, {"prompts": ()}, {"n_random": -1}):
+    refused: list[dict[str, Any]] = [{"strengths": (0.0, 1.0)}, {"prompts": ()}, {"n_random": -1}]
+    for wrong in refused:
         with pytest.raises(ValueError, match="at least one|above"):
             BehaviourOptions(**wrong)
