@@ -16,7 +16,8 @@ from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, ModelPair
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.tables import spread
 from sae_lens_dfc.demo import DemoConfig, demo_models, demo_run_config
-from sae_lens_dfc.measured_run import PairData, like, train_and_measure
+from sae_lens_dfc.measured_run import like, train_and_measure
+from sae_lens_dfc.nulls import Case
 from sae_lens_dfc.recipes import TEST_AT
 from sae_lens_dfc.report import text_table
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -65,7 +66,8 @@ def measure(
         for variant, run in configs(cfg).items():
             if only and variant not in only:
                 continue
-            metrics = train_and_measure(replace(run, seed=seed), pair, data).metrics
+            measured = train_and_measure(Case(replace(run, seed=seed), pair, data))
+            metrics = measured.evaluation.metrics
             rows.append({"pair": name, "selection": variant, "seed": seed, **source, **metrics})
     return rows
 

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from simple_parsing import (
     ArgumentGenerationMode,
@@ -35,30 +34,22 @@ from sae_lens_dfc.benchmark.figures import figure_rows
 from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
 from sae_lens_dfc.benchmark.step import FILENAME as STEP_FILENAME
 from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark
-from sae_lens_dfc.benchmark.tables import plot, spread, tables
+from sae_lens_dfc.benchmark.tables import plot, tables
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
-from sae_lens_dfc.crosscoders.inference import load_crosscoder
 from sae_lens_dfc.demo import DemoConfig, demo_models, run_demo
-from sae_lens_dfc.evaluate import alignment_metrics, check_models, evaluate
 from sae_lens_dfc.generate import GenerateOptions, generate
-from sae_lens_dfc.measured_run import (
-    METRICS_FILENAME,
-    REPORT_FILENAME,
-    Measured,
-    report_data,
-    settings,
-)
-from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
-from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.held_out import EvaluateOptions, ReportOptions, evaluate_run, write_report
+from sae_lens_dfc.measured_run import REPORT_FILENAME
+from sae_lens_dfc.output import say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES
-from sae_lens_dfc.report import measures_table, render_report, text_table
-from sae_lens_dfc.sources import MAX_CHARS, SourceConfig
+from sae_lens_dfc.report import measures_table, text_table
+from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.data import Collected, DataConfig, PairedText, open_pair
+from sae_lens_dfc.training.data import DataConfig
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
 ARCHITECTURES: dict[str, Any] = {
@@ -107,42 +98,6 @@ class AlignOptions:
 
 
 @dataclass
-class HeldOutOptions:
-    """What both `evaluate` and `report` need to measure a run."""
-
-    model_a: str | None = None
-    """Where model A is now; none looks where it was in training."""
-    model_b: str | None = None
-    """Where model B is now."""
-    dataset: str | None = None
-    """Other text, all of it; none takes what the run held out of its own."""
-    eval_pairs: int | None = None
-    """At most so many pairs; none takes the run's setting."""
-    device: str | None = None
-    """Device of models and crosscoder; none takes the run's."""
-    json: bool = field(default=False, action="store_true")
-    """Print JSON."""
-
-
-@dataclass(kw_only=True)
-class EvaluateOptions(HeldOutOptions):
-    """Measure a trained crosscoder on text held out from its training; several, and how far they agree."""
-
-    runs: list[str] = field(positional=True, nargs="+", metavar="RUN")
-    """Folders that `train` or `demo` wrote, one or more; of several, latents are matched between each two."""
-
-
-@dataclass(kw_only=True)
-class ReportOptions(HeldOutOptions):
-    """Write the HTML page of a trained crosscoder."""
-
-    run: str = field(positional=True, metavar="RUN")
-    """Folder that `train` or `demo` wrote."""
-    output: str | None = None
-    """File to write; none writes report.html into the run's folder."""
-
-
-@dataclass
 class BenchmarkOptions(StepConfig):
     """Measure what crosscoders find of known differences (recovery), what the data's way costs (data), or a step (step)."""
 
@@ -163,8 +118,8 @@ class BenchmarkOptions(StepConfig):
 def demo(options: DemoConfig) -> None:
     """Run the main job on two models and say where its results are."""
     metrics = run_demo(options)
-    _say(text_table(*measures_table(metrics)))
-    _say(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
+    say(text_table(*measures_table(metrics)))
+    say(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
 
 
 def train(options: TrainOptions) -> None:
@@ -178,7 +133,7 @@ def train(options: TrainOptions) -> None:
             names = list(runner.cfg.saes)
             folders = [output] if len(names) == 1 else [f"{output}/{name}" for name in names]
             note = " (it was finished already)" if runner.is_finished else ""
-            _say("\n".join(f"Crosscoder: {folder}{note}" for folder in folders))
+            say("\n".join(f"Crosscoder: {folder}{note}" for folder in folders))
 
 
 def cache(options: CacheOptions) -> None:
@@ -188,8 +143,8 @@ def cache(options: CacheOptions) -> None:
         cached = cache_activations(_of_this_rank(options))
         if ranks.rank() == 0:
             counts = cached.manifest["counts"]["coverage"]
-            _say(f"Cache: {cached.folder}, {len(cached):,} rows of {cached.d_a} + {cached.d_b}")
-            _say(
+            say(f"Cache: {cached.folder}, {len(cached):,} rows of {cached.d_a} + {cached.d_b}")
+            say(
                 f"Paired: {counts['coverage_a']:.1%} of A's tokens, {counts['coverage_b']:.1%} of B's"
             )
 
@@ -225,58 +180,20 @@ def align_texts(options: AlignOptions) -> None:
             "and no character at which both end one. Check that the file holds text."
         )
     if options.json:
-        _say(json.dumps(coverage.to_dict()))
+        say(json.dumps(coverage.to_dict()))
         return
-    _say(f"A: {coverage.pairs} of {coverage.tokens_a} tokens paired ({coverage.a:.1%})")
-    _say(f"B: {coverage.pairs} of {coverage.tokens_b} tokens paired ({coverage.b:.1%})")
+    say(f"A: {coverage.pairs} of {coverage.tokens_a} tokens paired ({coverage.a:.1%})")
+    say(f"B: {coverage.pairs} of {coverage.tokens_b} tokens paired ({coverage.b:.1%})")
     reasons = sorted({*coverage.dropped_a, *coverage.dropped_b})
     rows = [[REASONS[r], str(coverage.dropped_a[r]), str(coverage.dropped_b[r])] for r in reasons]
     if rows:
-        _say("\n" + text_table(["why a token is not paired", "A", "B"], rows))
-
-
-def evaluate_run(options: EvaluateOptions) -> None:
-    """Print trained crosscoders' measures on held-out text, and of several how far they agree."""
-    if len(set(options.runs)) < len(options.runs):
-        raise ValueError(f"A run is given twice: {' '.join(options.runs)}. Name each once.")
-    check_same_models([load_crosscoder(run) for run in options.runs])
-    measured = {run: _measure(run, options).measured for run in options.runs}
-    metrics = {run: m.metrics for run, m in measured.items()}
-    if len(measured) == 1:
-        (only,) = metrics.values()
-        _say(json.dumps(only) if options.json else text_table(*measures_table(only)))
-        return
-    agreement = stability_over_pairs([m.crosscoder for m in measured.values()])
-    if options.json:
-        _say(json.dumps({"runs": metrics, **agreement}))
-        return
-    columns = [{row[0]: row[1] for row in measures_table(m)[1]} for m in metrics.values()]
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
-    _say(text_table(["measure", *metrics], rows))
-    rows = [[name, spread(values, 3)] for name, values in agreement.items()]
-    _say("\n" + text_table(["over each two runs", "mean ± sd"], rows))
-
-
-def write_report(options: ReportOptions) -> None:
-    """Write a trained crosscoder's page."""
-    measured, text, pair, cfg = _measure(options.run, options)
-    stored = Path(options.run) / METRICS_FILENAME
-    # The run's own baselines and null belong beside the fresh measures, on the same text.
-    same_text = options.dataset is None and stored.is_file()
-    beside = json.loads(stored.read_text()) if same_text else {}
-    measured = measured._replace(metrics={**beside, **measured.metrics})
-    page = report_data(measured, text.rows, text.contexts, pair, settings(cfg))
-    target = Path(options.output or Path(options.run) / REPORT_FILENAME)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render_report(page), encoding="utf-8")
-    _say(json.dumps({"report": str(target)}) if options.json else f"Report: {target}")
+        say("\n" + text_table(["why a token is not paired", "A", "B"], rows))
 
 
 def write_answers(options: GenerateOptions) -> None:
     """Write both models' answers to the prompts and say where."""
     n_rows = generate(options)
-    _say(f"Answers to {n_rows} prompts: {options.output}")
+    say(f"Answers to {n_rows} prompts: {options.output}")
 
 
 def benchmark(options: BenchmarkOptions) -> None:
@@ -304,63 +221,13 @@ def benchmark(options: BenchmarkOptions) -> None:
     path.with_suffix(".md").write_text("\n\n".join(t.markdown() for t in results) + "\n")
     plot(rows, path.with_suffix(".svg"))
     for table in results:
-        _say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
-    _say(f"Results: {path}")
+        say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
+    say(f"Results: {path}")
 
 
 def _say_figures(results: Mapping[str, Any], path: Path) -> None:
-    _say(text_table(["figure", "median", "range", "asked for"], figure_rows(results)))
-    _say(f"\nResults: {path}")
-
-
-class _OnHeldOutText(NamedTuple):
-    measured: Measured
-    text: Collected
-    pair: ModelPair
-    cfg: CrosscoderRunnerConfig
-
-
-def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
-    crosscoder = load_crosscoder(run)
-    cfg = _run_config(run, options)
-    crosscoder.to(cfg.device)
-    pair = open_pair(cfg)
-    check_models(crosscoder, pair)
-    part = "held_out" if options.dataset is None else "all"
-    text = PairedText(cfg, pair).collect(part, "Held-out activations")
-    metrics, firing = evaluate(crosscoder, [r.acts for r in text.rows])
-    measured = Measured(crosscoder, metrics | alignment_metrics(text.counts), firing)
-    return _OnHeldOutText(measured, text, pair, cfg)
-
-
-def _run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
-    path = Path(run) / RUNNER_CFG_FILENAME
-    if not path.is_file():
-        raise ValueError(
-            f"{run} has no {RUNNER_CFG_FILENAME}. Give the folder that training wrote."
-        )
-    try:
-        cfg = CrosscoderRunnerConfig.from_dict(json.loads(path.read_text()))
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a configuration of this version's CrosscoderTrainingRunner: {error!r}. "
-            "Train it with that runner, or use the version that did."
-        ) from error
-    if options.dataset is not None:
-        # All of another text, by itself: nothing that the run says of its own applies.
-        text = {f.name: f.default for f in fields(SourceConfig) if hasattr(cfg, f.name)}
-        cfg = replace(cfg, **{**text, "dataset_path": options.dataset}, sources=[], n_ranks=1)
-    changes: dict[str, Any] = {
-        "device": options.device,
-        "eval_pairs": options.eval_pairs,
-        "model_a": _moved(cfg.model_a, options.model_a, options.device),
-        "model_b": _moved(cfg.model_b, options.model_b, options.device),
-    }
-    return replace(cfg, **{name: value for name, value in changes.items() if value is not None})
-
-
-def _moved(model: ModelConfig, name: str | None, device: str | None) -> ModelConfig:
-    return replace(model, model_name=name or model.model_name, device=device or model.device)
+    say(text_table(["figure", "median", "range", "asked for"], figure_rows(results)))
+    say(f"\nResults: {path}")
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -379,10 +246,6 @@ TAKE_RECIPES = {
     name: {f.name for f in fields(COMMANDS[name][0])} | extra
     for name, extra in (("train", {"architecture"}), ("cache", set[str]()))
 }
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
 
 
 def _parser() -> ArgumentParser:

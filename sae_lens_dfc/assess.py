@@ -79,7 +79,7 @@ def assess(crosscoder: Crosscoder, case: Case, options: AssessOptions) -> Assess
             f"beyond_null/{name}/{key}": value
             for key, value in beyond_null(_evidence(run), _evidence(nulls[name])).items()
         }
-    return Assessment(_known(metrics), run, nulls)
+    return Assessment(known(metrics), run, nulls)
 
 
 def train(case: Case) -> Crosscoder:
@@ -153,6 +153,6 @@ def _evidence(found: Evaluation) -> LatentEvidence:
     return found.evidence
 
 
-def _known(metrics: Mapping[str, float]) -> dict[str, float]:
+def known(metrics: Mapping[str, float]) -> dict[str, float]:
     """Without NaN, which JSON has no word for: what could not be measured is left out."""
     return {name: value for name, value in metrics.items() if not math.isnan(value)}

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.metrics.claims import LatentEvidence, verdict
 from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms
 from sae_lens_dfc.metrics.sparsity import Firing
 from sae_lens_dfc.pair import ModelPair
@@ -44,6 +45,8 @@ class LatentCard:
     """1 is A's alone, 0 is B's alone."""
     contexts: list[list[SegmentView]]
     """Where it fires most, strongest first."""
+    verdict: str = ""
+    """Whether it is called exclusive, and why or why not; empty where that was not measured."""
 
 
 def strongest_latents(firing: Firing, n_per_partition: int) -> list[int]:
@@ -67,6 +70,7 @@ def latent_cards(
     rows: Sequence[PairedRows],
     contexts: Sequence[Sequence[Segment]],
     pair: ModelPair,
+    evidence: LatentEvidence | None = None,
     n_contexts: int = 4,
 ) -> list[LatentCard]:
     """Cards of `latents`, with the contexts in which each fires most, one from a context.
@@ -78,6 +82,7 @@ def latent_cards(
         rows: Activations, all at these contexts.
         contexts: The text of the rows.
         pair: The models, for their tokenizers.
+        evidence: Of all latents, to say what each is called.
         n_contexts: Contexts on a card.
     """
     if not latents:
@@ -98,6 +103,7 @@ def latent_cards(
                 _view(acts[:, i], context, segment, row, contexts, pair)
                 for row in _top_rows(acts[:, i], context, n_contexts)
             ],
+            verdict="" if evidence is None else verdict(evidence, latent),
         )
         for i, latent in enumerate(latents)
     ]

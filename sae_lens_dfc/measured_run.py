@@ -1,60 +1,36 @@
 """A training run with what it takes to believe it: a baseline, principal components, and the null pair."""
 
+import csv
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
-from sae_lens_dfc.activations import PairedRows
+from sae_lens_dfc.assess import AssessOptions, known, measure, train
 from sae_lens_dfc.crosscoders.base import T_CONFIG, CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
-from sae_lens_dfc.evaluate import alignment_metrics, evaluate, evaluate_pca
+from sae_lens_dfc.evaluate import Evaluation, evaluate_pca
 from sae_lens_dfc.latents import latent_cards, strongest_latents
 from sae_lens_dfc.metrics.exclusivity import relative_norm_histogram
 from sae_lens_dfc.metrics.pca import JointPCA
-from sae_lens_dfc.metrics.sparsity import Firing
+from sae_lens_dfc.nulls import Case, null_case
 from sae_lens_dfc.output import all_or_nothing, check_output
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.report import ReportData, render_report
-from sae_lens_dfc.segments import Segment, Segments
 from sae_lens_dfc.training.checks import with_models
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
-from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
+LATENTS_FILENAME = "latents.csv"
 METRICS_FILENAME = "metrics.json"
 REPORT_FILENAME = "report.html"
 LATENTS_PER_PARTITION = 12
-
-
-@dataclass
-class PairData:
-    """A pair's activations in memory: those to train on, and those held out with their text."""
-
-    training: list[PairedRows]
-    held_out: list[PairedRows]
-    contexts: list[Segments]
-    """Text of the held-out rows."""
-    metrics: dict[str, float]
-    """Alignment coverage over all text that was read."""
-
-    @classmethod
-    def collect(cls, text: PairedText, name: str) -> "PairData":
-        """Run both models over the whole text, once."""
-        held = text.collect("held_out", f"{name}: held-out activations")
-        if held.counts.pairs == 0:
-            raise ValueError(
-                f"No pair is held out: {held.counts.texts} documents are, of every {text.cfg.held_out_every}th. "
-                "Give more documents, or lower held_out_every."
-            )
-        training = text.collect("training", f"{name}: activations")
-        training.counts.coverage.add(held.counts.coverage)
-        return cls(training.rows, held.rows, held.contexts, alignment_metrics(training.counts))
 
 
 def measured_run(
@@ -77,46 +53,61 @@ def measured_run(
     """
     check_output(output, overwrite)
     cfg = with_models(replace(cfg, output_path=None), pair.describe())
-    data = PairData.collect(PairedText(cfg, pair), "The two models")
-    run = train_and_measure(cfg, pair, data)
-    crosscoder, metrics = run.crosscoder, run.metrics
+    case = Case(cfg, pair, PairData.collect(PairedText(cfg, pair), "The two models"))
+    run = train_and_measure(case)
+    crosscoder, metrics = run.crosscoder, dict(run.evaluation.metrics)
 
     changes: dict[str, Any] = {}
     if not isinstance(cfg.sae, TopKTrainingCrosscoderConfig):
         # Baselines with as many active latents as it has, and the dead-latent loss that it has not.
         changes = {"k": max(metrics["l0"], 1.0), "aux_loss_coefficient": 1 / 32}
     baseline_sae = like(cfg.sae, BatchTopKTrainingCrosscoderConfig, **changes)
-    k = baseline_sae.k
-    baseline_cfg = replace(cfg, sae=baseline_sae, test_at=[])
-    baseline = train_and_measure(baseline_cfg, pair, data)
-    metrics |= _prefixed("baseline/batchtopk/", baseline.metrics)
+    baseline = train_and_measure(case._replace(cfg=replace(cfg, sae=baseline_sae, test_at=[])))
+    metrics |= prefixed("baseline/batchtopk/", baseline.evaluation.metrics)
 
+    data = case.data
     pca = JointPCA.fit(
-        [rows.acts for rows in data.training], crosscoder.partition, k=max(1, round(k))
+        [rows.acts for rows in data.training], crosscoder.partition, k=max(1, round(baseline_sae.k))
     )
-    held_out = [rows.acts for rows in data.held_out]
-    linear = evaluate_pca(pca, held_out, crosscoder) | data.metrics
+    linear = evaluate_pca(pca, [rows.acts for rows in data.held_out], crosscoder) | data.metrics
     linear["pairs_trained"] = sum(len(rows.acts) for rows in data.training)
-    metrics |= _prefixed("baseline/pca/", linear)
-    page = report_data(run, data.held_out, data.contexts, pair, settings(cfg))
-    data.training.clear()  # half a gigabyte in the demo, and the null needs as much
+    metrics |= prefixed("baseline/pca/", linear)
+    page = report_data(run, data, pair, settings(cfg))
 
-    metrics |= _prefixed("null/", null_metrics(cfg, pair))
-    page = replace(page, metrics=metrics)
+    null = null_case("self", case)
+    data.training.clear()  # half a gigabyte in the demo, and the null has its own
+    metrics |= prefixed("null/self/", train_and_measure(null).evaluation.metrics)
+    page = replace(page, metrics=known(metrics))
     with all_or_nothing(output) as folder:
         crosscoder.save_model(folder)
         (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict(), indent=2) + "\n")
-        (folder / METRICS_FILENAME).write_text(json.dumps(metrics, indent=2) + "\n")
-        (folder / REPORT_FILENAME).write_text(render_report(page), encoding="utf-8")
-    return metrics
+        write_results(folder, page, run)
+    return known(metrics)
 
 
-def null_metrics(cfg: CrosscoderRunnerConfig, pair: ModelPair) -> dict[str, float]:
-    """The same run on model A twice: whatever is exclusive here is false."""
-    twin = ModelPair(pair.a, pair.a)
-    cfg = replace(cfg, sae=replace(cfg.sae, d_in=0, d_b=pair.d_a), model_b=cfg.model_a)
-    data = PairData.collect(PairedText(cfg, twin), "Null, model A twice")
-    return train_and_measure(cfg, twin, data).metrics
+def write_results(folder: Path, page: ReportData, run: "Measured") -> None:
+    """metrics.json, latents.csv and report.html."""
+    (folder / METRICS_FILENAME).write_text(json.dumps(page.metrics, indent=2) + "\n")
+    (folder / REPORT_FILENAME).write_text(render_report(page), encoding="utf-8")
+    write_latents(folder / LATENTS_FILENAME, run)
+
+
+def write_latents(path: Path, run: "Measured") -> None:
+    """All that was measured of each latent, a line each."""
+    crosscoder, (_, firing, evidence) = run
+    columns: dict[str, Any] = {
+        "latent": range(crosscoder.cfg.d_sae),
+        "partition": [crosscoder.partition.name_of(i) for i in range(crosscoder.cfg.d_sae)],
+        "firing_rate": firing.rates.tolist(),
+        "mean_activation": firing.means.tolist(),
+        "max_activation": firing.maxima.tolist(),
+    }
+    if evidence is not None:
+        columns |= {name: values.tolist() for name, values in evidence._asdict().items()}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def like(sae: CrosscoderTrainingConfig, config_class: type[T_CONFIG], **changes: Any) -> T_CONFIG:
@@ -130,31 +121,24 @@ class Measured(NamedTuple):
     """A saved crosscoder and what was measured of it on held-out pairs."""
 
     crosscoder: Crosscoder
-    metrics: dict[str, float]
-    firing: Firing
+    evaluation: Evaluation
 
 
-def train_and_measure(cfg: CrosscoderRunnerConfig, pair: ModelPair, data: PairData) -> Measured:
-    """Train a crosscoder on these activations and measure it on those held out."""
-    crosscoder = CrosscoderTrainingRunner(cfg, pair, data.training).run().to_inference()
-    metrics, firing = evaluate(crosscoder, [rows.acts for rows in data.held_out])
+def train_and_measure(case: Case) -> Measured:
+    """Train a crosscoder on a case's activations and measure it on those held out."""
+    crosscoder = train(case)
+    options = AssessOptions(nulls=[], downstream_pairs=0, behaviour_latents=0)
+    evaluation = measure(crosscoder, case, options)
     metadata = crosscoder.cfg.metadata
-    metrics |= data.metrics | {
-        "pairs_trained": metadata.pairs_trained,
-        "samples_trained": metadata.samples_trained,
-    }
-    return Measured(crosscoder, metrics, firing)
+    counts = {"pairs_trained": metadata.pairs_trained, "samples_trained": metadata.samples_trained}
+    return Measured(crosscoder, evaluation._replace(metrics=evaluation.metrics | counts))
 
 
 def report_data(
-    measured: Measured,
-    rows: Sequence[PairedRows],
-    contexts: Sequence[Sequence[Segment]],
-    pair: ModelPair,
-    shown_settings: Mapping[str, Any],
+    measured: Measured, data: PairData, pair: ModelPair, shown_settings: Mapping[str, Any]
 ) -> ReportData:
     """What the page shows of a saved crosscoder."""
-    crosscoder, metrics, firing = measured
+    crosscoder, (metrics, firing, evidence) = measured
     latents = strongest_latents(firing, LATENTS_PER_PARTITION)
     return ReportData(
         name_a=pair.a.name,
@@ -162,7 +146,9 @@ def report_data(
         settings=shown_settings,
         metrics=metrics,
         histogram=relative_norm_histogram(crosscoder),
-        cards=latent_cards(crosscoder, firing, latents, rows, contexts, pair),
+        cards=latent_cards(
+            crosscoder, firing, latents, data.held_out, data.contexts, pair, evidence
+        ),
     )
 
 
@@ -178,5 +164,6 @@ def settings(cfg: CrosscoderRunnerConfig) -> dict[str, Any]:
     return shown
 
 
-def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+def prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The measures under longer names."""
     return {prefix + name: value for name, value in metrics.items()}

@@ -1,6 +1,7 @@
 """Writing results so that a folder holds all of them or none."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,11 @@ from pathlib import Path
 
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from safetensors import SafetensorError
+
+
+def say(text: str) -> None:
+    """A line for whoever ran a command: what it answers goes to standard output, all else to standard error."""
+    sys.stdout.write(text + "\n")
 
 
 def check_output(

@@ -1,13 +1,15 @@
 """One self-contained HTML page about a run: settings, measures beside their null, and latents in context."""
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sae_lens_dfc.latents import LatentCard
+from sae_lens_dfc.metrics.spread import SE
 
 # Whether a measure is a share (printed as such) is read off its name's first part.
 ROWS = [
@@ -15,6 +17,24 @@ ROWS = [
     ("explained_variance/b", "Explained variance, B"),
     ("explained_variance_median/a", "Explained variance, A, median over dimensions"),
     ("explained_variance_median/b", "Explained variance, B, median over dimensions"),
+    ("explained_variance/a/token_decile_0", "Explained variance, A, rarest tenth of tokens"),
+    ("explained_variance/b/token_decile_0", "Explained variance, B, rarest tenth of tokens"),
+    ("cosine/a", "Cosine of reconstruction, A"),
+    ("cosine/b", "Cosine of reconstruction, B"),
+    ("norm_ratio/a", "Length of reconstruction, A"),
+    ("norm_ratio/b", "Length of reconstruction, B"),
+    ("cross_reconstruction/a_from_b", "A explained when only B is read"),
+    ("cross_reconstruction/b_from_a", "B explained when only A is read"),
+    ("stitching/b_to_a", "A explained by an affine map from B"),
+    ("stitching/a_to_b", "B explained by an affine map from A"),
+    ("loss_recovered_from_mean/a", "Loss recovered from mean ablation, A"),
+    ("loss_recovered_from_mean/b", "Loss recovered from mean ablation, B"),
+    ("loss_recovered_from_mean/a/shared_only", "… A, by the shared latents alone"),
+    ("loss_recovered_from_mean/b/shared_only", "… B, by the shared latents alone"),
+    ("loss_recovered_from_mean/a/exclusive_only", "… A, by its exclusive latents alone"),
+    ("loss_recovered_from_mean/b/exclusive_only", "… B, by its exclusive latents alone"),
+    ("kl/a/without_exclusive", "KL without the exclusive latents, A, nats"),
+    ("kl/b/without_exclusive", "KL without the exclusive latents, B, nats"),
     ("latents/a_exclusive", "Latents, A-exclusive"),
     ("latents/b_exclusive", "Latents, B-exclusive"),
     ("latents/shared", "Latents, shared"),
@@ -28,6 +48,33 @@ ROWS = [
     ("relative_decoder_norm/min", "Relative decoder norm of shared latents, least"),
     ("relative_decoder_norm/median", "Relative decoder norm of shared latents, median"),
     ("relative_decoder_norm/max", "Relative decoder norm of shared latents, largest"),
+    ("decoder_cosine/a_to_b", "Cosine of shared latents' decoders, A's moved to B, median"),
+    ("latent_scaling/nu_error/a_exclusive", "Latent scaling, error, A's candidates, median"),
+    ("latent_scaling/nu_error/b_exclusive", "Latent scaling, error, B's candidates, median"),
+    ("latent_scaling/nu_error/shared", "Latent scaling, error, shared latents, median"),
+    (
+        "latent_scaling/nu_reconstruction/a_exclusive",
+        "Latent scaling, reconstruction, A's candidates, median",
+    ),
+    (
+        "latent_scaling/nu_reconstruction/b_exclusive",
+        "Latent scaling, reconstruction, B's candidates, median",
+    ),
+    (
+        "latent_scaling/nu_reconstruction/shared",
+        "Latent scaling, reconstruction, shared latents, median",
+    ),
+    ("transfer/auc/a_exclusive", "Firing told by the other model (AUC), A's candidates, median"),
+    ("transfer/auc/b_exclusive", "Firing told by the other model (AUC), B's candidates, median"),
+    ("transfer/auc/shared", "Firing told by the other model (AUC), shared latents, median"),
+    ("behaviour/a_exclusive", "Steering that the other model does not follow, A's candidates"),
+    ("behaviour/b_exclusive", "Steering that the other model does not follow, B's candidates"),
+    ("behaviour/shared", "Steering that the other model does not follow, shared latents"),
+    ("behaviour/random", "Steering that the other model does not follow, random directions"),
+    ("exclusive/judged/a_exclusive", "A's candidates that fire often enough to be judged"),
+    ("exclusive/judged/b_exclusive", "B's candidates that fire often enough to be judged"),
+    ("exclusive/called/a_exclusive", "Called exclusive to A, with evidence"),
+    ("exclusive/called/b_exclusive", "Called exclusive to B, with evidence"),
     ("leak", "Leak: largest forbidden weight"),
     ("alignment/coverage_a", "A's tokens paired"),
     ("alignment/coverage_b", "B's tokens paired"),
@@ -38,7 +85,9 @@ COLUMNS = [
     ("", "this run"),
     ("baseline/batchtopk/", "BatchTopK crosscoder"),
     ("baseline/pca/", "PCA, k components"),
-    ("null/", "null: model A twice"),
+    ("null/self/", "null: model A twice"),
+    ("null/shuffle/", "null: pairs shuffled"),
+    ("null/seed/", "null: two initialisations"),
 ]
 PARTITION_TITLES = {
     "a_exclusive": "Latents only model A may use",
@@ -65,7 +114,7 @@ class ReportData:
 def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the measures, without columns and rows that hold nothing.
 
-    >>> measures_table({"l0": 31.5, "null/l0": 30.0})
+    >>> measures_table({"l0": 31.5, "null/self/l0": 30.0})
     (['measure', 'this run', 'null: model A twice'], [['Active latents on a pair (L0)', '31.50', '30.00']])
     """
     columns = [
@@ -74,11 +123,17 @@ def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[s
         if any(prefix + key in metrics for key, _ in ROWS)
     ]
     rows = [
-        [title, *(_number(metrics.get(prefix + key)) for prefix, _ in columns)]
+        [title, *(_cell(metrics, prefix + key) for prefix, _ in columns)]
         for key, title in ROWS
         if any(prefix + key in metrics for prefix, _ in columns)
     ]
     return ["measure", *(title for _, title in columns)], rows
+
+
+def _cell(metrics: Mapping[str, float], key: str) -> str:
+    """The number, with its standard error where that is known."""
+    error = metrics.get(key + SE)
+    return _number(metrics.get(key)) + ("" if error is None else f" ± {_number(error)}")
 
 
 def _number(value: float | None) -> str:
@@ -107,6 +162,18 @@ def text_table(head: list[str], rows: list[list[str]]) -> str:
         for row in [head, *rows]
     ]
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation, a dash of nothing.
+
+    >>> spread([1.0, 2.0]), spread([1.0]), spread([])
+    ('1.50 ± 0.71', '1.00', '–')
+    """
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def render_report(data: ReportData) -> str:

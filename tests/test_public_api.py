@@ -83,6 +83,7 @@ LAYERS = [
     "latents",
     "report",
     "measured_run",
+    "held_out",
     "demo",
     "benchmark.provenance",
     "benchmark.figures",

@@ -201,7 +201,7 @@ def row(run: Run) -> dict[str, Any]:
     # Whatever was trained on wrong pairs is measured on right ones.
     pair = ToyPair(replace(toy_config(run), pairing_noise=0.0))
     held_out = islice(pair.batches(EVAL_BATCH_SIZE, EVAL_SEED), PRESETS[run.preset].eval_batches)
-    metrics, firing = evaluate(crosscoder, held_out)
+    metrics, firing, _ = evaluate(crosscoder, held_out)
     truth = Truth(pair.features, pair.directions, pair.frequencies)
     by: Literal["partition", "relative_norm"]
     by = "partition" if isinstance(cfg.sae, DFCTrainingCrosscoderConfig) else "relative_norm"

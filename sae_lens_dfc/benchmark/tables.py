@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_lens_dfc.report import spread
+
 Rows = Sequence[Mapping[str, Any]]
 
 COLUMNS = {
@@ -116,18 +118,6 @@ def _cells(rows: Rows) -> list[list[str]]:
 def _values(rows: Rows, name: str, column: str) -> list[float]:
     values = [row[column] for row in rows if row["architecture"] == name]
     return [float(value) for value in values if value is not None]
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and standard deviation, a dash of nothing.
-
-    >>> spread([1.0, 2.0]), spread([1.0]), spread([])
-    ('1.50 ± 0.71', '1.00', '–')
-    """
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def plot(rows: Rows, path: Path) -> None:

@@ -66,7 +66,7 @@ class LatentBehaviour(NamedTuple):
     """What steering with one latent does, on average over prompts, positions and strengths."""
 
     score: float
-    """Probability that steering brings to an outcome in the source model and not in the target; from 0 to `moved`."""
+    """Share of what steering brings to the source model that it does not bring to the target; from 0 to 1."""
     moved: float
     """Probability that steering brings to any outcome in the source model: the total variation distance, from 0 to 1."""
     divergence: float
@@ -78,7 +78,7 @@ class LatentBehaviour(NamedTuple):
     other_mass: tuple[float, float]
     """Steered A's and B's probability of tokens that only one vocabulary has, which count as one outcome."""
     score_by_strength: list[float]
-    """The score at each strength."""
+    """The score at each strength alone."""
 
 
 class BehaviourResult(NamedTuple):
@@ -122,17 +122,20 @@ def behaviour(
     With `p_m(s)` model m's next-token probabilities over the outcomes common to both (see `common_outcomes`) at
     strength s, what steering brings is `g_m(s) = max(p_m(s) - p_m(0), 0)`, and a latent's score is
 
-        mean over prompts, positions and strengths of  sum over outcomes of  max(g_source(s) - g_target(s), 0)
+        sum of max(g_source(s) - g_target(s), 0)  /  sum of g_source(s)
 
-    It is 0 when the target follows the source, or when nothing moves in the source, and all that moves there
-    (`moved`) when the target does nothing or something else. What the models say unsteered does not matter to it, other
-    than to a difference of divergences: two models that never answer in the same words cannot diverge further.
-    `score / moved` near 1 is what two unrelated directions give too: read it beside `random`, and a map between the
-    models that carries nothing over makes every latent look exclusive.
+    with both sums over outcomes, prompts, positions and strengths. It is 0 when the target follows the source, 1 when the
+    target does nothing or something else, and 0, since it is no evidence, when nothing moves in the source. It counts
+    changes, so what the models say unsteered does not matter; to a difference of divergences it does, since two models
+    that never answer in the same words cannot diverge further.
 
-    Keys of the metrics, each over the latents of a group, with `/se` the standard error over them (none for a ratio):
+    Two unrelated directions give about 1: read a score beside `random`. A map between the models that carries
+    nothing over makes every latent look exclusive; to see that, give mapped random directions as a group of their own.
 
-    - `behaviour/GROUP`: the score; `behaviour/share/GROUP`: mean score over mean `moved`, where anything moves;
+    Keys of the metrics, each a mean over the latents of a group, with `/se` the standard error over them:
+
+    - `behaviour/GROUP`: the score; `behaviour/moved/GROUP`: mean over prompts, positions and strengths of `g_source(s)`
+      summed over outcomes, the total variation distance of the source model steered and unsteered;
     - `behaviour/divergence/GROUP`: mean of `JS(p_a(s), p_b(s)) - JS(p_a(0), p_b(0))`, in bits;
     - `behaviour/effect_in_source/GROUP`, `behaviour/effect_in_target/GROUP`: mean of `JS(p_m(s), p_m(0))`, in bits;
     - the same of the group `random`: pairs of unrelated random directions as long as the latents' own;
@@ -247,13 +250,18 @@ def _latent_behaviour(
     by_strength = {k: torch.stack([f[k] for f in found]).mean(dim=0) for k in found[0]}
     mean = {name: value.mean().item() for name, value in by_strength.items()}
     return LatentBehaviour(
-        score=mean["score"],
+        score=mean["unshared"] / mean["moved"] if mean["moved"] > 0 else 0.0,
         moved=mean["moved"],
         divergence=mean["divergence"],
         effect_in_source=mean["effect_in_source"],
         effect_in_target=mean["effect_in_target"],
         other_mass=(mean["other_a"], mean["other_b"]),
-        score_by_strength=by_strength["score"].tolist(),
+        score_by_strength=[
+            unshared / moved if moved > 0 else 0.0
+            for unshared, moved in zip(
+                by_strength["unshared"].tolist(), by_strength["moved"].tolist(), strict=True
+            )
+        ],
     )
 
 
@@ -264,7 +272,7 @@ def compare(source: Steered, target: Steered) -> dict[str, Float[Tensor, " stren
 
     >>> before, half, quarter = (torch.tensor([[x]]) for x in ([0.0, 1.0], [0.5, 0.5], [0.25, 0.75]))
     >>> found = compare(Steered(before, half), Steered(before, quarter))
-    >>> found["score"], found["moved"]
+    >>> found["unshared"], found["moved"]
     (tensor([0.2500]), tensor([0.5000]))
     """
     brought = [(model.after - model.before).clamp(min=0) for model in (source, target)]
@@ -272,7 +280,7 @@ def compare(source: Steered, target: Steered) -> dict[str, Float[Tensor, " stren
         source.before, target.before
     )
     found = {
-        "score": (brought[0] - brought[1]).clamp(min=0).sum(dim=-1),
+        "unshared": (brought[0] - brought[1]).clamp(min=0).sum(dim=-1),
         "moved": brought[0].sum(dim=-1),
         "divergence": apart,
         "effect_in_source": jensen_shannon(source.after, source.before),
@@ -289,10 +297,7 @@ def _metrics(
     metrics: dict[str, float] = {}
     for group, found in by_group(latents, groups, random).items():
         metrics |= mean_and_error(f"behaviour/{group}", [f.score for f in found])
-        moved = sum(f.moved for f in found)
-        if moved > 0:
-            metrics[f"behaviour/share/{group}"] = sum(f.score for f in found) / moved
-        for name in ("divergence", "effect_in_source", "effect_in_target"):
+        for name in ("moved", "divergence", "effect_in_source", "effect_in_target"):
             of_name = [getattr(f, name) for f in found]
             metrics |= mean_and_error(f"behaviour/{name}/{group}", of_name)
     for i, name in enumerate(("a", "b")):

@@ -152,6 +152,28 @@ def oriented(evidence: LatentEvidence) -> dict[str, Float[Tensor, " d_sae"]]:
     }
 
 
+def verdict(evidence: LatentEvidence, latent: int) -> str:
+    """Whether a latent is called exclusive, and why or why not, in words."""
+    if not evidence.is_candidate[latent]:
+        return "not a candidate: its decoder norms are not one-sided"
+    firings = int(evidence.firings[latent])
+    if firings < MIN_FIRINGS:
+        return f"not judged: it fired {firings} times, and {MIN_FIRINGS} are needed"
+    source, target = ("A", "B") if evidence.is_a[latent] else ("B", "A")
+    error, reconstruction = evidence.nu_error[latent], evidence.nu_reconstruction[latent]
+    measures = (
+        f"latent scaling in {target} {error:.2f} (error) and {reconstruction:.2f} (reconstruction), p = "
+        f"{evidence.p_scaling[latent]:.2g}; {target} tells its firing with AUC {evidence.auc[latent]:.3f}, p = "
+        f"{evidence.p_transfer[latent]:.2g}; q = {evidence.q[latent]:.2g}"
+    )
+    called = (
+        f"exclusive to {source}, with evidence"
+        if evidence.is_exclusive[latent]
+        else "not shown to be exclusive"
+    )
+    return f"{called}: {measures}"
+
+
 def ranking(evidence: LatentEvidence) -> Int[Tensor, " n"]:
     """Latents that fire often enough, those with the most evidence of being exclusive first.
 

@@ -132,9 +132,15 @@ def judged_behaviour(
     n = n_judgements(len(directions), options)
     with tqdm(total=n, desc="Asking the judge", unit=" texts", leave=False) as progress:
 
+        def counted(prompt: str, /) -> str:
+            progress.update()
+            return judge(prompt)
+
         def asked(given: Directions, strengths: Sequence[float]) -> list[Judged]:
-            texts = _steered_texts(pair, given, strengths, options)
-            return [_judged(judge, *each, progress) for each in texts]
+            return [
+                Judged(*texts, similarity=similarity(counted, *texts[2:]))
+                for texts in _steered_texts(pair, given, strengths, options)
+            ]
 
         # At strength 0 no direction is added: the same texts for all.
         unsteered = asked(next(iter(directions.values())), [s for s in options.strengths if s == 0])
@@ -188,16 +194,3 @@ def _steered_texts(
     answers = zip(asked, texts(pair.a, given.a), texts(pair.b, given.b), strict=True)
     for (prompt, strength), text_a, text_b in answers:
         yield prompt, strength, text_a, text_b
-
-
-def _judged(
-    judge: Judge,
-    prompt: str,
-    strength: float,
-    text_a: str,
-    text_b: str,
-    progress: "tqdm[None]",
-) -> Judged:
-    found = similarity(judge, text_a, text_b)
-    progress.update()
-    return Judged(prompt, strength, text_a, text_b, found)

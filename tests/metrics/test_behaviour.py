@@ -30,7 +30,7 @@ def drawn(size: int, seed: int) -> Tensor:
 def measured(
     pair: ModelPair, directions: Mapping[int, Directions], **options: Any
 ) -> BehaviourResult:
-    given = {"strengths": STRENGTHS, "n_random": 0, **options}
+    given: dict[str, Any] = {"strengths": STRENGTHS, "n_random": 0, **options}
     groups = dict.fromkeys(directions, "shared")
     return behaviour(pair, directions, groups, BehaviourOptions(**given))
 
@@ -47,7 +47,8 @@ def test_a_model_follows_itself(twins: ModelPair) -> None:
     d = drawn(16, seed=0)
     [found] = measured(twins, {3: Directions(d, d)}).latents.values()
     assert found.score == found.divergence == 0
-    assert found.effect_in_source == found.effect_in_target > 0.01
+    assert found.score_by_strength == [0, 0]
+    assert found.effect_in_source == found.effect_in_target > 0.1
     assert found.moved > 0.1
 
 
@@ -55,7 +56,8 @@ def test_steered_in_one_copy_only_all_that_moves_is_that_ones_own(twins: ModelPa
     d, zero = drawn(16, seed=0), torch.zeros(16)
     for given in (Directions(d, zero, "a"), Directions(zero, d, "b")):
         [found] = measured(twins, {3: given}).latents.values()
-        assert found.score == found.moved > 0.1
+        assert found.score == 1
+        assert found.moved > 0.1
         assert found.divergence == pytest.approx(found.effect_in_source) != 0
         assert found.effect_in_target == 0
 
@@ -64,7 +66,8 @@ def test_opposite_steering_is_exclusive_though_both_move(twins: ModelPair) -> No
     d = drawn(16, seed=0)
     [found] = measured(twins, {0: Directions(d, -d)}).latents.values()
     assert found.effect_in_target > 0.1
-    assert found.moved > found.score > 0.8 * found.moved > 0.1
+    assert 1 > found.score > 0.8
+    assert found.moved > 0.1
 
 
 def test_what_steering_brings_worked_by_hand() -> None:
@@ -76,16 +79,17 @@ def test_what_steering_brings_worked_by_hand() -> None:
     source = steered([0.5, 0.5, 0, 0], [0.3, 0.3, 0.4, 0], [0.3, 0.3, 0.4, 0])
     target = steered([0, 0, 0.1, 0.9], [0, 0, 0.4, 0.6], [0.4, 0, 0.1, 0.5])
     found = compare(source, target)
-    torch.testing.assert_close(found["score"], torch.tensor([0.1, 0.4]))
+    torch.testing.assert_close(found["unshared"], torch.tensor([0.1, 0.4]))
     torch.testing.assert_close(found["moved"], torch.tensor([0.4, 0.4]))
-    torch.testing.assert_close(compare(target, source)["score"], torch.tensor([0.0, 0.4]))
+    torch.testing.assert_close(compare(target, source)["unshared"], torch.tensor([0.0, 0.4]))
 
 
 def test_two_vocabularies_are_compared_by_their_texts(pair: ModelPair) -> None:
     """Against a computation of its own: one prompt, one position, one strength at a time."""
     given = Directions(3 * drawn(16, seed=1), 3 * drawn(24, seed=2))
     result = measured(pair, {0: given}, n_continuation=0)
-    scores: list[float] = []
+    unshared: list[float] = []
+    moved: list[float] = []
     for prompt in PROMPTS:
         for strength in STRENGTHS:
             brought: list[Tensor] = []
@@ -98,11 +102,13 @@ def test_two_vocabularies_are_compared_by_their_texts(pair: ModelPair) -> None:
                     after = logits(model, ids, torch.ones_like(ids))[0, -1]
                 p, p_0 = (outcome_probabilities(x, outcomes) for x in (after, before))
                 brought.append((p - p_0).clamp(min=0))
-            scores.append(float((brought[0] - torch.minimum(*brought)).sum()))
-    assert result.latents[0].score == pytest.approx(sum(scores) / 6, rel=1e-4)
-    by_strength = [sum(scores[i::2]) / 3 for i in range(2)]
+            unshared.append(float((brought[0] - torch.minimum(*brought)).sum()))
+            moved.append(float(brought[0].sum()))
+    assert result.latents[0].score == pytest.approx(sum(unshared) / sum(moved), rel=1e-4)
+    assert result.latents[0].moved == pytest.approx(sum(moved) / 6, rel=1e-4)
+    by_strength = [sum(unshared[i::2]) / sum(moved[i::2]) for i in range(2)]
     assert result.latents[0].score_by_strength == pytest.approx(by_strength, rel=1e-4)
-    assert 0 < result.latents[0].score <= result.latents[0].moved < 1
+    assert 0 < result.latents[0].score < 1
     mass = result.metrics["behaviour/other_mass/a"], result.metrics["behaviour/other_mass/b"]
     assert mass == result.latents[0].other_mass
     assert all(0 < m < 1 for m in mass)
@@ -144,9 +150,7 @@ def test_metrics_are_means_over_groups_with_the_control_beside_them(pair: ModelP
     assert metrics["behaviour/b_exclusive"] == latents[9].score
     assert "behaviour/b_exclusive/se" not in metrics
     assert metrics["behaviour/random"] == pytest.approx(sum(r.score for r in random) / 2)
-    moved = latents[2].moved + latents[5].moved
-    assert metrics["behaviour/share/a_exclusive"] == pytest.approx(sum(two) / moved)
-    for name in ("effect_in_source", "effect_in_target", "divergence"):
+    for name in ("moved", "effect_in_source", "effect_in_target", "divergence"):
         assert metrics[f"behaviour/{name}/b_exclusive"] == getattr(latents[9], name)
     again = behaviour(pair, directions, groups, options)
     assert again == (metrics, latents, random)
@@ -156,6 +160,12 @@ def test_a_larger_latent_does_more(twins: ModelPair) -> None:
     d = drawn(16, seed=0)
     found = measured(twins, {i: Directions(i * d, 0 * d) for i in (1, 9)}, strengths=(0.01,))
     assert found.latents[9].moved > 2 * found.latents[1].moved
+
+
+def test_a_direction_too_small_to_move_anything_is_no_evidence(twins: ModelPair) -> None:
+    d = 1e-30 * drawn(16, seed=0)
+    [found] = measured(twins, {0: Directions(d, 0 * d)}).latents.values()
+    assert found.moved == found.score == 0
 
 
 def test_random_directions_are_seeded_unrelated_and_as_long_as_the_latents() -> None:
@@ -186,6 +196,7 @@ def test_directions_that_do_not_fit_are_refused(pair: ModelPair) -> None:
     for groups in ({}, {7: "random"}):
         with pytest.raises(ValueError, match="Latent 7 needs a group other than 'random'"):
             behaviour(pair, {7: Directions(a, b)}, groups)
-    for wrong in ({"strengths": (0.0, 1.0)}, {"prompts": ()}, {"n_random": -1}):
+    refused: list[dict[str, Any]] = [{"strengths": (0.0, 1.0)}, {"prompts": ()}, {"n_random": -1}]
+    for wrong in refused:
         with pytest.raises(ValueError, match="at least one|above"):
             BehaviourOptions(**wrong)

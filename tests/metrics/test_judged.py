@@ -12,7 +12,12 @@ from sae_lens_dfc.pair import ModelPair
 
 
 def options(**changes: Any) -> JudgedOptions:
-    given = {"strengths": (0.0, 2.0, 5.0), "n_random": 1, "max_new_tokens": 8, **changes}
+    given: dict[str, Any] = {
+        "strengths": (0.0, 2.0, 5.0),
+        "n_random": 1,
+        "max_new_tokens": 8,
+        **changes,
+    }
     return JudgedOptions(**given)
 
 
@@ -86,6 +91,7 @@ def test_prompts_that_leave_no_room_are_refused_before_anything_is_asked(pair: M
     given = {0: Directions(drawn(16, 0), drawn(24, 0))}
     with pytest.raises(ValueError, match=r"more than model 'tiny-gpt2' can read \(256\)"):
         judged_behaviour(pair, given, {0: "shared"}, equality, options(max_new_tokens=250))
-    for wrong in ({"strengths": (-1.0,)}, {"strengths": ()}, {"n_random": -1}):
+    refused: list[dict[str, Any]] = [{"strengths": (-1.0,)}, {"strengths": ()}, {"n_random": -1}]
+    for wrong in refused:
         with pytest.raises(ValueError, match="at least one|0 or above"):
             options(**wrong)

@@ -23,7 +23,9 @@ def test_a_divergence_worked_by_hand() -> None:
 def test_divergences_are_scipys_whatever_the_order() -> None:
     p, q = torch.rand(2, 5, 40, generator=torch.Generator().manual_seed(0)).double().pow(4)
     p, q = p / p.sum(dim=-1, keepdim=True), q / q.sum(dim=-1, keepdim=True)
-    expected = torch.tensor(jensenshannon(p.numpy(), q.numpy(), axis=-1, base=2) ** 2)
+    expected = torch.tensor(
+        [jensenshannon(x, y, base=2) ** 2 for x, y in zip(p.numpy(), q.numpy(), strict=True)]
+    )
     torch.testing.assert_close(jensen_shannon(p, q), expected)
     torch.testing.assert_close(jensen_shannon(q, p), expected)
     assert torch.equal(jensen_shannon(p, p), torch.zeros(5).double())
@@ -35,17 +37,20 @@ def test_each_outcome_is_one_text_in_both_vocabularies(pair: ModelPair) -> None:
     spelled_b = pair.b.tokenizer.convert_ids_to_tokens(b.tokens.tolist())
     # Byte-level BPE spells a space Ġ and a newline Ċ, the other one ▁ and the byte <0x0A>.
     by_outcome = {
-        i: s.replace("Ġ", " ").replace("Ċ", "\n")
+        i: s.replace("Ġ", " ").replace("Ċ", "\n").strip().lower()
         for i, s in zip(a.outcomes.tolist(), spelled_a, strict=True)
     }
+    n_same = 0
     for outcome, spelling in zip(b.outcomes.tolist(), spelled_b, strict=True):
         text = spelling.replace("▁", " ")
         if spelling.startswith("<0x"):
             text = chr(int(spelling[3:5], 16))
         if text.isascii() and text.isprintable():
-            assert by_outcome[outcome] == text
-    assert {" cat", "cat", " ", "\n"} & set(by_outcome.values()) >= {" ", "\n"}
-    assert len(by_outcome) == a.n_outcomes - 1 == b.n_outcomes - 1 > 100
+            assert by_outcome[outcome] == text.strip().lower()
+            n_same += len(text.strip()) > 1
+    assert n_same > 50
+    assert len(set(by_outcome.values())) == len(by_outcome)
+    assert len(by_outcome) == a.n_outcomes - 1 == b.n_outcomes - 1
 
 
 def test_the_texts_of_a_texts_tokens_make_the_text(pair: ModelPair) -> None:
@@ -82,6 +87,7 @@ def test_the_end_of_an_answer_is_one_outcome_whatever_the_token(
 def test_probabilities_sum_to_one_and_are_those_of_the_texts(pair: ModelPair) -> None:
     generator = torch.Generator().manual_seed(0)
     texts = [token_texts(model) for model in (pair.a, pair.b)]
+    texts = [{i: s.strip().casefold() or " " for i, s in t.items()} for t in texts]
     both = set(texts[0].values()) & set(texts[1].values())
     found: list[Counter[int]] = []
     for model, text, outcomes in zip(

@@ -1,0 +1,253 @@
+"""Measuring a run that is there: what `sae-lens-dfc evaluate` and `report` do."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from simple_parsing import field
+
+from sae_lens_dfc.assess import Assessment, AssessOptions, assess
+from sae_lens_dfc.crosscoders.inference import Crosscoder, load_crosscoder
+from sae_lens_dfc.evaluate import Evaluation, alignment_metrics, check_models, evaluate
+from sae_lens_dfc.judge import judge_of
+from sae_lens_dfc.measured_run import (
+    METRICS_FILENAME,
+    REPORT_FILENAME,
+    Measured,
+    report_data,
+    settings,
+    write_results,
+)
+from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
+from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.nulls import NULLS, Case
+from sae_lens_dfc.output import all_or_nothing, check_output, say
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.pair_data import PairData
+from sae_lens_dfc.report import measures_table, render_report, spread, text_table
+from sae_lens_dfc.sources import SourceConfig
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.training.data import PairedText, open_pair
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HeldOutOptions:
+    """What both `evaluate` and `report` need to measure a run."""
+
+    model_a: str | None = None
+    """Where model A is now; none looks where it was in training."""
+    model_b: str | None = None
+    """Where model B is now."""
+    dataset: str | None = None
+    """Other text, all of it; none takes what the run held out of its own."""
+    eval_pairs: int | None = None
+    """At most so many pairs; none takes the run's setting."""
+    device: str | None = None
+    """Device of models and crosscoder; none takes the run's."""
+    json: bool = field(default=False, action="store_true")
+    """Print JSON."""
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(HeldOutOptions):
+    """Measure a trained crosscoder on text held out from its training: alone quickly, or with --output all there is, beside its nulls."""
+
+    runs: list[str] = field(positional=True, nargs="+", metavar="RUN")
+    """Folders that `train` or `demo` wrote, one or more; of several, latents are matched between each two."""
+    output: str | None = None
+    """Folder for all measures of one run: metrics.json, latents.csv and report.html. Runs the models on the training's text
+    again, and trains a crosscoder on each null."""
+    overwrite: bool = False
+    """Replace what the output folder holds."""
+    null: list[str] = field(default_factory=lambda: ["self", "shuffle"])
+    """Pairs with nothing to find, separated by spaces: self (model A twice), shuffle (pairs shuffled), seed (model A and
+    --seed-model); none for no null. With --output."""
+    seed_model: str | None = None
+    """For the null seed, a model that differs from model A in nothing but its initialisation."""
+    null_pairs: int = 100_000
+    """At most so many distinct pairs to train the nulls and fit the maps with; never more than the run had."""
+    downstream_pairs: int = 2000
+    """Held-out pairs at which both models' predictions are measured; 0 for none."""
+    behaviour_latents: int = 6
+    """Latents of each group with which both models are steered; 0 for none."""
+    judge: str | None = None
+    """Who compares the steered models' texts: openai:MODEL (any OpenAI-compatible endpoint) or local:FOLDER; none compares
+    their next-token probabilities alone."""
+    judge_url: str | None = None
+    """Address of the endpoint, where it is not OpenAI's own."""
+
+
+@dataclass(kw_only=True)
+class ReportOptions(HeldOutOptions):
+    """Write the HTML page of a trained crosscoder."""
+
+    run: str = field(positional=True, metavar="RUN")
+    """Folder that `train` or `demo` wrote."""
+    output: str | None = None
+    """File to write; none writes report.html into the run's folder."""
+
+
+def evaluate_run(options: EvaluateOptions) -> None:
+    """Print trained crosscoders' measures on held-out text, and of several how far they agree."""
+    if len(set(options.runs)) < len(options.runs):
+        raise ValueError(f"A run is given twice: {' '.join(options.runs)}. Name each once.")
+    if options.output is not None:
+        _say_metrics(evaluate_fully(options, options.output).metrics, options.json)
+        say("" if options.json else f"\nMeasures, latents and report: {options.output}")
+        return
+    check_same_models([load_crosscoder(run) for run in options.runs])
+    measured = {run: _measure(run, options).measured for run in options.runs}
+    metrics = {run: m.evaluation.metrics for run, m in measured.items()}
+    if len(measured) == 1:
+        logger.info(
+            "Without its nulls. With --output FOLDER they are trained, and all else measured"
+        )
+        _say_metrics(*metrics.values(), options.json)
+        return
+    agreement = stability_over_pairs([m.crosscoder for m in measured.values()])
+    if options.json:
+        say(json.dumps({"runs": metrics, **agreement}))
+        return
+    columns = [{row[0]: row[1] for row in measures_table(m)[1]} for m in metrics.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
+    say(text_table(["measure", *metrics], rows))
+    rows = [[name, spread(values, 3)] for name, values in agreement.items()]
+    say("\n" + text_table(["over each two runs", "mean ± sd"], rows))
+
+
+def _say_metrics(metrics: Mapping[str, float], as_json: bool) -> None:
+    say(json.dumps(metrics) if as_json else text_table(*measures_table(metrics)))
+
+
+def evaluate_fully(options: EvaluateOptions, output: str) -> Assessment:
+    """Measure one run in every way, and its nulls alike; write metrics.json, latents.csv and report.html.
+
+    Raises:
+        ValueError: There are several runs, the output holds something, or a null or judge cannot be had.
+    """
+    if len(options.runs) > 1:
+        raise ValueError(
+            f"--output takes one run, got {' '.join(options.runs)}. Evaluate them one by one."
+        )
+    check_output(output, options.overwrite, "evaluation", (METRICS_FILENAME,))
+    [run] = options.runs
+    to_measure = AssessOptions(
+        nulls=_nulls(options.null),
+        seed_model=None,
+        downstream_pairs=options.downstream_pairs,
+        behaviour_latents=options.behaviour_latents,
+        judge=None if options.judge is None else judge_of(options.judge, options.judge_url),
+    )
+    crosscoder, cfg, pair = _opened(run, options)
+    if options.seed_model is not None:
+        to_measure.seed_model = replace(cfg.model_a, model_name=options.seed_model)
+    case = Case(cfg, pair, _data(run, cfg, pair, options))
+    assessment = assess(crosscoder, case, to_measure)
+    measured = Measured(crosscoder, assessment.run)
+    page = report_data(measured, case.data, pair, settings(cfg))
+    with all_or_nothing(output) as folder:
+        write_results(folder, replace(page, metrics=assessment.metrics), measured)
+    return assessment
+
+
+def _nulls(names: list[str]) -> list[str]:
+    names = [name for name in names if name != "none"]
+    unknown = [name for name in names if name not in NULLS]
+    if unknown:
+        raise ValueError(f"There is no null {unknown[0]!r}. Choose from {', '.join(NULLS)}, none.")
+    return names
+
+
+def _data(
+    run: str, cfg: CrosscoderRunnerConfig, pair: ModelPair, options: EvaluateOptions
+) -> PairData:
+    """The run's training rows, as many as the nulls take, and those held out, of other text if that is asked for."""
+    n_pairs = min(cfg.training_pairs or options.null_pairs, options.null_pairs)
+    own = _run_config(run, replace(options, dataset=None))
+    own = replace(own, training_pairs=n_pairs, n_ranks=1)
+    data = PairData.collect(PairedText(own, pair), "The two models")
+    if options.dataset is not None:
+        other = PairedText(cfg, pair).collect("all", "Held-out activations")
+        data = PairData(data.training, other.rows, other.contexts, alignment_metrics(other.counts))
+    return data
+
+
+def write_report(options: ReportOptions) -> None:
+    """Write a trained crosscoder's page."""
+    (crosscoder, evaluation), data, pair, cfg = _measure(options.run, options)
+    stored = Path(options.run) / METRICS_FILENAME
+    # The run's own baselines and null belong beside the fresh measures, on the same text.
+    same_text = options.dataset is None and stored.is_file()
+    beside = json.loads(stored.read_text()) if same_text else {}
+    evaluation = evaluation._replace(metrics={**beside, **evaluation.metrics})
+    page = report_data(Measured(crosscoder, evaluation), data, pair, settings(cfg))
+    target = Path(options.output or Path(options.run) / REPORT_FILENAME)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render_report(page), encoding="utf-8")
+    say(json.dumps({"report": str(target)}) if options.json else f"Report: {target}")
+
+
+class _OnHeldOutText(NamedTuple):
+    measured: Measured
+    data: PairData
+    """Without training rows."""
+    pair: ModelPair
+    cfg: CrosscoderRunnerConfig
+
+
+def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
+    crosscoder, cfg, pair = _opened(run, options)
+    part = "held_out" if options.dataset is None else "all"
+    text = PairedText(cfg, pair).collect(part, "Held-out activations")
+    alignment = alignment_metrics(text.counts)
+    found = evaluate(crosscoder, [r.acts for r in text.rows])
+    measured = Measured(crosscoder, Evaluation(found.metrics | alignment, found.firing))
+    return _OnHeldOutText(measured, PairData([], text.rows, text.contexts, alignment), pair, cfg)
+
+
+def _opened(
+    run: str, options: HeldOutOptions
+) -> tuple[Crosscoder, CrosscoderRunnerConfig, ModelPair]:
+    crosscoder = load_crosscoder(run)
+    cfg = _run_config(run, options)
+    crosscoder.to(cfg.device)
+    pair = open_pair(cfg)
+    check_models(crosscoder, pair)
+    return crosscoder, cfg, pair
+
+
+def _run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
+    path = Path(run) / RUNNER_CFG_FILENAME
+    if not path.is_file():
+        raise ValueError(
+            f"{run} has no {RUNNER_CFG_FILENAME}. Give the folder that training wrote."
+        )
+    try:
+        cfg = CrosscoderRunnerConfig.from_dict(json.loads(path.read_text()))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a configuration of this version's CrosscoderTrainingRunner: {error!r}. "
+            "Train it with that runner, or use the version that did."
+        ) from error
+    if options.dataset is not None:
+        # All of another text, by itself: nothing that the run says of its own applies.
+        text = {f.name: f.default for f in fields(SourceConfig) if hasattr(cfg, f.name)}
+        cfg = replace(cfg, **{**text, "dataset_path": options.dataset}, sources=[], n_ranks=1)
+    changes: dict[str, Any] = {
+        "device": options.device,
+        "eval_pairs": options.eval_pairs,
+        "model_a": _moved(cfg.model_a, options.model_a, options.device),
+        "model_b": _moved(cfg.model_b, options.model_b, options.device),
+    }
+    return replace(cfg, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _moved(model: ModelConfig, name: str | None, device: str | None) -> ModelConfig:
+    return replace(model, model_name=name or model.model_name, device=device or model.device)
