@@ -99,16 +99,18 @@ def evaluate_run(options: EvaluateOptions) -> None:
         raise ValueError(f"A run is given twice: {' '.join(options.runs)}. Name each once.")
     if options.output is not None:
         _say_metrics(evaluate_fully(options, options.output).metrics, options.json)
-        say("" if options.json else f"\nMeasures, latents and report: {options.output}")
+        if not options.json:
+            say(f"\nMeasures, latents and report: {options.output}")
         return
     check_same_models([load_crosscoder(run) for run in options.runs])
     measured = {run: _measure(run, options).measured for run in options.runs}
     metrics = {run: m.evaluation.metrics for run, m in measured.items()}
     if len(measured) == 1:
+        (only,) = metrics.values()
         logger.info(
             "Without its nulls. With --output FOLDER they are trained, and all else measured"
         )
-        _say_metrics(*metrics.values(), options.json)
+        _say_metrics(only, options.json)
         return
     agreement = stability_over_pairs([m.crosscoder for m in measured.values()])
     if options.json:

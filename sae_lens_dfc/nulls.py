@@ -80,8 +80,8 @@ def _shuffle_null(case: Case) -> Case:
         return torch.randperm(n, generator=generator)
 
     data, d_a = case.data, case.pair.d_a
-    shuffled = [_shuffled(rows, d_a, order) for rows in (data.training, data.held_out)]
-    return case._replace(data=PairData(*shuffled, data.contexts, {}), order_b=order)
+    training, held_out = (_shuffled(rows, d_a, order) for rows in (data.training, data.held_out))
+    return case._replace(data=PairData(training, held_out, data.contexts, {}), order_b=order)
 
 
 def _seed_null(case: Case, seed_model: ModelConfig | None) -> Case:

@@ -31,7 +31,7 @@ def test_strongest_latents_are_those_with_the_largest_sum_in_each_partition() ->
 
 def test_cards_show_the_text_of_the_largest_activations(pair: ModelPair) -> None:
     crosscoder, rows, contexts = crosscoder_on(pair)
-    _, firing = evaluate(crosscoder, [r.acts for r in rows])
+    _, firing, _ = evaluate(crosscoder, [r.acts for r in rows])
     latents = strongest_latents(firing, n_per_partition=2)
     acts = crosscoder.encode(torch.cat([r.acts for r in rows]))
     for card in latent_cards(crosscoder, firing, latents, rows, contexts, pair):
@@ -45,7 +45,7 @@ def test_cards_show_the_text_of_the_largest_activations(pair: ModelPair) -> None
 
 def test_both_models_tokens_on_a_card_spell_the_same_text(pair: ModelPair) -> None:
     crosscoder, rows, contexts = crosscoder_on(pair)
-    _, firing = evaluate(crosscoder, [r.acts for r in rows])
+    _, firing, _ = evaluate(crosscoder, [r.acts for r in rows])
     cards = latent_cards(crosscoder, firing, strongest_latents(firing, 3), rows, contexts, pair)
     assert cards
     for context in (c for card in cards for c in card.contexts):

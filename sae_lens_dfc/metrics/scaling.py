@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.spread import Estimate, Jackknife, Sums
@@ -22,6 +23,10 @@ def owned_by_a(crosscoder: Crosscoder) -> Bool[Tensor, " d_sae"]:
 def directions(crosscoder: Crosscoder, stitching: Stitching | None) -> Float[Tensor, "d_sae d_in"]:
     """Each latent's decoder in its source and the same direction in its target, joined on the last axis, in raw units.
 
+    In its target it is as long as in its source, on the scale that both models had in training: a map fitted by least
+    squares shrinks what it cannot tell, down to nothing for what the target does not have, and what is measured along a
+    direction must not depend on how much.
+
     Args:
         crosscoder: The saved crosscoder.
         stitching: How a direction moves; none takes it as it is, which says something only where both models have one
@@ -38,12 +43,12 @@ def directions(crosscoder: Crosscoder, stitching: Stitching | None) -> Float[Ten
     a, b = partition.models["a"], partition.models["b"]
     W_dec, is_a = crosscoder.W_dec, owned_by_a(crosscoder)
     in_a, in_b = W_dec[:, a], W_dec[:, b]
-    if stitching is None:
-        # In the units that both models had in training.
-        scale = crosscoder.input_scale[0] / crosscoder.input_scale[1]
-        to_b, to_a = in_a * scale, in_b / scale
-    else:
+    to_b, to_a = in_a, in_b
+    if stitching is not None:
         to_b, to_a = stitching.direction_to_b(in_a), stitching.direction_to_a(in_b)
+    norms = crosscoder.decoder_norms()[:, :, None]
+    to_b = normalize(to_b) * norms[0] / crosscoder.input_scale[1]
+    to_a = normalize(to_a) * norms[1] / crosscoder.input_scale[0]
     moved = torch.where(is_a[:, None], in_a, to_a), torch.where(is_a[:, None], to_b, in_b)
     return torch.cat(moved, dim=-1)
 
@@ -54,19 +59,22 @@ class LatentScaling:
 
     With `f` a latent's activation and `d_m` its direction in model m, the least squares solution of `f beta d_m = y_m` is
 
-        beta = sum f <d_m, y_m> / (|d_m|^2 sum f^2)
+        beta = cov(f, <d_m, y_m>) / (|d_m|^2 var(f))
 
     With `y` the reconstruction error with the latent's own contribution put back, `nu_error` is the target's beta over the
     source's: near 1 the target has the direction and the crosscoder left it out there (complete shrinkage). With `y` the
-    reconstruction less its bias, `nu_reconstruction` is: near 1 other latents rebuild the direction in the target (latent
-    decoupling). Both are near 0 for a latent that its source has alone. Of the bias, which is most of some models'
-    activations, no latent is the cause.
+    reconstruction, `nu_reconstruction` is: near 1 other latents rebuild the direction in the target (latent decoupling).
+    Both are near 0 for a latent that its source has alone.
+
+    The paper has `sum f <d, y> / (|d|^2 sum f^2)`, a regression without an intercept. An activation is never negative, so
+    there any constant part of `y` along `d` counts as the latent's, and a model's mean may be most of its
+    activations; sparse latents and centred activations make the two alike.
 
     >>> from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
     >>> crosscoder = Crosscoder(CrosscoderConfig(d_in=2, d_sae=1, d_a=1, d_b=1))
     >>> crosscoder.W_enc.data, crosscoder.W_dec.data = torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]])
     >>> scaling = LatentScaling(crosscoder, torch.ones(1, 2))
-    >>> acts = torch.tensor([[1.0, 0.5], [2.0, 1.0]])  # B has half of it, and the crosscoder does not say so
+    >>> acts = torch.tensor([[1.0, 9.5], [2.0, 10.0]])  # B has half of it, and the crosscoder does not say so
     >>> scaling.update(acts, crosscoder.encode(acts))
     >>> {name: nu.value.item() for name, nu in scaling.estimates().items()}
     {'nu_error': 0.5, 'nu_reconstruction': 0.0}
@@ -89,7 +97,12 @@ class LatentScaling:
         is_a = owned_by_a(crosscoder)
 
         def nu(sums: Sums) -> dict[str, Tensor]:
-            fit = {name: sums[name] / (squares * sums["squares"]) for name in sums}
+            variation = sums["squares"] - sums["f"].pow(2) / sums["n"]
+            fit = {
+                name: (sums[name] - sums["f"] * sums[f"{name} sum"] / sums["n"])
+                / (squares * variation)
+                for name in ("error", "reconstruction")
+            }
             betas = {"error": fit["error"] + own, "reconstruction": fit["reconstruction"]}
             return {
                 f"nu_{name}": torch.where(is_a, beta[1] / beta[0], beta[0] / beta[1])
@@ -106,15 +119,21 @@ class LatentScaling:
         if len(acts) == 0:
             return
         rebuilt = self.crosscoder.decode(feature_acts)
+        # Around the bias, which is about the mean: sums of large numbers that cancel would leave nothing of small ones.
         targets = {"error": acts - rebuilt, "reconstruction": rebuilt - self.crosscoder.b_dec}
         models = self.crosscoder.partition.models.values()
-        sums = {
-            name: torch.stack(
-                [_products(feature_acts, y[:, m], self.directions[:, m]) for m in models]
-            )
-            for name, y in targets.items()
+        sums: dict[str, Tensor] = {
+            "n": torch.tensor(float(len(acts)), dtype=torch.double, device=acts.device),
+            "f": feature_acts.sum(dim=0, dtype=torch.double),
+            "squares": feature_acts.double().pow(2).sum(dim=0),
         }
-        self._nu.update({**sums, "squares": feature_acts.double().pow(2).sum(dim=0)})
+        for name, y in targets.items():
+            along = [y[:, m] @ self.directions[:, m].T for m in models]
+            sums[name] = torch.stack(
+                [(feature_acts * x).sum(dim=0, dtype=torch.double) for x in along]
+            )
+            sums[f"{name} sum"] = torch.stack([x.sum(dim=0, dtype=torch.double) for x in along])
+        self._nu.update(sums)
 
     def estimates(self) -> dict[str, Estimate]:
         """`nu_error` and `nu_reconstruction` of each latent; NaN where it did not fire, or has no direction in the target.
@@ -123,12 +142,3 @@ class LatentScaling:
             ValueError: No batch was counted.
         """
         return self._nu.estimates()
-
-
-def _products(
-    feature_acts: Float[Tensor, "batch d_sae"],
-    y: Float[Tensor, "batch d_model"],
-    directions: Float[Tensor, "d_sae d_model"],
-) -> Float[Tensor, " d_sae"]:
-    """`sum f <d, y>` of each latent."""
-    return (feature_acts * (y @ directions.T)).sum(dim=0, dtype=torch.double)

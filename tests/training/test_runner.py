@@ -194,8 +194,8 @@ def test_training_beats_the_untrained_crosscoder(
     held = [rows.acts for rows in runner.data.rows("held_out", PairCounts())]
     untrained = DFCTrainingCrosscoder(fresh(DFC))
     untrained.fit_normalization(torch.cat(held))
-    before, _ = evaluate(untrained.to_inference(), held)
-    after, _ = evaluate(runner.run().to_inference(), held)
+    before, *_ = evaluate(untrained.to_inference(), held)
+    after, *_ = evaluate(runner.run().to_inference(), held)
     for model in ("a", "b"):
         key = f"explained_variance/{model}"
         assert after[key] > max(before[key], 0.3)

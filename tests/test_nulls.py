@@ -1,0 +1,97 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from sae_lens_dfc.activations import PairedRows
+from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.nulls import Case, beyond_null, null_case
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.pair_data import PairData
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.training.data import PairedText
+from tests.helpers import dfc_config
+from tests.metrics.test_claims import TOY, measured, perfect
+
+
+@pytest.fixture(scope="module")
+def case(pair: ModelPair, llama_config: ModelConfig, gpt2_config: ModelConfig) -> Case:
+    cfg = CrosscoderRunnerConfig(
+        sae=dfc_config(d_a=pair.d_a, d_b=pair.d_b),
+        model_a=llama_config,
+        model_b=gpt2_config,
+        training_pairs=600,
+        eval_pairs=300,
+        context_size=32,
+        training_tokens=2048,
+        train_batch_size_tokens=256,
+    )
+    return Case(cfg, pair, PairData.collect(PairedText(cfg, pair), "test"))
+
+
+def joined(rows: Sequence[PairedRows]) -> torch.Tensor:
+    return torch.cat([r.acts for r in rows])
+
+
+def test_self_has_model_as_rows_twice_and_its_text(case: Case) -> None:
+    null = null_case("self", case)
+    d_a = case.pair.d_a
+    for part in ("training", "held_out"):
+        acts, was = joined(getattr(null.data, part)), joined(getattr(case.data, part))
+        assert torch.equal(acts, torch.cat([was[:, :d_a]] * 2, dim=-1))
+    assert (null.cfg.sae.d_a, null.cfg.sae.d_b, null.cfg.sae.d_in) == (d_a, d_a, 2 * d_a)
+    assert null.pair.b is case.pair.a
+    assert null.data.contexts[0].ids_b.tolist() == case.data.contexts[0].ids_a.tolist()
+    rows = null.data.held_out[0]
+    number = int(rows.context[0])
+    again = null.pair.activations([null.data.contexts[number]])[0]
+    own = rows.acts[rows.context == number]
+    torch.testing.assert_close(
+        again[rows.segment[rows.context == number]], own, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_shuffle_keeps_every_row_of_both_models_and_no_pair(case: Case) -> None:
+    null = null_case("shuffle", case)
+    d_a = case.pair.d_a
+    acts, was = joined(null.data.training), joined(case.data.training)
+    assert torch.equal(acts[:, :d_a], was[:, :d_a])
+    assert torch.equal(acts[:, d_a:].sort(dim=0).values, was[:, d_a:].sort(dim=0).values)
+    assert (acts[:, d_a:] == was[:, d_a:]).all(dim=1).double().mean() < 0.02
+    assert null.order_b is not None
+    assert null.order_b(50).sort().values.tolist() == list(range(50))
+
+
+def test_the_real_rows_stay_as_they_were(case: Case) -> None:
+    before = joined(case.data.training).clone()
+    null_case("shuffle", case), null_case("self", case)
+    assert torch.equal(joined(case.data.training), before)
+
+
+def test_seed_needs_another_initialisation_of_model_a(case: Case, gpt2_config: ModelConfig) -> None:
+    with pytest.raises(ValueError, match="--seed-model"):
+        null_case("seed", case)
+    with pytest.raises(ValueError, match="not another initialisation of it"):
+        null_case("seed", case, gpt2_config)
+
+
+def test_another_null_is_refused_by_name(case: Case) -> None:
+    with pytest.raises(ValueError, match="no null 'twin'. Choose from self, shuffle, seed"):
+        null_case("twin", case)
+
+
+def test_true_features_are_beyond_a_null_of_halves_and_halves_are_not() -> None:
+    from dataclasses import replace
+
+    from sae_lens_dfc import ToyPair
+
+    real, same = (
+        ToyPair(TOY),
+        ToyPair(replace(TOY, a_exclusive_fraction=0.0, b_exclusive_fraction=0.0)),
+    )
+    _, run = measured(perfect(real), real)
+    _, null = measured(perfect(same, n_split=12), same)
+    beyond = beyond_null(run, null)
+    assert beyond["transfer/auc/a_exclusive"] == beyond["transfer/auc/b_exclusive"] == 1.0
+    itself = beyond_null(null, null)
+    assert itself["transfer/auc/a_exclusive"] <= 0.2
