@@ -138,11 +138,16 @@ def evaluate_fully(options: EvaluateOptions, output: str) -> Assessment:
         raise ValueError(
             f"--output takes one run, got {' '.join(options.runs)}. Evaluate them one by one."
         )
-    check_output(output, options.overwrite, "evaluation", (METRICS_FILENAME,))
+    check_output(output, options.overwrite, "set of measures", (METRICS_FILENAME,))
     [run] = options.runs
+    nulls = _nulls(options.null)
+    if "seed" in nulls and options.seed_model is None:
+        raise ValueError(
+            "The null 'seed' needs a model that differs from model A in nothing but its initialisation. Name it with "
+            "--seed-model."
+        )
     to_measure = AssessOptions(
-        nulls=_nulls(options.null),
-        seed_model=None,
+        nulls=nulls,
         downstream_pairs=options.downstream_pairs,
         behaviour_latents=options.behaviour_latents,
         judge=None if options.judge is None else judge_of(options.judge, options.judge_url),

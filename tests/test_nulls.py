@@ -1,8 +1,10 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
+from sae_lens_dfc import ToyPair
 from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.nulls import Case, beyond_null, null_case
@@ -64,7 +66,8 @@ def test_shuffle_keeps_every_row_of_both_models_and_no_pair(case: Case) -> None:
 
 def test_the_real_rows_stay_as_they_were(case: Case) -> None:
     before = joined(case.data.training).clone()
-    null_case("shuffle", case), null_case("self", case)
+    for name in ("shuffle", "self"):
+        null_case(name, case)
     assert torch.equal(joined(case.data.training), before)
 
 
@@ -81,10 +84,6 @@ def test_another_null_is_refused_by_name(case: Case) -> None:
 
 
 def test_true_features_are_beyond_a_null_of_halves_and_halves_are_not() -> None:
-    from dataclasses import replace
-
-    from sae_lens_dfc import ToyPair
-
     real, same = (
         ToyPair(TOY),
         ToyPair(replace(TOY, a_exclusive_fraction=0.0, b_exclusive_fraction=0.0)),

@@ -26,7 +26,9 @@ from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivit
 from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.standard import StandardTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import evaluate
-from sae_lens_dfc.metrics.recovery import Truth, recovery
+from sae_lens_dfc.metrics.moments import PairMoments
+from sae_lens_dfc.metrics.recovery import Truth, recovery, recovery_of_calls
+from sae_lens_dfc.metrics.stitching import fit_stitching
 from sae_lens_dfc.recipes import TEST_AT
 from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -36,8 +38,8 @@ logger = logging.getLogger(__name__)
 FILENAME = "recovery.json"
 BATCHES_FOR_NORM = 10
 EVAL_BATCH_SIZE = 2048
-# Samples of training and of evaluation must not meet.
-EVAL_SEED = 1_000_000
+# Samples of training, of evaluation and of the maps between the models must not meet.
+EVAL_SEED, FIT_SEED = 1_000_000, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -193,15 +195,18 @@ def row(run: Run) -> dict[str, Any]:
     """Train a run's crosscoder and hold it against the truth.
 
     Returns:
-        The run, `recovery`'s measures, explained variance and L0 on fresh pairs, all settings, and where it ran.
+        The run, the measures of `recovery` and `recovery_of_calls`, explained variance and L0 on fresh pairs, all settings, and where it ran.
     """
     started = time.monotonic()
     cfg = training_config(run)
     crosscoder = train(run).to_inference()
     # Whatever was trained on wrong pairs is measured on right ones.
     pair = ToyPair(replace(toy_config(run), pairing_noise=0.0))
-    held_out = islice(pair.batches(EVAL_BATCH_SIZE, EVAL_SEED), PRESETS[run.preset].eval_batches)
-    metrics, firing, _ = evaluate(crosscoder, held_out)
+    n_batches = PRESETS[run.preset].eval_batches
+    to_fit = PairMoments.of(islice(pair.batches(EVAL_BATCH_SIZE, FIT_SEED), n_batches))
+    held_out = islice(pair.batches(EVAL_BATCH_SIZE, EVAL_SEED), n_batches)
+    metrics, firing, evidence = evaluate(crosscoder, held_out, fit_stitching(to_fit, pair.cfg.d_a))
+    assert evidence is not None  # the models are mapped
     truth = Truth(pair.features, pair.directions, pair.frequencies)
     by: Literal["partition", "relative_norm"]
     by = "partition" if isinstance(cfg.sae, DFCTrainingCrosscoderConfig) else "relative_norm"
@@ -213,6 +218,7 @@ def row(run: Run) -> dict[str, Any]:
         "pairing_noise": run.pairing_noise,
         "null": run.null,
         **recovery(crosscoder, truth, firing.counts > 0, by),
+        **recovery_of_calls(crosscoder, truth, evidence),
         **{name: metrics[name] for name in ("explained_variance/a", "explained_variance/b", "l0")},
         "alive": (firing.counts > 0).double().mean().item(),
         "seconds": round(time.monotonic() - started, 1),

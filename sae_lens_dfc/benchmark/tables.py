@@ -14,6 +14,9 @@ COLUMNS = {
     "exclusive_learned": "learned anywhere",
     "false_exclusive_rate": "false exclusive rate",
     "exclusive_called": "called exclusive",
+    "evidence_recall": "recall of calls with evidence",
+    "evidence_precision": "precision of calls with evidence",
+    "evidence_called_share": "share of latents called with evidence",
     "leakage": "leakage",
     "shared_recall": "shared recall",
     "explained_variance/a": "EV A",
@@ -116,7 +119,7 @@ def _cells(rows: Rows) -> list[list[str]]:
 
 
 def _values(rows: Rows, name: str, column: str) -> list[float]:
-    values = [row[column] for row in rows if row["architecture"] == name]
+    values = [row.get(column) for row in rows if row["architecture"] == name]
     return [float(value) for value in values if value is not None]
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED, Partition
+from sae_lens_dfc.metrics.claims import LatentEvidence
 from sae_lens_dfc.metrics.exclusivity import MIN_COSINE, ONE_SIDED, relative_decoder_norms
 
 N_DECILES = 10
@@ -142,6 +143,39 @@ def recovery(
             f"{name}/by_frequency": [share(found[group & (deciles == i)]) for i in range(N_DECILES)]
             for name, (found, group) in groups.items()
         },
+    }
+
+
+@torch.no_grad()
+def recovery_of_calls(
+    crosscoder: Crosscoder, truth: Truth, evidence: LatentEvidence
+) -> dict[str, float | None]:
+    """How many exclusive features are found, and how many of the calls are true, when evidence decides and not the partition.
+
+    Args:
+        crosscoder: The saved form.
+        truth: The features.
+        evidence: Of its latents.
+
+    Returns:
+        `evidence_recall`: share of the exclusive features that a latent called exclusive has, one latent for one feature, none
+        where there is no such feature; `evidence_precision`: share of the latents called that have one, none when none is
+        called; `evidence_called`: their number, and `evidence_called_share` of all latents.
+    """
+    similarity = cosines(truth, crosscoder.W_dec.detach().float().cpu())
+    called, is_a = evidence.is_exclusive.cpu(), evidence.is_a.cpu()
+    found = torch.cat(
+        [
+            matched(similarity[model][truth.features.slices[name]][:, called & own])
+            for name, model, own in ((A_EXCLUSIVE, "a", is_a), (B_EXCLUSIVE, "b", ~is_a))
+        ]
+    )
+    n_called = int(called.sum())
+    return {
+        "evidence_recall": share(found),
+        "evidence_precision": int(found.sum()) / n_called if n_called > 0 else None,
+        "evidence_called": n_called,
+        "evidence_called_share": n_called / len(called),
     }
 
 

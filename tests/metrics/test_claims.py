@@ -1,5 +1,6 @@
 """A crosscoder made by hand of features that are known: what is exclusive is called so, and what only looks so is not."""
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -118,9 +119,7 @@ def test_the_calls_are_counted_by_model(split: tuple[Evaluation, LatentEvidence]
 
 
 def test_where_every_feature_is_shared_nothing_is_called() -> None:
-    shared = ToyPairConfig(
-        **{**vars(TOY), "a_exclusive_fraction": 0.0, "b_exclusive_fraction": 0.0}
-    )
+    shared = replace(TOY, a_exclusive_fraction=0.0, b_exclusive_fraction=0.0)
     pair = ToyPair(shared)
     _, evidence = measured(perfect(pair, n_split=12), pair)
     assert evidence.is_candidate.sum() == 24
@@ -162,7 +161,7 @@ def test_oriented_measures_are_larger_for_the_true_ones(
 
 
 def test_equal_widths_are_scaled_directly_too_and_the_larger_counts() -> None:
-    toy = ToyPairConfig(**{**vars(TOY), "d_b": TOY.d_a})
+    toy = replace(TOY, d_b=TOY.d_a)
     pair = ToyPair(toy)
     crosscoder = perfect(pair, N_SPLIT)
     _, evidence = measured(crosscoder, pair)

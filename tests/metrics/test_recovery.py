@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_dfc import Crosscoder, CrosscoderConfig, Partition
-from sae_lens_dfc.metrics.recovery import Truth, called_exclusive, frequency_deciles, recovery
+from sae_lens_dfc import Crosscoder, CrosscoderConfig, Partition, ToyPair
+from sae_lens_dfc.metrics.recovery import (
+    Truth,
+    called_exclusive,
+    frequency_deciles,
+    recovery,
+    recovery_of_calls,
+)
+from tests.metrics.test_claims import N_SPLIT, TOY, perfect
+from tests.metrics.test_claims import measured as evidence_of
 
 # Two features of A, two of B, six shared; orthogonal, so that a cosine is 0 or 1.
 FEATURES = Partition(d_a=8, d_b=8, n_a_exclusive=2, n_b_exclusive=2, n_shared=6)
@@ -116,3 +124,17 @@ def test_shares_by_frequency_are_of_the_features_in_each_decile() -> None:
     assert result["shared_recall/by_frequency"] == [None] * 4 + [0] + [1] * 5
     assert result["exclusive_recall/by_frequency"] == [1] * 4 + [None] * 6
     assert frequency_deciles(torch.rand(1000)).bincount().tolist() == [100] * 10
+
+
+def test_calls_with_evidence_are_counted_against_the_features() -> None:
+    toy = ToyPair(TOY)
+    made = perfect(toy, N_SPLIT)
+    _, evidence = evidence_of(made, toy)
+    features = Truth(toy.features, toy.directions, toy.frequencies)
+    expected = {"evidence_recall": 1.0, "evidence_precision": 1.0, "evidence_called": 12}
+    assert recovery_of_calls(made, features, evidence).items() >= expected.items()
+    everything = evidence._replace(is_exclusive=evidence.is_candidate)
+    found = recovery_of_calls(made, features, everything)
+    assert found["evidence_precision"] == 12 / 20  # the halves of shared features are false
+    nothing = evidence._replace(is_exclusive=evidence.is_candidate & False)
+    assert recovery_of_calls(made, features, nothing)["evidence_precision"] is None
