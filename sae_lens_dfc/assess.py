@@ -1,5 +1,6 @@
 """Everything that is measured of a trained crosscoder, beside the same of crosscoders trained on pairs with nothing to find."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,10 @@ from sae_lens_dfc.metrics.judged import judged_behaviour
 from sae_lens_dfc.metrics.scaling import directions
 from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.nulls import Case, beyond_null, null_case
+from sae_lens_dfc.nulls import NULLS, Case, beyond_null, null_case
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,11 +71,14 @@ def assess(crosscoder: Crosscoder, case: Case, options: AssessOptions) -> Assess
         The measures; those of a null under `null/NAME/`, and under `beyond_null/NAME/` the share of the run's candidates
         beyond the null's 95th percentile.
     """
+    logger.info("Measuring the run")
     run = measure(crosscoder, case, options)
     metrics, nulls = dict(run.metrics), dict[str, Evaluation]()
     for name in options.nulls:
+        logger.info("Null %s (%s): training a crosscoder like it", name, NULLS[name])
         null = null_case(name, case, options.seed_model)
         trained = train(null)
+        logger.info("Null %s: measuring", name)
         nulls[name] = measure(trained, null, options)
         metrics |= {f"null/{name}/{key}": value for key, value in nulls[name].metrics.items()}
         metrics |= {

@@ -17,7 +17,7 @@ class Firing:
     >>> metric = Firing(partition)
     >>> metric.update(torch.tensor([[0.0, 2.0, 0.0], [0.0, 4.0, 1.0]]))
     >>> metric.compute()
-    {'l0': 1.5, 'l0/a_exclusive': 0.0, 'dead_fraction/a_exclusive': 1.0, 'l0/shared': 1.5, 'dead_fraction/shared': 0.0}
+    {'l0': 1.5, 'l0/a_exclusive': 0.0, 'firing_rate/a_exclusive': 0.0, 'dead_fraction/a_exclusive': 1.0, 'l0/shared': 1.5, 'firing_rate/shared': 0.75, 'dead_fraction/shared': 0.0}
     """
 
     partition: Partition
@@ -54,10 +54,11 @@ class Firing:
         return self.sums / self.counts.clamp(min=1)
 
     def compute(self) -> dict[str, float]:
-        """`l0`, and `l0/…` and `dead_fraction/…` of each partition that is not empty."""
+        """`l0`, and `l0/…`, `firing_rate/…` (mean over latents) and `dead_fraction/…` of each partition that is not empty."""
         result = {"l0": self.rates.sum().item()}
         for name, latents in self.partition.slices.items():
             if self.partition.sizes[name] > 0:
                 result[f"l0/{name}"] = self.rates[latents].sum().item()
+                result[f"firing_rate/{name}"] = self.rates[latents].mean().item()
                 result[f"dead_fraction/{name}"] = (self.counts[latents] == 0).double().mean().item()
         return result
