@@ -124,7 +124,7 @@ def test_what_was_trained_on_wrong_pairs_is_measured_on_right_ones(
 
     monkeypatch.setattr(ToyPair, "batches", watched)
     row(Run("small", "batchtopk_crosscoder", 0.4, 3, 0.3, False))
-    assert made == [(0.3, 3), (0.0, 1_000_000)]
+    assert made == [(0.3, 3), (0.0, 2_000_000), (0.0, 1_000_000)]
 
 
 def test_one_failure_stops_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,13 +47,13 @@ def test_every_measure_stands_beside_its_baselines_and_its_null(metrics: dict[st
         *DFC_KEYS,
         *(f"baseline/batchtopk/{key}" for key in CROSSCODER_KEYS),
         *(f"baseline/pca/{key}" for key in SHARED_KEYS),
-        *(f"null/{key}" for key in DFC_KEYS),
+        *(f"null/self/{key}" for key in DFC_KEYS),
     }
     assert wanted <= set(metrics)
 
 
 def test_the_dfc_is_sound_alive_and_as_good_as_its_baseline(metrics: dict[str, float]) -> None:
-    assert metrics["leak"] == metrics["null/leak"] == 0
+    assert metrics["leak"] == metrics["null/self/leak"] == 0
     for model in ("a", "b"):
         key = f"explained_variance/{model}"
         assert metrics[key] > metrics[f"baseline/batchtopk/{key}"] - 0.02
@@ -62,13 +62,20 @@ def test_the_dfc_is_sound_alive_and_as_good_as_its_baseline(metrics: dict[str, f
     assert metrics["l0"] == pytest.approx(K, rel=0.1)
 
 
-def test_one_model_twice_aligns_completely_and_is_explained_alike(
+def test_one_model_twice_is_explained_alike_and_told_by_itself(
     metrics: dict[str, float],
 ) -> None:
-    assert metrics["null/alignment/coverage_a"] == metrics["null/alignment/coverage_b"] == 1
-    assert metrics["null/explained_variance/a"] == pytest.approx(
-        metrics["null/explained_variance/b"], abs=0.02
+    assert metrics["null/self/explained_variance/a"] == pytest.approx(
+        metrics["null/self/explained_variance/b"], abs=0.02
     )
+    assert metrics["null/self/stitching/a_to_b"] == pytest.approx(1.0, abs=1e-3)
+    assert 0 < metrics["stitching/a_to_b"] < 0.9
+
+
+def test_at_most_two_percent_are_called_exclusive_where_nothing_is(
+    metrics: dict[str, float],
+) -> None:
+    assert metrics["null/self/exclusive/called_share"] <= 0.02
 
 
 def test_the_saved_crosscoder_opens_with_saelens(run: Path) -> None:

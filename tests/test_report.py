@@ -34,7 +34,7 @@ def data(**overrides: Any) -> ReportData:
         "name_a": "llama",
         "name_b": "gpt2",
         "settings": {"sae.k": 32, "dataset_path": "docs"},
-        "metrics": {"explained_variance/a": 0.8, "null/explained_variance/a": 0.9, "leak": 0.0},
+        "metrics": {"explained_variance/a": 0.8, "null/self/explained_variance/a": 0.9, "leak": 0.0},
         "histogram": {
             "a_exclusive": [0, 0, 0, 5],
             "b_exclusive": [4, 0, 0, 0],
@@ -61,7 +61,7 @@ def test_terminal_table_lines_up() -> None:
 
 def test_page_without_null_says_so() -> None:
     assert "This page has no null" in render_report(data(metrics={"l0": 1.0}))
-    assert "same pipeline on one model twice" in render_report(data())
+    assert "same pipeline on pairs that have nothing to find" in render_report(data())
 
 
 def test_everything_foreign_is_escaped() -> None:
