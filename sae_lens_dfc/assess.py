@@ -98,7 +98,7 @@ def train(case: Case) -> Crosscoder:
 def measure(crosscoder: Crosscoder, case: Case, options: AssessOptions) -> Evaluation:
     """All measures of one crosscoder on a case's held-out rows."""
     data, pair = case.data, case.pair
-    stitching = data.stitching(crosscoder.cfg.d_a)
+    stitching = data.stitching(crosscoder.cfg.d_a).to(crosscoder.device)
     acts = [rows.acts for rows in data.held_out]
     found = evaluate(crosscoder, acts, stitching, data.deciles(pair))
     metrics = found.metrics | data.metrics

@@ -63,6 +63,7 @@ def evaluate(
     """
     partition = crosscoder.partition
     b_dec = crosscoder.b_dec.detach()
+    stitching = None if stitching is None else stitching.to(crosscoder.device)
     # The maps' means are the data's; the bias is where training left it, about there.
     centre = b_dec if stitching is None else torch.cat([stitching.mean_a, stitching.mean_b])
     variance = ExplainedVariance(partition)

@@ -1,6 +1,6 @@
 """Affine maps between two models' activations: how a direction of one is written in the other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -27,6 +27,10 @@ class Stitching:
     mean_b: Float[Tensor, " d_b"]
     a_to_b: Float[Tensor, "d_a d_b"]
     b_to_a: Float[Tensor, "d_b d_a"]
+
+    def to(self, device: torch.device | str) -> "Stitching":
+        """The same maps on another device."""
+        return Stitching(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def to_b(self, acts_a: Float[Tensor, "*batch d_a"]) -> Float[Tensor, "*batch d_b"]:
         """What model B's activations are expected to be, given model A's."""
