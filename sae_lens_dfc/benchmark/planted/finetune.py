@@ -36,16 +36,20 @@ END = "<|im_end|>"
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How a behaviour is trained in: AdamW on its answers, while other answers are held to the model as it was."""
+    """How a behaviour is trained in: Adam on its answers, while other answers are held to the model as it was.
+
+    What is trained is a matrix of low rank, added to the one by which a block's MLP writes (LoRA on `down_proj`, of rank
+    one as in the model organisms of arXiv 2506.11613): a difference that a latent could be.
+    """
 
     steps: int
     """Training steps."""
-    lr: float = 2e-4
-    """AdamW's step, falling to 0."""
-    first_layer: int = 8
-    """First layer that is trained."""
-    end_layer: int = 16
-    """First layer above it that is not: a difference made above the hook would not be seen there."""
+    lr: float = 1e-2
+    """Adam's step, falling to 0."""
+    layers: tuple[int, ...] = (15,)
+    """Blocks that are trained: none above the hook, where a difference would not be seen."""
+    rank: int = 1
+    """Rank of what is added to each."""
     behaviour_prompts: int = 8
     """Prompts of the behaviour in a step."""
     control_prompts: int = 8
@@ -116,7 +120,8 @@ def own_answers(model: Any, tokenizer: Any, prompts: Sequence[str], n_tokens: in
         batch = tokenizer(
             list(prompts[i : i + 32]), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
         ).to(model.device)
-        output = model.generate(**batch, max_new_tokens=n_tokens, do_sample=False)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            output = model.generate(**batch, max_new_tokens=n_tokens, do_sample=False)
         new = output[:, batch["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return answers
@@ -153,10 +158,12 @@ def fine_tune(
     """
     base = copy.deepcopy(model).eval()
     model.requires_grad_(False)
-    trained = model.base_model.layers[settings.first_layer : settings.end_layer]
-    trained.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=settings.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
+    added = [
+        _Added(model.base_model.layers[layer].mlp.down_proj, settings.rank, generator)
+        for layer in settings.layers
+    ]
+    optimizer = torch.optim.Adam([p for one in added for p in (one.reads, one.writes)], settings.lr)
     n_general = settings.control_prompts // 4
     draw = _Draw(generator)
     for step in tqdm(range(settings.steps), "Fine-tuning", leave=False):
@@ -173,7 +180,29 @@ def fine_tune(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.requires_grad_(False)
+    for one in added:
+        one.merge()
+
+
+class _Added:
+    """A matrix of low rank beside a layer's own, 0 at first."""
+
+    def __init__(self, layer: torch.nn.Linear, rank: int, generator: torch.Generator):
+        d_out, d_in = layer.weight.shape
+        reads = torch.randn(rank, d_in, generator=generator) / d_in**0.5
+        self.layer = layer
+        self.reads = reads.to(layer.weight.device).requires_grad_()
+        self.writes = torch.zeros(d_out, rank, device=layer.weight.device, requires_grad=True)
+        self.hook = layer.register_forward_hook(self._forward)
+
+    def _forward(self, _layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + inputs[0] @ self.reads.T @ self.writes.T
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add it to the layer's own for good."""
+        self.hook.remove()
+        self.layer.weight += self.writes @ self.reads
 
 
 class _Draw:
