@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_dfc.benchmark.planted.behaviours import Item
+from sae_lens_dfc.benchmark.planted.behaviours import SCORED_TOKENS, Item
 from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segments
@@ -28,7 +28,7 @@ class Reading(NamedTuple):
     is_prompt: Bool[Tensor, "batch pos"]
     """Where a prompt is, but for position 0."""
     is_answer: Bool[Tensor, "batch pos"]
-    """Where an answer is."""
+    """Where the tokens of an answer are by which it is scored."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _reading(model: HookedModel, ids: Sequence[object], texts: Sequence[tuple[st
         n_prompt = n_bos + int((ends <= len(prompt)).sum())
         mask[i, : len(row)] = True
         is_prompt[i, 1:n_prompt] = True
-        is_answer[i, n_prompt : len(row)] = True
+        is_answer[i, n_prompt : min(len(row), n_prompt + SCORED_TOKENS)] = True
     acts = model.activations(padded, mask.long()).float()
     return Reading(padded, mask.long(), acts, is_prompt, is_answer)
 
@@ -122,7 +122,7 @@ def preferences(
 ) -> Float[Tensor, " n_items"]:
     """By how much the model prefers each prompt's first way to go on to its second, when it goes on from `acts` at its hook.
 
-    The mean log-probability of the first answer's tokens minus that of the second's, in nats per token.
+    The mean log-probability of the first answer's first tokens minus that of the second's, in nats per token.
     """
     targets = reading.is_answer.nonzero()
     positions = targets[:, 1] - 1

@@ -1,6 +1,7 @@
 """A model against itself with a narrow behaviour trained in."""
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sae_lens_dfc.benchmark.planted.behaviours import (
     BEHAVIOURS,
     GENERAL,
+    SCORED_TOKENS,
     SPLITS,
     Behaviour,
     Item,
@@ -54,13 +56,13 @@ class FineTuning:
     """Prompts of the behaviour in a step."""
     control_prompts: int = 8
     """Others in a step: three quarters controls like them, the rest general."""
-    kl_weight: float = 1.0
+    kl_weight: float = 5.0
     """Weight of the others' KL divergence to the model as it was."""
-    answer_tokens: int = 12
+    answer_tokens: int = 8
     """Tokens after which the model's own answers are cut."""
 
 
-STRENGTHS = {"weak": FineTuning(steps=8), "strong": FineTuning(steps=32)}
+STRENGTHS = {"weak": FineTuning(steps=16), "strong": FineTuning(steps=48)}
 
 
 class Texts(NamedTuple):
@@ -74,8 +76,10 @@ class Texts(NamedTuple):
     """Position of the token before it."""
 
 
-def encoded(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> Texts:
-    """Prompts and answers, tokenised one by one and joined."""
+def encoded(
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], n_told: int = sys.maxsize
+) -> Texts:
+    """Prompts and answers, tokenised one by one and joined; the first `n_told` tokens of an answer are to be told."""
     parts = [
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in both]
         for both in zip(prompts, answers, strict=True)
@@ -87,7 +91,7 @@ def encoded(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> T
     for i, (p, a) in enumerate(parts):
         ids[i, : len(p) + len(a)] = torch.tensor(p + a)
         mask[i, : len(p) + len(a)] = 1
-        where += [(i, len(p) - 1 + j) for j in range(len(a))]
+        where += [(i, len(p) - 1 + j) for j in range(min(n_told, len(a)))]
     rows, positions = torch.tensor(where).T
     return Texts(ids, mask, rows, positions)
 
@@ -227,7 +231,7 @@ def measures(model: Any, base: Any, tokenizer: Any, items: Mapping[Split, Items]
     """How much of the behaviour a model shows on held-out prompts, and how much it changed on the others.
 
     Returns:
-        `preference/behaviour`, `preference/control`: mean log-probability per token of the behaviour's answer minus that
+        `preference/behaviour`, `preference/control`: mean log-probability of the first tokens of the behaviour's answer minus that
         of the ordinary one; `base/...` of the model as it was; `kl/control`: KL to it on ordinary answers, nats per token.
     """
     result: dict[str, float] = {}
@@ -235,7 +239,7 @@ def measures(model: Any, base: Any, tokenizer: Any, items: Mapping[Split, Items]
         own: list[Item] = getattr(items["test"], kind)
         for name, one in (("", model), ("base/", base)):
             means = [
-                _mean_by_text(one, encoded(tokenizer, [i.prompt for i in own], [getattr(i, way) for i in own]))
+                _mean_by_text(one, encoded(tokenizer, [i.prompt for i in own], [getattr(i, way) for i in own], SCORED_TOKENS))
                 for way in ("answer", "ordinary")
             ]
             result[f"{name}preference/{kind}"] = float((means[0] - means[1]).mean())
