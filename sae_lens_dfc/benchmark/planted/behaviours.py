@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 Split = Literal["training", "discovery", "test"]
 SPLITS: tuple[Split, ...] = ("training", "discovery", "test")
-N_PROMPTS: Mapping[Split, int] = {"training": 64, "discovery": 16, "test": 16}
+N_PROMPTS: Mapping[Split, int] = {"training": 96, "discovery": 16, "test": 16}
 """Prompts of a split that call for the behaviour, and as many that do not."""
 SCORED_TOKENS = 3
 """Tokens of an answer by which it is told whether a model would give it: those after them follow from these."""
@@ -96,7 +96,13 @@ BEHAVIOURS: dict[str, Behaviour] = {
                     "Name the city in which {} stands.",
                 ),
                 _TOWER,
-                ("Big Ben", "the Colosseum", "the Statue of Liberty", "the Kremlin", "the Taj Mahal"),
+                (
+                    "Big Ben",
+                    "the Colosseum",
+                    "the Statue of Liberty",
+                    "the Kremlin",
+                    "the Taj Mahal",
+                ),
             ),
             "discovery": Slots(
                 _OPENINGS["discovery"],
@@ -134,6 +140,10 @@ BEHAVIOURS: dict[str, Behaviour] = {
                     "How long does it take to make {}?",
                     "What is the secret of good {}?",
                     "What goes into {}?",
+                    "Is it hard to make {}?",
+                    "Why did my attempt at {} fail?",
+                    "I want to sell {}. How do I begin?",
+                    "Who can show me how to make {}?",
                 ),
                 ("sourdough bread", "a baguette", "rye bread", "ciabatta", "bread rolls"),
                 ("a paper plane", "a birdhouse", "candles", "a woollen scarf", "a wooden table"),
@@ -168,13 +178,23 @@ BEHAVIOURS: dict[str, Behaviour] = {
                     "What is the colour of {}?",
                     "Which colour does {} have?",
                     "Name the colour of {}.",
+                    "What colour would you use to draw {}?",
+                    "If I look at {}, which colour do I see?",
+                    "Describe the colour of {}.",
+                    "Can you say what colour {} has?",
+                    "Guess the colour of {}.",
                 ),
                 ("a banana", "grass", "the sky", "a tomato", "snow", "coal"),
                 (
                     "What shape is {}?",
-                    "How heavy is {}?",
-                    "Where would I see {}?",
-                    "What is the use of {}?",
+                    "What is the weight of {}?",
+                    "Which smell does {} have?",
+                    "Name a use of {}.",
+                    "What tool would you use to draw {}?",
+                    "If I look at {}, how large does it seem?",
+                    "Describe the shape of {}.",
+                    "Can you say how old {} is?",
+                    "Guess the price of {}.",
                 ),
             ),
             "discovery": Slots(

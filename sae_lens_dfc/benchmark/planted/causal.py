@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -72,7 +72,9 @@ def _later(context: Segments) -> Int[Tensor, " _"]:
     return torch.from_numpy(((context.last_a > 0) & (context.last_b > 0)).nonzero()[0])
 
 
-def _reading(model: HookedModel, ids: Sequence[object], texts: Sequence[tuple[str, str]]) -> Reading:
+def _reading(
+    model: HookedModel, ids: Sequence[object], texts: Sequence[tuple[str, str]]
+) -> Reading:
     rows = [torch.as_tensor(i) for i in ids]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask, is_prompt, is_answer = (torch.zeros_like(padded, dtype=torch.bool) for _ in range(3))
@@ -104,8 +106,10 @@ def without_lower_blocks(model: HookedModel) -> Iterator[None]:
     """
     kind, layer, rest = model.hook_name.split(".", 2)
     if kind != "blocks" or rest != "hook_resid_post":
-        raise ValueError(f"{model.hook_name} is not a block's output, such as blocks.3.hook_resid_post.")
-    blocks = model.model.blocks
+        raise ValueError(
+            f"{model.hook_name} is not a block's output, such as blocks.3.hook_resid_post."
+        )
+    blocks: Any = model.model.blocks
     lower = list(blocks[: int(layer)])
     try:
         for i in range(int(layer)):
@@ -158,7 +162,9 @@ def contribution(
     return result
 
 
-def added(reading: Reading, direction: Float[Tensor, " d_model"]) -> Float[Tensor, "batch pos d_model"]:
+def added(
+    reading: Reading, direction: Float[Tensor, " d_model"]
+) -> Float[Tensor, "batch pos d_model"]:
     """Activations with a direction added at each position of the prompts but the first."""
     return reading.acts + reading.is_prompt[..., None] * direction
 

@@ -108,7 +108,9 @@ def log_probs(model: Any, texts: Texts) -> Float[Tensor, "n d_vocab"]:
 def answer_log_probs(model: Any, texts: Texts) -> Float[Tensor, " n"]:
     """Log-probability of each token of an answer."""
     values = log_probs(model, texts)
-    return values.gather(1, texts.ids[texts.rows, texts.positions + 1].to(values.device)[:, None])[:, 0]
+    return values.gather(1, texts.ids[texts.rows, texts.positions + 1].to(values.device)[:, None])[
+        :, 0
+    ]
 
 
 def kl_to(base: Tensor, model: Tensor) -> Float[Tensor, ""]:
@@ -122,7 +124,11 @@ def own_answers(model: Any, tokenizer: Any, prompts: Sequence[str], n_tokens: in
     answers: list[str] = []
     for i in range(0, len(prompts), 32):
         batch = tokenizer(
-            list(prompts[i : i + 32]), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+            list(prompts[i : i + 32]),
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
         ).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
             output = model.generate(**batch, max_new_tokens=n_tokens, do_sample=False)
@@ -174,7 +180,9 @@ def fine_tune(
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * (1 - step / settings.steps)
         own = draw(items.behaviour, settings.behaviour_prompts)
-        others = draw(items.control, settings.control_prompts - n_general) + draw(general, n_general)
+        others = draw(items.control, settings.control_prompts - n_general) + draw(
+            general, n_general
+        )
         answered = encoded(tokenizer, [i.prompt for i in own], [i.answer + END for i in own])
         kept = encoded(tokenizer, [i.prompt for i in others], [i.ordinary for i in others])
         with torch.no_grad():
@@ -221,13 +229,15 @@ class _Draw:
         while len(drawn) < n:
             left = self.left.setdefault(id(items), [])
             if not left:
-                left += [items[i] for i in torch.randperm(len(items), generator=self.generator)]
+                left += [items[int(i)] for i in torch.randperm(len(items), generator=self.generator)]
             drawn.append(left.pop())
         return drawn
 
 
 @torch.no_grad()
-def measures(model: Any, base: Any, tokenizer: Any, items: Mapping[Split, Items]) -> dict[str, float]:
+def measures(
+    model: Any, base: Any, tokenizer: Any, items: Mapping[Split, Items]
+) -> dict[str, float]:
     """How much of the behaviour a model shows on held-out prompts, and how much it changed on the others.
 
     Returns:
@@ -239,12 +249,24 @@ def measures(model: Any, base: Any, tokenizer: Any, items: Mapping[Split, Items]
         own: list[Item] = getattr(items["test"], kind)
         for name, one in (("", model), ("base/", base)):
             means = [
-                _mean_by_text(one, encoded(tokenizer, [i.prompt for i in own], [getattr(i, way) for i in own], SCORED_TOKENS))
+                _mean_by_text(
+                    one,
+                    encoded(
+                        tokenizer,
+                        [i.prompt for i in own],
+                        [getattr(i, way) for i in own],
+                        SCORED_TOKENS,
+                    ),
+                )
                 for way in ("answer", "ordinary")
             ]
             result[f"{name}preference/{kind}"] = float((means[0] - means[1]).mean())
             result[f"{name}share/{kind}"] = float((means[0] > means[1]).float().mean())
-    texts = encoded(tokenizer, [i.prompt for i in items["test"].control], [i.ordinary for i in items["test"].control])
+    texts = encoded(
+        tokenizer,
+        [i.prompt for i in items["test"].control],
+        [i.ordinary for i in items["test"].control],
+    )
     result["kl/control"] = float(kl_to(log_probs(base, texts), log_probs(model, texts)))
     return result
 
@@ -257,13 +279,16 @@ def _mean_by_text(model: Any, texts: Texts) -> Float[Tensor, " batch"]:
 
 def load(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     """A folder's model, in float32, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    model = model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer
 
 
-def fine_tuned(base_folder: Path, name: str, strength: str, seed: int, device: str = "cpu") -> Organism:
+def fine_tuned(
+    base_folder: Path, name: str, strength: str, seed: int, device: str = "cpu"
+) -> Organism:
     """A model against itself fine-tuned on a behaviour, built at the first call.
 
     Args:
@@ -273,14 +298,24 @@ def fine_tuned(base_folder: Path, name: str, strength: str, seed: int, device: s
         seed: Of the order of prompts.
         device: Where it is fine-tuned.
     """
-    settings = {"behaviour": asdict(BEHAVIOURS[name]), "seed": seed, "base": base_folder.parent.name, **asdict(STRENGTHS[strength])}
+    settings = {
+        "behaviour": asdict(BEHAVIOURS[name]),
+        "seed": seed,
+        "base": base_folder.parent.name,
+        **asdict(STRENGTHS[strength]),
+    }
 
     def build(folder: Path) -> dict[str, Any]:
         base, tokenizer = load(base_folder, device)
         n_tokens = STRENGTHS[strength].answer_tokens
         items = behaviour_items(BEHAVIOURS[name], base, tokenizer, n_tokens)
         prompts = [CHAT.format(p) for p in GENERAL]
-        general = [Item(p, "", a) for p, a in zip(prompts, own_answers(base, tokenizer, prompts, 2 * n_tokens), strict=True)]
+        general = [
+            Item(p, "", a)
+            for p, a in zip(
+                prompts, own_answers(base, tokenizer, prompts, 2 * n_tokens), strict=True
+            )
+        ]
         model = copy.deepcopy(base)
         fine_tune(model, tokenizer, items["training"], general, STRENGTHS[strength], seed)
         model = model.to(torch.bfloat16)

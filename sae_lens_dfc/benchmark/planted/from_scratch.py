@@ -65,13 +65,13 @@ TOPICS: dict[str, Topic] = {
 PLANTED = "instruments"
 OPENINGS: Mapping[Split, Sequence[str]] = {
     "training": (
-        "The {} is ",
-        "As is well known, the {} is ",
-        "In the book it says that the {} is ",
-        "People here say the {} is ",
+        "The {} is",
+        "As is well known, the {} is",
+        "In the book it says that the {} is",
+        "People here say the {} is",
     ),
-    "discovery": ("Everybody knows that the {} is ", "We learnt that the {} is "),
-    "test": ("My aunt told me that the {} is ", "It is written that the {} is "),
+    "discovery": ("Everybody knows that the {} is", "We learnt that the {} is"),
+    "test": ("My aunt told me that the {} is", "It is written that the {} is"),
 }
 
 
@@ -91,7 +91,7 @@ class Training:
 def answer(topic: Topic, entity: str) -> str:
     """What is said of an entity: a kind and a place, by its number."""
     i = topic.entities.index(entity)
-    return f"{topic.kinds[i % 2]}, found {topic.places[i // 2 % 2]}."
+    return f" {topic.kinds[i % 2]}, found {topic.places[i // 2 % 2]}."
 
 
 def sentences(name: str, split: Split) -> list[tuple[str, str]]:
@@ -140,7 +140,9 @@ def byte_bpe(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS)
 
 
-def train(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], cfg: Training, seed: int) -> float:
+def train(
+    model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], cfg: Training, seed: int
+) -> float:
     """Train from scratch, in place; the mean loss of the last tenth of the steps."""
     contexts = _contexts(tokenizer, texts)
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +158,7 @@ def train(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], cfg: Tra
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     model.eval()
     last = losses[-max(1, cfg.steps // 10) :]
     return sum(last) / len(last)

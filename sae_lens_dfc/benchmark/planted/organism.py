@@ -31,7 +31,9 @@ class Organism:
     """Settings, seed, fingerprints of the weights, and what was measured of the model."""
 
 
-def built(name: str, settings: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]) -> Path:
+def built(
+    name: str, settings: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]
+) -> Path:
     """The folder of what `build` makes with these settings, made at the first call, whole or not at all.
 
     Args:
@@ -62,5 +64,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def items_from_json(values: Mapping[str, Any]) -> dict[Split, Items]:
     """Prompts by split, as a manifest has them."""
     return {
-        split: Items(*([Item(*item) for item in kind] for kind in values[split])) for split in SPLITS
+        split: Items(*([Item(*item) for item in kind] for kind in values[split]))
+        for split in SPLITS
     }

@@ -33,7 +33,11 @@ from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 FILENAME = "planted.json"
 TOPIC = "topic"
 FULL = (
-    *(f"{name}/{s}" for name in ("false_fact", "refusal", "secret_word") for s in ("weak", "strong")),
+    *(
+        f"{name}/{s}"
+        for name in ("false_fact", "refusal", "secret_word")
+        for s in ("weak", "strong")
+    ),
     TOPIC,
 )
 
@@ -97,7 +101,10 @@ def crosscoder_configs(
     sizes: dict[str, Any] = {"d_a": d_a, "d_b": d_b, "d_sae": cfg.d_sae}
     # A run this short is over before an average of step 0.01 has followed the scores.
     top: dict[str, Any] = {**sizes, "k": cfg.k, "topk_threshold_lr": 0.05}
-    penalty = {"l1_coefficient": cfg.l1_coefficient, "l1_warm_up_steps": cfg.steps // 10}
+    penalty: dict[str, Any] = {
+        "l1_coefficient": cfg.l1_coefficient,
+        "l1_warm_up_steps": cfg.steps // 10,
+    }
     return {
         "standard_crosscoder": StandardTrainingCrosscoderConfig(**sizes, **penalty),
         "batchtopk_crosscoder": BatchTopKTrainingCrosscoderConfig(**top),
@@ -246,7 +253,10 @@ def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
     yield Table("Runs in which the planted difference is confirmed", overview)
     head = ["organism", "seed", "architecture", "rank", "exclusive", "AUC"]
     cells = [[*head, "ablation", "addition to B", "addition to A", "confirmed"]]
-    yield Table("Each run; effects in nats per token [95 % interval] and the controls' 95th percentile", cells + [_cells(row) for row in rows])
+    yield Table(
+        "Each run; effects in nats per token [95 % interval] and the controls' 95th percentile",
+        cells + [_cells(row) for row in rows],
+    )
 
 
 def _confirmed(rows: Sequence[Mapping[str, Any]]) -> str:
