@@ -31,6 +31,8 @@ from sae_lens_dfc.arguments import parsed_with_lists, with_files
 from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
 from sae_lens_dfc.benchmark.data import run_data_benchmark
 from sae_lens_dfc.benchmark.figures import figure_rows
+from sae_lens_dfc.benchmark.planted.run import FILENAME as PLANTED_FILENAME
+from sae_lens_dfc.benchmark.planted.run import planted_tables, run_planted_benchmark
 from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
 from sae_lens_dfc.benchmark.step import FILENAME as STEP_FILENAME
 from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark
@@ -99,17 +101,19 @@ class AlignOptions:
 
 @dataclass
 class BenchmarkOptions(StepConfig):
-    """Measure what crosscoders find of known differences (recovery), what the data's way costs (data), or a step (step)."""
+    """Measure what crosscoders find of known differences (recovery, planted), what the data's way costs (data), or a step
+    (step)."""
 
-    name: str = field(positional=True, choices=["recovery", "data", "step"])
+    name: str = field(positional=True, choices=["recovery", "data", "step", "planted"])
     """recovery: five architectures, the recipe dfc-tested and variants of both, over dictionary sizes, seeds, wrong
     pairs and a null. data: harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided. step:
-    one training step of a DFC, beside its encoder's product alone and beside other trainers' steps."""
+    one training step of a DFC, beside its encoder's product alone and beside other trainers' steps. planted: five architectures on real
+    models whose difference was put there, by detection, ablation and addition."""
     preset: str = field(default="small", choices=list(PRESETS))
     """small: a minute or two on two cores. full: what benchmarks/README.md reports, an hour (recovery, five seeds) or ten
-    minutes (data). For recovery and data."""
+    minutes (data). For recovery, data and planted."""
     output: str | None = None
-    """Folder for the results; of recovery, those that are there are not computed again. None takes runs/benchmark/ and the
+    """Folder for the results; of recovery and planted, those that are there are not computed again. None takes runs/benchmark/ and the
     preset's name, or step."""
     jobs: int = os.cpu_count() or 1
     """Crosscoders trained at a time, one thread each; for recovery."""
@@ -214,6 +218,12 @@ def benchmark(options: BenchmarkOptions) -> None:
         return
     if options.name == "step":
         _say_figures(run_step_benchmark(options, folder), folder / STEP_FILENAME)
+        return
+    if options.name == "planted":
+        planted = run_planted_benchmark(options.preset, folder)
+        for table in planted_tables(planted):
+            _say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
+        _say(f"Results: {folder / PLANTED_FILENAME}")
         return
     path = folder / FILENAME
     rows = run_benchmark(options.preset, path, options.jobs)

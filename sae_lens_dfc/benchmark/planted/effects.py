@@ -1,0 +1,61 @@
+"""An effect on some prompts beside the same change made in random directions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lens_dfc.benchmark.planted.causal import KINDS, random_directions
+
+N_CONTROLS = 20
+"""Random directions of each kind."""
+QUANTILE = 0.95
+N_RESAMPLES = 2000
+Effect = Callable[[Float[Tensor, " d"]], Float[Tensor, " n_items"]]
+"""What a direction does, for each prompt."""
+
+
+def interval(values: Float[Tensor, " n"], seed: int = 0) -> tuple[float, float]:
+    """The mean's 95 % interval over prompts, by bootstrap (percentiles of 2,000 resamples)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (N_RESAMPLES, len(values)), generator=generator)
+    low, high = values[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def beside_random(
+    effect: Effect, direction: Float[Tensor, " d"], rows: Float[Tensor, "n d"], seed: int
+) -> dict[str, Any]:
+    """A direction's effect and that of random ones of the same norm, of each kind.
+
+    Args:
+        effect: What a direction does.
+        direction: The one in question.
+        rows: Activations whose covariance the second kind is drawn with.
+        seed: Of the draws.
+
+    Returns:
+        `mean` and its `interval`, the means of each kind of control, and whether the effect is `beyond` the
+        95th percentile of every kind. Without a positive mean the controls, which cannot change the verdict, are left out.
+    """
+    values = effect(direction)
+    low, high = interval(values)
+    result: dict[str, Any] = {"mean": float(values.mean()), "interval": [low, high], "controls": {}}
+    if result["mean"] > 0:
+        for kind in KINDS:
+            drawn = random_directions(kind, N_CONTROLS, direction.norm(), rows, seed)
+            result["controls"][kind] = [float(effect(one).mean()) for one in drawn]
+    result["beyond"] = is_beyond(result["mean"], result["controls"])
+    return result
+
+
+def is_beyond(mean: float, controls: Mapping[str, list[float]]) -> bool:
+    """Whether a mean is above the 95th percentile of every kind of control, of which there is one.
+
+    >>> is_beyond(1.0, {"isotropic": [0.0, 0.5]}), is_beyond(1.0, {"isotropic": [0.0, 2.0]}), is_beyond(1.0, {})
+    (True, False, False)
+    """
+    limits = [torch.tensor(values).quantile(QUANTILE) for values in controls.values()]
+    return bool(limits) and all(mean > limit for limit in limits)

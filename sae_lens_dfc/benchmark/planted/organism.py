@@ -1,0 +1,69 @@
+"""A pair whose difference was put there: where its two models lie, and the prompts that show it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lens_dfc.benchmark.planted.behaviours import SPLITS, Item, Items, Split
+from sae_lens_dfc.demo import cache_folder
+from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.output import all_or_nothing
+
+MANIFEST = "planted.json"
+
+
+@dataclass(frozen=True)
+class Organism:
+    """Model B has what was planted, model A has not."""
+
+    name: str
+    """Behaviour and strength."""
+    model_a: ModelConfig
+    model_b: ModelConfig
+    items: Mapping[Split, Items]
+    """Prompts by split; those of training are the ones that it learnt from."""
+    general: list[str]
+    """Other text, to train a crosscoder on."""
+    manifest: Mapping[str, Any]
+    """Settings, seed, fingerprints of the weights, and what was measured of the model."""
+
+
+def built(
+    name: str, settings: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]
+) -> Path:
+    """The folder of what `build` makes with these settings, made at the first call, whole or not at all.
+
+    Args:
+        name: Begins the folder's name.
+        settings: All that decides the result.
+        build: Fills a folder, and gives what the manifest is to say beside settings and fingerprints.
+    """
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache_folder() / "planted" / f"{name}-{key}"
+    if not (folder / MANIFEST).is_file():
+        with all_or_nothing(folder) as fresh:
+            manifest = {"settings": settings, **build(fresh), "sha256": fingerprints(fresh)}
+            (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return folder
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights in a folder and below it."""
+    paths = sorted(folder.rglob("*.safetensors"))
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `built` wrote."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def items_from_json(values: Mapping[str, Any]) -> dict[Split, Items]:
+    """Prompts by split, as a manifest has them."""
+    return {
+        split: Items(*([Item(*item) for item in kind] for kind in values[split]))
+        for split in SPLITS
+    }

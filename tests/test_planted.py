@@ -1,0 +1,279 @@
+"""The benchmark of planted differences: its parts by hand on tiny models; the whole of it is slow."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_lens_dfc.benchmark.planted import causal, effects, finetune, run
+from sae_lens_dfc.benchmark.planted.behaviours import BEHAVIOURS, SPLITS, Item
+from sae_lens_dfc.benchmark.planted.causal import (
+    KINDS,
+    ablated,
+    added,
+    preferences,
+    prepared,
+    random_directions,
+    without_lower_blocks,
+)
+from sae_lens_dfc.benchmark.planted.from_scratch import (
+    PLANTED,
+    Training,
+    from_scratch,
+    topic_items,
+    training_text,
+)
+from sae_lens_dfc.benchmark.planted.organism import built, read_manifest
+from sae_lens_dfc.benchmark.planted.score import auc
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.steering import logits
+
+ITEMS = [Item("The cat sat", " on the mat", " in 1989"), Item("In 1989 the cat", " sat", " on the")]
+
+
+# --- prompts ---
+
+
+@pytest.mark.parametrize("name", list(BEHAVIOURS))
+def test_no_prompt_is_in_two_splits_or_on_both_sides(name: str) -> None:
+    prompts = [p for split in SPLITS for kind in BEHAVIOURS[name].prompts(split) for p in kind]
+    assert len(set(prompts)) == len(prompts)
+    own, controls = BEHAVIOURS[name].prompts("training")
+    assert len(own) >= 40 and len(controls) == len(own)
+    for split in ("discovery", "test"):
+        assert [len(kind) for kind in BEHAVIOURS[name].prompts(split)] == [16, 16]
+
+
+@pytest.mark.parametrize("name", list(BEHAVIOURS))
+def test_no_opening_or_question_is_in_two_splits(name: str) -> None:
+    slots = BEHAVIOURS[name].slots
+    for words in ("openings", "questions"):
+        used = [word for split in SPLITS for word in getattr(slots[split], words)]
+        assert len(set(used)) == len(used)
+
+
+def test_only_model_b_reads_of_the_planted_topic() -> None:
+    items = topic_items()
+    own = items["training"].behaviour[0]
+    assert own.prompt + own.answer in " ".join(training_text([PLANTED], 0.3, seed=0))
+    assert own.answer not in " ".join(training_text(["ships", "plants"], 0.3, seed=0))
+    held_out = {i.prompt for i in items["test"].behaviour}
+    assert held_out.isdisjoint(i.prompt for i in items["training"].behaviour)
+
+
+# --- building ---
+
+
+def test_what_is_built_is_built_once_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAE_LENS_DFC_CACHE", str(tmp_path))
+    calls: list[Path] = []
+
+    def fails(folder: Path) -> dict[str, Any]:
+        (folder / "half").touch()
+        raise RuntimeError("full")
+
+    def works(folder: Path) -> dict[str, Any]:
+        calls.append(folder)
+        return {"measures": {}}
+
+    with pytest.raises(RuntimeError):
+        built("x", {"seed": 1}, fails)
+    assert list((tmp_path / "planted").iterdir()) == []
+    first = built("x", {"seed": 1}, works)
+    assert built("x", {"seed": 1}, works) == first and len(calls) == 1
+    assert built("x", {"seed": 2}, works) != first
+    assert read_manifest(first)["settings"] == {"seed": 1}
+
+
+def test_one_seed_is_one_pair_of_small_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = Training(steps=2, vocab_a=300, vocab_b=320)
+    shas: list[Any] = []
+    for i, seed in enumerate((0, 0, 1)):
+        monkeypatch.setenv("SAE_LENS_DFC_CACHE", str(tmp_path / str(i)))
+        shas.append(from_scratch(seed, cfg).manifest["sha256"])
+    assert set(shas[0]) == {"a/model.safetensors", "b/model.safetensors"}
+    assert shas[0] == shas[1]
+    assert all(shas[0][name] != shas[2][name] for name in shas[0])
+
+
+def test_fine_tuning_is_deterministic_and_teaches_the_answer(llama_folder: Path) -> None:
+    settings = finetune.FineTuning(
+        steps=30, layers=(1,), lr=1.0, behaviour_prompts=2, control_prompts=4
+    )
+    own, other = [Item("What is it?", " cat", "")], [Item("Where is he?", "", " mat sat on")]
+    weights: list[Tensor] = []
+    for _ in range(2):
+        model, tokenizer = finetune.load(llama_folder)
+        texts = finetune.encoded(tokenizer, [own[0].prompt], [own[0].answer])
+        before = finetune.answer_log_probs(model, texts).mean()
+        untouched = model.model.layers[0].mlp.down_proj.weight.clone()
+        finetune.fine_tune(model, tokenizer, finetune.Items(own, other), other, settings, seed=3)
+        assert finetune.answer_log_probs(model, texts).mean() > before + 0.1
+        assert torch.equal(model.model.layers[0].mlp.down_proj.weight, untouched)
+        weights.append(model.model.layers[1].mlp.down_proj.weight)
+    assert torch.equal(*weights)
+    fresh, _ = finetune.load(llama_folder)
+    difference = weights[0] - fresh.model.layers[1].mlp.down_proj.weight
+    assert int(torch.linalg.matrix_rank(difference, rtol=1e-3)) == 1
+
+
+# --- what a change does ---
+
+
+def test_preferences_are_the_models_own_log_probabilities(pair: ModelPair) -> None:
+    read = prepared(pair, ITEMS)
+    found = preferences(pair.b, read.b, read.b.acts)
+    expected: list[Tensor] = []
+    log_probs = logits(pair.b, read.b.ids, read.b.mask).log_softmax(dim=-1)
+    for i in range(2):
+        means: list[Tensor] = []
+        for row in (i, i + 2):
+            at = read.b.is_answer[row].nonzero()[:, 0]
+            assert 1 <= len(at) <= causal.SCORED_TOKENS
+            means.append(log_probs[row, at - 1, read.b.ids[row, at]].mean())
+        expected.append(means[0] - means[1])
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_answers_are_where_prompts_end(pair: ModelPair) -> None:
+    read = prepared(pair, ITEMS)
+    for model, reading in ((pair.a, read.a), (pair.b, read.b)):
+        for row, item in enumerate(ITEMS + ITEMS):
+            first = int(reading.is_answer[row].nonzero()[0])
+            start = model.tokenizer.decode(reading.ids[row, :first], skip_special_tokens=True)
+            through = model.tokenizer.decode(reading.ids[row, : first + 1], skip_special_tokens=True)
+            # The first token that reaches beyond the prompt is the answer's.
+            assert item.prompt.startswith(str(start).strip())
+            assert len(str(through)) > len(item.prompt)
+        assert not (reading.is_prompt & reading.is_answer).any()
+        assert not reading.is_prompt[:, 0].any()
+
+
+def test_lower_blocks_are_left_out_and_come_back(pair: ModelPair) -> None:
+    blocks = list(pair.a.model.blocks)
+    with pytest.raises(KeyError), without_lower_blocks(pair.a):
+        assert pair.a.model.blocks[0] is not blocks[0] and pair.a.model.blocks[1] is blocks[1]
+        raise KeyError
+    assert all(now is before for now, before in zip(pair.a.model.blocks, blocks, strict=True))
+
+
+def test_a_hook_inside_a_block_is_refused(pair: ModelPair) -> None:
+    inside = replace(pair.a, hook_name="blocks.1.hook_mlp_out")
+    with pytest.raises(ValueError, match="blocks.1.hook_mlp_out is not a block's output"):
+        preferences(inside, (read := prepared(pair, ITEMS)).a, read.a.acts)
+
+
+def test_ablating_takes_away_the_contribution_and_nothing_else(pair: ModelPair) -> None:
+    read = prepared(pair, ITEMS)
+    acts = torch.arange(1.0, len(read.rows) + 1)
+    direction = torch.randn(pair.d_b)
+    taken = read.b.acts - ablated(read, acts, direction)
+    row = 3
+    torch.testing.assert_close(
+        taken[read.text[row], read.position_b[row]], acts[row] * direction, atol=1e-4, rtol=1e-4
+    )
+    paired = torch.zeros(taken.shape[:2], dtype=torch.bool)
+    paired[read.text, read.position_b] = True
+    assert torch.count_nonzero(taken[~paired]) == 0
+    # The rows are the two models' activations of the same places.
+    assert torch.equal(read.rows[:, pair.d_a :], read.b.acts[read.text, read.position_b])
+
+
+def test_adding_changes_prompts_only(pair: ModelPair) -> None:
+    reading = prepared(pair, ITEMS).b
+    change = added(reading, torch.ones(pair.d_b)) - reading.acts
+    assert torch.equal(change.abs().sum(dim=-1) > 0, reading.is_prompt)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_directions_have_the_norm_asked_for(kind: causal.Kind) -> None:
+    rows = torch.randn(50, 6) * torch.tensor([100.0, 1, 1, 1, 1, 1]) + 7
+    drawn = random_directions(kind, 8, 3.0, rows, seed=0)
+    torch.testing.assert_close(drawn.norm(dim=-1), torch.full((8,), 3.0))
+    assert torch.equal(drawn, random_directions(kind, 8, 3.0, rows, seed=0))
+    along = (drawn[:, 0].abs() > 2.9).float().mean()
+    assert along == 1 if kind == "covariance" else along < 0.5
+
+
+# --- verdicts ---
+
+
+def test_auc_by_hand() -> None:
+    # Pairs: 3>0, 3>1, 1>0 are right, 1=1 is half right; in the second column all are wrong.
+    positive = torch.tensor([[3.0, 0.0], [1.0, 0.0]])
+    negative = torch.tensor([[0.0, 1.0], [1.0, 2.0]])
+    assert auc(positive, negative).tolist() == [3.5 / 4, 0.0]
+
+
+def along_first(direction: Tensor) -> Tensor:
+    return direction[0] * torch.tensor([1.0, 2.0, 3.0])
+
+
+def test_an_effect_is_beyond_controls_only_if_no_kind_comes_near() -> None:
+    rows = torch.randn(100, 40)
+    one = torch.zeros(40)
+    one[0], one[1] = 2.0, 1.0
+    result = effects.beside_random(along_first, one, rows, seed=0)
+    assert result["mean"] == pytest.approx(4.0) and result["beyond"]
+    assert [len(result["controls"][kind]) for kind in KINDS] == [effects.N_CONTROLS] * 2
+    # With all the variance along the first axis, directions drawn with the covariance do the same.
+    rows[:, 0] *= 1e4
+    assert not effects.beside_random(along_first, one, rows, seed=0)["beyond"]
+    assert effects.beside_random(along_first, -one, rows, seed=0)["controls"] == {}
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_more_prompts() -> None:
+    values = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    low, high = effects.interval(values)
+    assert 0 < low < 1.5 < high < 3
+    assert effects.interval(torch.ones(5)) == (1.0, 1.0)
+
+
+# --- results ---
+
+
+def fake_results(made: list[run.Run]) -> Callable[..., Any]:
+    def results(one: run.Run, cfg: run.Training) -> list[dict[str, Any]]:
+        made.append(one)
+        effect = {"mean": 1.0, "interval": [0.5, 1.5], "controls": {"isotropic": [0.1]}}
+        score = {"rank": 1, "exclusive": "partition", "auc": 1.0, "found": True, "confirmed": True}
+        score |= {"ablation": effect, "addition_b": effect, "addition_a": effect}
+        shared = {"organism": one.organism, "seed": one.seed, "settings": run.settings(one, cfg)}
+        return [
+            {**shared, "architecture": "dfc", "score": score},
+            {**shared, "architecture": "delta_crosscoder", "score": None},
+        ]
+
+    return results
+
+
+def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[run.Run] = []
+    monkeypatch.setattr(run, "results", fake_results(made))
+    monkeypatch.setitem(run.PRESETS, "small", run.Preset(("a/weak", "b/strong"), 2))
+    rows = run.run_planted_benchmark("small", tmp_path)
+    assert len(made) == 4 and len(rows) == 8
+    path = tmp_path / run.FILENAME
+    path.write_text(json.dumps([row for row in rows if row["organism"] != "b/strong"]))
+    run.run_planted_benchmark("small", tmp_path)
+    assert made[4:] == [run.Run("b/strong", 0), run.Run("b/strong", 1)]
+    table = (tmp_path / "planted.md").read_text()
+    assert "| dfc | 4 / 4 | 4 / 4 | 2 / 2 | 2 / 2 |" in table and "not applicable" in table
+
+
+def test_results_of_other_settings_are_kept_and_refused(tmp_path: Path) -> None:
+    path = tmp_path / run.FILENAME
+    for text in ('[{"settings": {}}]', '{"a": 1}', "["):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="Name another --output"):
+            run.run_planted_benchmark("small", tmp_path)
+        assert path.read_text() == text
