@@ -50,17 +50,19 @@ def evaluate(
     stitching: Stitching | None = None,
     deciles: Sequence[Deciles] | None = None,
 ) -> Evaluation:
-    """Measures of a saved crosscoder on raw activations that it was not trained on, in one pass.
+    """Measures of a saved crosscoder on raw activations that it was not trained on.
 
     Args:
         crosscoder: The saved crosscoder.
-        acts: Batches, of whole contexts as far as may be: standard errors are over batches.
+        acts: Batches, of whole contexts as far as may be, and ten or more: standard errors are over batches. With
+            `stitching` they are gone over twice.
         stitching: Maps between the models, fitted on other pairs; with them every latent's exclusivity is measured.
         deciles: For each batch, to measure rare and frequent tokens apart.
 
     Raises:
         ValueError: There is no activation to evaluate on.
     """
+    acts = acts if stitching is None else list(acts)
     partition = crosscoder.partition
     b_dec = crosscoder.b_dec.detach()
     stitching = None if stitching is None else stitching.to(crosscoder.device)
@@ -84,7 +86,7 @@ def evaluate(
         firing.update(feature_acts)
         crossed.update(batch)
         if exclusivity is not None:
-            exclusivity.update(batch, feature_acts)
+            exclusivity.update(batch, feature_acts, rebuilt)
     metrics: dict[str, float] = {
         **variance.compute(),
         **by_row.compute(),
@@ -96,6 +98,8 @@ def evaluate(
     }
     if exclusivity is None:
         return Evaluation(metrics, firing)
+    for batch in tqdm(acts, "Evaluating transfer", leave=False):
+        exclusivity.update_again(batch.to(crosscoder.device))
     evidence = exclusivity.evidence()
     return Evaluation(metrics | exclusivity.metrics() | claim_metrics(evidence), firing, evidence)
 
@@ -123,11 +127,14 @@ class _Exclusivity:
         self.transfer = Transfer(crosscoder, stitching)
         self.held_out = PairMoments()
 
-    def update(self, acts: Tensor, feature_acts: Tensor) -> None:
+    def update(self, acts: Tensor, feature_acts: Tensor, rebuilt: Tensor) -> None:
         for scaling in self.scaling.values():
-            scaling.update(acts, feature_acts)
-        self.transfer.update(acts)
+            scaling.update(acts, feature_acts, rebuilt)
+        self.transfer.calibrate(acts, feature_acts)
         self.held_out.update(acts)
+
+    def update_again(self, acts: Tensor) -> None:
+        self.transfer.update(acts)
 
     def evidence(self) -> LatentEvidence:
         scaling = {name: s.estimates() for name, s in self.scaling.items()}
@@ -190,7 +197,7 @@ class HeldOutEvaluator:
     acts: Batches
     """Batches of raw activations that training does not see."""
     stitching: Stitching | None = None
-    """Maps between the models, fitted on other pairs than these."""
+    """Maps between the models, fitted on other pairs than these; without them no latent's exclusivity is measured."""
 
     def __call__(
         self,

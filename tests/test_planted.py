@@ -150,7 +150,9 @@ def test_answers_are_where_prompts_end(pair: ModelPair) -> None:
         for row, item in enumerate(ITEMS + ITEMS):
             first = int(reading.is_answer[row].nonzero()[0])
             start = model.tokenizer.decode(reading.ids[row, :first], skip_special_tokens=True)
-            through = model.tokenizer.decode(reading.ids[row, : first + 1], skip_special_tokens=True)
+            through = model.tokenizer.decode(
+                reading.ids[row, : first + 1], skip_special_tokens=True
+            )
             # The first token that reaches beyond the prompt is the answer's.
             assert item.prompt.startswith(str(start).strip())
             assert len(str(through)) > len(item.prompt)

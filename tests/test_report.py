@@ -34,7 +34,11 @@ def data(**overrides: Any) -> ReportData:
         "name_a": "llama",
         "name_b": "gpt2",
         "settings": {"sae.k": 32, "dataset_path": "docs"},
-        "metrics": {"explained_variance/a": 0.8, "null/self/explained_variance/a": 0.9, "leak": 0.0},
+        "metrics": {
+            "explained_variance/a": 0.8,
+            "null/self/explained_variance/a": 0.9,
+            "leak": 0.0,
+        },
         "histogram": {
             "a_exclusive": [0, 0, 0, 5],
             "b_exclusive": [4, 0, 0, 0],

@@ -22,12 +22,17 @@ TWO_SIDED = 0.7
 MAX_NU_ERROR = 0.2
 MAX_NU_RECONSTRUCTION = 0.5
 """Latent scaling below which a latent is its source's alone (arXiv 2504.02922, section 3)."""
+MIN_REFERENCE_NU = 0.2
+"""Median latent scaling of the latents that both models have, below which a way to move directions tells nothing: it
+does not find there what is there."""
 MAX_FALSE_DISCOVERIES = 0.05
 """Share of the calls that may be false."""
 MIN_FIRINGS = 20
 """Held-out firings below which a latent is not judged."""
 N_SPAN_REFERENCE = 512
 """Two-sided latents whose directions are looked for among the others'; more take time and say no more."""
+MAX_SPANNED = 4096
+"""Candidates of which the same is asked."""
 
 
 class LatentEvidence(NamedTuple):
@@ -39,7 +44,7 @@ class LatentEvidence(NamedTuple):
     is_two_sided: Bool[Tensor, " d_sae"]
     """Whether it is one of the latents that candidates are compared with."""
     firings: Int[Tensor, " d_sae"]
-    """On how many held-out pairs it fires."""
+    """On how many held-out pairs it fires as a function of its source alone: for an exclusive latent, on how many it fires."""
     relative_decoder_norm: Float[Tensor, " d_sae"]
     nu_error: Float[Tensor, " d_sae"]
     nu_error_se: Float[Tensor, " d_sae"]
@@ -79,10 +84,13 @@ def latent_evidence(
     A candidate that fires often enough is called when both hold, at a false discovery rate of 5 % over all
     candidates of the run (Benjamini & Hochberg on the larger of the two p-values):
 
-    - `nu_error` is within 0.2 of 0 and `nu_reconstruction` within 0.5 (Minder et al.'s limits), beyond their standard
-      error: the target has its direction neither in its error nor in its reconstruction, whichever way it is moved there;
+    - `nu_error` is within 0.2 of 0 and `nu_reconstruction` within 0.5, beyond their standard error: the target has its
+      direction neither in its error nor in its reconstruction, whichever way it is moved there. These are Minder et
+      al.'s limits for models of one basis; a map that is not exact lowers both measures for every latent, so the limits are
+      times the median of the latents that both models have, where that is below 1. A way to move directions by which even
+      those are not found (a median below 0.2) is left out, and without any other nothing is called.
     - the target tells its firing worse than that of nearly all latents that both models have: the p-value is
-      the share of those, in the same crosscoder, whose ROC-AUC is as low.
+      the share of those, in the same crosscoder, whose ROC-AUC is as near to 1/2.
 
     Args:
         crosscoder: The saved crosscoder.
@@ -100,11 +108,11 @@ def latent_evidence(
         _largest([way[name] for way in scaling.values()])
         for name in ("nu_error", "nu_reconstruction")
     )
-    p_scaling = torch.maximum(
-        p_near_zero(error, MAX_NU_ERROR), p_near_zero(reconstruction, MAX_NU_RECONSTRUCTION)
-    )
+    p_scaling = _p_scaling(scaling, reference)
     auc = transfer["auc"]
-    p_transfer = empirical_p(-auc, -auc[reference])
+    # A latent whose firing is told the wrong way round is told.
+    ignorance = -(auc - 0.5).abs()
+    p_transfer = empirical_p(ignorance, ignorance[reference])
     q = torch.full_like(p_scaling, torch.nan)
     q[judged] = benjamini_hochberg(torch.maximum(p_scaling, p_transfer)[judged])
     return LatentEvidence(
@@ -127,8 +135,31 @@ def latent_evidence(
     )
 
 
+def _p_scaling(
+    scaling: Mapping[str, Mapping[str, Estimate]], reference: Bool[Tensor, " d_sae"]
+) -> Float[Tensor, " d_sae"]:
+    """The largest p-value over the ways to move directions that can tell anything; 1 where none can."""
+    limits = {"nu_error": MAX_NU_ERROR, "nu_reconstruction": MAX_NU_RECONSTRUCTION}
+    p = torch.zeros_like(scaling[next(iter(scaling))]["nu_error"].value)
+    can_tell = False
+    for way in scaling.values():
+        medians = {name: _median(way[name].value[reference]) for name in limits}
+        if min(medians.values()) < MIN_REFERENCE_NU:
+            continue
+        can_tell = True
+        for name, limit in limits.items():
+            p = torch.maximum(p, p_near_zero(way[name], limit * min(medians[name], 1.0)))
+    return p if can_tell else torch.ones_like(p)
+
+
+def _median(values: Float[Tensor, " n"]) -> float:
+    """0 where nothing is known."""
+    known = values[~values.isnan()]
+    return known.median().item() if len(known) > 0 else 0.0
+
+
 def _largest(ways: Sequence[Estimate]) -> Estimate:
-    """Of several estimates of each latent the one furthest from 0: what speaks most against its being exclusive."""
+    """Of several estimates of each latent the one furthest from 0, to be shown."""
     largest = ways[0]
     for other in ways[1:]:
         further = other.value.abs() > largest.value.abs()
@@ -143,10 +174,9 @@ def _largest(ways: Sequence[Estimate]) -> Estimate:
 def oriented(evidence: LatentEvidence) -> dict[str, Float[Tensor, " d_sae"]]:
     """The measures of each latent, turned so that larger is more exclusive."""
     return {
-        "relative_decoder_norm": (2 * evidence.relative_decoder_norm - 1).abs(),
         "latent_scaling/nu_error": -evidence.nu_error.abs(),
         "latent_scaling/nu_reconstruction": -evidence.nu_reconstruction.abs(),
-        "transfer/auc": -evidence.auc,
+        "transfer/auc": -(evidence.auc - 0.5).abs(),
         "transfer/r2": -evidence.r2,
         "transfer/span": -evidence.span,
     }
@@ -193,7 +223,8 @@ def claim_metrics(evidence: LatentEvidence) -> dict[str, float]:
 
     `latent_scaling/nu_error/GROUP` and so on; `exclusive/judged/GROUP`, how many candidates fire often enough;
     `exclusive/scaling/GROUP` and `exclusive/transfer/GROUP`, how many pass either test alone, at p <= 0.05 each;
-    `exclusive/called/GROUP`, how many are called exclusive; `exclusive/called_share`, their share of all latents.
+    `exclusive/called/GROUP`, how many are called exclusive; `exclusive/called_share`, their share of all latents;
+    `exclusive/reference`, how many two-sided latents they were compared with: of few, none can be called.
     """
     values = {
         "latent_scaling/nu_error": evidence.nu_error,
@@ -212,6 +243,7 @@ def claim_metrics(evidence: LatentEvidence) -> dict[str, float]:
         for name, p in (("scaling", evidence.p_scaling), ("transfer", evidence.p_transfer)):
             result[f"exclusive/{name}/{group}"] = int((p[judged] <= 0.05).sum())
         result[f"exclusive/called/{group}"] = int(evidence.is_exclusive[judged].sum())
+    result["exclusive/reference"] = int(evidence.groups[SHARED].sum())
     result["exclusive/called_share"] = evidence.is_exclusive.double().mean().item()
     return result
 
@@ -246,11 +278,12 @@ def _span(
     span = torch.full_like(directions[:, 0], torch.nan)
     shared = crosscoder.partition.slices[SHARED]
     some = reference.nonzero()[:N_SPAN_REFERENCE, 0]
-    asked = judged.clone()
+    asked = torch.zeros_like(judged)
     asked[some] = True
+    asked[judged.nonzero()[:MAX_SPANNED, 0]] = True
     for latents, target in _by_target(crosscoder, asked):
-        own = latents[:, None] == torch.arange(shared.start, shared.stop, device=latents.device)
-        dictionary = crosscoder.W_dec[shared, target]
+        dictionary = crosscoder.W_dec[shared, target].float()
+        own = latents - shared.start
         span[latents] = explained_by_few(directions[latents, target], dictionary, own)
     return span
 

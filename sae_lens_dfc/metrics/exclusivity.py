@@ -57,7 +57,7 @@ def decoder_cosines(crosscoder: Crosscoder, stitching: Stitching) -> dict[str, f
     `decoder_cosine/a_to_b` is the median over the shared latents, `/p5` and `/p95` the 5th and 95th percentile. A latent that is
     one thing in both models is near 1, as far as the map is good.
     """
-    shared = crosscoder.W_dec[crosscoder.partition.slices["shared"]]
+    shared = crosscoder.W_dec[crosscoder.partition.slices["shared"]].float()
     if len(shared) == 0:
         return {}
     in_a, in_b = (shared[:, m] for m in crosscoder.partition.models.values())

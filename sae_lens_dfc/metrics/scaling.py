@@ -41,14 +41,14 @@ def directions(crosscoder: Crosscoder, stitching: Stitching | None) -> Float[Ten
             f"A direction of width {partition.d_a} cannot stand for one of width {partition.d_b}. Give a stitching map."
         )
     a, b = partition.models["a"], partition.models["b"]
-    W_dec, is_a = crosscoder.W_dec, owned_by_a(crosscoder)
+    W_dec, is_a = crosscoder.W_dec.float(), owned_by_a(crosscoder)
     in_a, in_b = W_dec[:, a], W_dec[:, b]
     to_b, to_a = in_a, in_b
     if stitching is not None:
         to_b, to_a = stitching.direction_to_b(in_a), stitching.direction_to_a(in_b)
     norms = crosscoder.decoder_norms()[:, :, None]
-    to_b = normalize(to_b) * norms[0] / crosscoder.input_scale[1]
-    to_a = normalize(to_a) * norms[1] / crosscoder.input_scale[0]
+    to_b = normalize(to_b) * (norms[0] / crosscoder.input_scale[1]).float()
+    to_a = normalize(to_a) * (norms[1] / crosscoder.input_scale[0]).float()
     moved = torch.where(is_a[:, None], in_a, to_a), torch.where(is_a[:, None], to_b, in_b)
     return torch.cat(moved, dim=-1)
 
@@ -63,8 +63,9 @@ class LatentScaling:
 
     With `y` the reconstruction error with the latent's own contribution put back, `nu_error` is the target's beta over the
     source's: near 1 the target has the direction and the crosscoder left it out there (complete shrinkage). With `y` the
-    reconstruction, `nu_reconstruction` is: near 1 other latents rebuild the direction in the target (latent decoupling).
-    Both are near 0 for a latent that its source has alone.
+    reconstruction, `nu_reconstruction` is: near 1 the direction is rebuilt in the target, by other latents (latent
+    decoupling) or, where it has a decoder there, by itself. Both are near 0 for a latent that its source has alone. A
+    map that is not exact moves a direction beside where it belongs, and lowers both for every latent.
 
     The paper has `sum f <d, y> / (|d|^2 sum f^2)`, a regression without an intercept. An activation is never negative, so
     there any constant part of `y` along `d` counts as the latent's, and a model's mean may be most of its
@@ -75,7 +76,7 @@ class LatentScaling:
     >>> crosscoder.W_enc.data, crosscoder.W_dec.data = torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]])
     >>> scaling = LatentScaling(crosscoder, torch.ones(1, 2))
     >>> acts = torch.tensor([[1.0, 9.5], [2.0, 10.0]])  # B has half of it, and the crosscoder does not say so
-    >>> scaling.update(acts, crosscoder.encode(acts))
+    >>> scaling.update(acts, crosscoder.encode(acts), crosscoder(acts))
     >>> {name: nu.value.item() for name, nu in scaling.estimates().items()}
     {'nu_error': 0.5, 'nu_reconstruction': 0.0}
 
@@ -113,12 +114,15 @@ class LatentScaling:
 
     @torch.no_grad()
     def update(
-        self, acts: Float[Tensor, "batch d_in"], feature_acts: Float[Tensor, "batch d_sae"]
+        self,
+        acts: Float[Tensor, "batch d_in"],
+        feature_acts: Float[Tensor, "batch d_sae"],
+        rebuilt: Float[Tensor, "batch d_in"],
     ) -> None:
-        """Count a batch of raw activations and their code in."""
+        """Count a batch of raw activations, their code and its reconstruction in."""
         if len(acts) == 0:
             return
-        rebuilt = self.crosscoder.decode(feature_acts)
+        feature_acts, rebuilt = feature_acts.float(), rebuilt.float()
         # Around the bias, which is about the mean: sums of large numbers that cancel would leave nothing of small ones.
         targets = {"error": acts - rebuilt, "reconstruction": rebuilt - self.crosscoder.b_dec}
         models = self.crosscoder.partition.models.values()

@@ -1,7 +1,7 @@
 """Whether a direction is made of a few of a dictionary's."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -13,7 +13,7 @@ CHUNK = 512
 def explained_by_few(
     directions: Float[Tensor, "n d"],
     dictionary: Float[Tensor, "latents d"],
-    excluded: Bool[Tensor, "n latents"] | None = None,
+    own: Int[Tensor, " n"] | None = None,
     n_parts: int = N_PARTS,
 ) -> Float[Tensor, " n"]:
     """Share of each direction's squared norm that a few dictionary directions explain, chosen by orthogonal matching pursuit.
@@ -23,7 +23,7 @@ def explained_by_few(
     Args:
         directions: What is to be explained; NaN comes back for a zero direction.
         dictionary: Directions to explain it with.
-        excluded: Which of them a direction must not use, such as itself.
+        own: Which of them a direction must not use: itself. Below 0 for none.
         n_parts: How many are used.
 
     Returns:
@@ -32,31 +32,30 @@ def explained_by_few(
     >>> explained_by_few(torch.tensor([[3.0, 4.0, 0.0]]), torch.eye(3)[1:], n_parts=1)
     tensor([0.6400])
     """
+    atoms = normalize(dictionary)
+    mine = torch.full((len(directions),), -1).to(atoms.device) if own is None else own
     shares = [
-        _chunk(
-            d, dictionary, None if excluded is None else excluded[i * CHUNK :][: len(d)], n_parts
-        )
-        for i, d in enumerate(directions.split(CHUNK))
+        _chunk(d, atoms, m, n_parts)
+        for d, m in zip(directions.split(CHUNK), mine.split(CHUNK), strict=True)
     ]
     return torch.cat(shares) if shares else directions.new_zeros(0)
 
 
 def _chunk(
-    directions: Tensor, dictionary: Tensor, excluded: Tensor | None, n_parts: int
+    directions: Tensor, atoms: Tensor, own: Int[Tensor, " n"], n_parts: int
 ) -> Float[Tensor, " n"]:
-    target, atoms = normalize(directions.double()), normalize(dictionary.double())
-    known = directions.norm(dim=-1) > 0
+    target = normalize(directions)
+    has_own = (own >= 0).nonzero()[:, 0]
     residual, basis = target, target.new_zeros(len(target), 0, target.shape[1])
     for _ in range(min(n_parts, len(atoms))):
         fit = (residual @ atoms.T).abs()
-        if excluded is not None:
-            fit = fit.masked_fill(excluded, -1)
+        fit[has_own, own[has_own]] = -1
         atom = atoms[fit.argmax(dim=1)]
         # Gram-Schmidt; one chosen already leaves nothing, and adds nothing.
         rest = atom - torch.einsum("nk,nkd->nd", torch.einsum("nd,nkd->nk", atom, basis), basis)
         norm = rest.norm(dim=-1, keepdim=True)
-        unit = torch.where(norm > 1e-6, rest / norm.clamp(min=1e-6), 0)
+        unit = torch.where(norm > 1e-4, rest / norm.clamp(min=1e-4), 0)
         basis = torch.cat([basis, unit[:, None]], dim=1)
         residual = residual - (residual * unit).sum(dim=-1, keepdim=True) * unit
     share = 1 - residual.pow(2).sum(dim=-1)
-    return torch.where(known, share, torch.nan).float()
+    return torch.where(directions.norm(dim=-1) > 0, share, torch.nan)

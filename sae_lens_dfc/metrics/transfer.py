@@ -1,5 +1,6 @@
 """The transfer test: whether the other model's activations tell when a latent fires."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,19 +15,27 @@ BINS_PER_STD = 8
 LOWEST, HIGHEST = -6, 14
 """Standard deviations of a score that are told apart; what lies beyond is counted as there."""
 N_BINS = BINS_PER_STD * (HIGHEST - LOWEST)
+MIN_FOR_SCALE = 256
+"""At least so many pairs at a time, where a batch has them: the first ones set the bins' place."""
+MAX_NUMBERS = 2**26
+"""Of pairs times latents at a time."""
 
 
 @dataclass
 class Transfer:
     """How well each latent's firing in its source is predicted by what its target's activations say of the source.
 
-    The latent is encoded from its source alone, the target's activations being replaced by the map's guess: that is what
-    it should be. It is encoded from its target alone in the same way: that is the prediction, a linear function of the target's
-    activations. So no activation is on both sides, for shared latents as for exclusive ones.
+    A latent's *score* is its encoder's source block on the source's activations; it *fires* where that is in the upper tail
+    that is as large as the share of pairs on which the whole latent fires. The prediction is the same block on the map's
+    guess of the source from the target: a linear function of the target's activations. So shared and exclusive latents
+    are predicted in one way, from activations that are on one side only, and may be compared. (For an exclusive latent, to
+    fire so is to fire, but for the width of a bin.)
 
-    `auc` is the chance that a pair on which the latent fires has a higher prediction than one on which it does not (ROC-AUC; on
-    a histogram of 1/8 standard deviation), 1/2 when the target knows nothing of it. `r2` is the squared correlation of the
-    activation with the prediction's positive part.
+    `auc` is the chance that a pair on which the latent fires has a higher prediction than one on which it does not
+    (ROC-AUC; on a histogram of 1/8 standard deviation), 1/2 when the target knows nothing of it. `r2` is the
+    squared correlation of the score, where the latent fires, with the prediction's positive part.
+
+    Batches are gone over twice: first all with `calibrate`, then all with `update`.
 
     Args:
         crosscoder: The saved crosscoder.
@@ -35,49 +44,75 @@ class Transfer:
 
     crosscoder: Crosscoder
     stitching: Stitching
+    _scores: "_Histogram" = field(init=False)
+    _guesses: dict[bool, "_Histogram"] = field(init=False)
+    _firings: Tensor | None = None
+    _thresholds: Tensor | None = None
     _sums: dict[str, Float[Tensor, " d_sae"]] = field(default_factory=dict)
-    _histogram: Int[Tensor, "2 d_sae_bins"] | None = None
     _n: int = 0
-    _scale: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self._scores = _Histogram()
+        self._guesses = {False: _Histogram(), True: _Histogram()}
+
+    @torch.no_grad()
+    def calibrate(
+        self, acts: Float[Tensor, "batch d_in"], feature_acts: Float[Tensor, "batch d_sae"]
+    ) -> None:
+        """Count a batch of raw activations and their code in, to learn where each latent's score fires."""
+        if len(acts) == 0:
+            return
+        fired = (feature_acts > 0).sum(dim=0)
+        self._firings = fired if self._firings is None else self._firings + fired
+        for part in self._parts(acts):
+            self._scores.add(self._score(*self._split(part)))
 
     @torch.no_grad()
     def update(self, acts: Float[Tensor, "batch d_in"]) -> None:
-        """Count a batch of raw activations in."""
+        """Count a batch of raw activations in.
+
+        Raises:
+            ValueError: Nothing was calibrated on.
+        """
         if len(acts) == 0:
             return
-        own, guess = self._source_and_guess(acts)
-        fires = own > 0
-        if self._scale is None or self._histogram is None:
-            # From the first batch: bins need no more than a rough idea of where the scores are.
-            self._scale = guess.mean(dim=0), guess.std(dim=0).clamp(min=1e-12)
-            self._histogram = torch.zeros(2, N_BINS * guess.shape[1], dtype=torch.long).to(
-                guess.device
+        if self._firings is None:
+            raise ValueError("Transfer needs to be calibrated on the same batches first.")
+        if self._thresholds is None:
+            self._thresholds = self._scores.upper_tail(self._firings)
+        for part in self._parts(acts):
+            a, b = self._split(part)
+            self._count(
+                self._score(a, b), self._score(self.stitching.to_a(b), self.stitching.to_b(a))
             )
-        mean, std = self._scale
-        standardised = (guess - mean) / std
-        bins = ((standardised - LOWEST) * BINS_PER_STD).clamp(0, N_BINS - 1).long()
-        where = bins + N_BINS * torch.arange(guess.shape[1], device=bins.device)
-        for i, chosen in enumerate((where[~fires], where[fires])):
-            self._histogram[i] += torch.bincount(chosen, minlength=self._histogram.shape[1])
-        self._n += len(acts)
-        x, y = own.double(), guess.clamp(min=0).double()
+
+    def _count(self, score: Tensor, guess: Tensor) -> None:
+        assert self._thresholds is not None
+        fires = score > self._thresholds
+        if self._n == 0:
+            self._guesses[True].scale = self._guesses[False].scale = _scale(guess)
+        for name, histogram in self._guesses.items():
+            histogram.add(guess, fires == name)
+        self._n += len(score)
+        x, y = (score * fires).double(), guess.clamp(min=0).double()
         sums = {"x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y, "firings": fires.double()}
         for name, values in sums.items():
             self._sums[name] = values.sum(dim=0) + self._sums.get(name, 0)
 
-    def _source_and_guess(self, acts: Tensor) -> tuple[Tensor, Tensor]:
-        models = self.crosscoder.partition.models
-        a, b = acts[:, models["a"]], acts[:, models["b"]]
-        from_a = self._pre(torch.cat([a, self.stitching.to_b(a)], dim=-1))
-        from_b = self._pre(torch.cat([self.stitching.to_a(b), b], dim=-1))
-        is_a = owned_by_a(self.crosscoder)
-        own = torch.where(is_a, from_a, from_b)
-        fires = (own > self.crosscoder.threshold) & (own > 0)
-        return own * fires, torch.where(is_a, from_b, from_a)
+    def _parts(self, acts: Tensor) -> Sequence[Tensor]:
+        return acts.split(max(MIN_FOR_SCALE, MAX_NUMBERS // self.crosscoder.cfg.d_sae))
 
-    def _pre(self, acts: Tensor) -> Tensor:
+    def _split(self, acts: Tensor) -> tuple[Tensor, Tensor]:
+        models = self.crosscoder.partition.models
+        return acts[:, models["a"]], acts[:, models["b"]]
+
+    def _score(self, a: Tensor, b: Tensor) -> Float[Tensor, "batch d_sae"]:
+        """Each latent's encoder on its source's activations alone, around the bias."""
         crosscoder = self.crosscoder
-        return crosscoder.process_sae_in(acts) @ crosscoder.W_enc + crosscoder.b_enc
+        models = crosscoder.partition.models.values()
+        b_dec, W_enc = crosscoder.b_dec.float(), crosscoder.W_enc.float()
+        of_a, of_b = ((x - b_dec[m]) @ W_enc[m] for x, m in zip((a, b), models, strict=True))
+        return torch.where(owned_by_a(crosscoder), of_a, of_b)
 
     def compute(self) -> dict[str, Float[Tensor, " d_sae"]]:
         """`auc`, `r2` and `firings` of each latent; the first two NaN where it fires never or always.
@@ -85,12 +120,12 @@ class Transfer:
         Raises:
             ValueError: No batch was counted.
         """
-        if self._histogram is None:
+        silent, fires = self._guesses[False].counts, self._guesses[True].counts
+        if silent is None or fires is None:
             raise ValueError("No pair was evaluated, so no latent can be tested. Give more text.")
         s, n = self._sums, self._n
         covariance = s["xy"] - s["x"] * s["y"] / n
         variances = (s["xx"] - s["x"].pow(2) / n) * (s["yy"] - s["y"].pow(2) / n)
-        silent, fires = self._histogram.view(2, -1, N_BINS)
         r2 = torch.where(variances > 0, covariance.pow(2) / variances, 0)
         known = (s["firings"] > 0) & (s["firings"] < n)
         return {
@@ -98,6 +133,39 @@ class Transfer:
             "r2": torch.where(known, r2, torch.nan).float(),
             "firings": s["firings"],
         }
+
+
+@dataclass
+class _Histogram:
+    """Counts of each latent's values in bins of 1/8 standard deviation."""
+
+    counts: Int[Tensor, "d_sae bins"] | None = None
+    scale: tuple[Tensor, Tensor] | None = None
+    """Mean and standard deviation: of the first values, since bins need no more than a rough idea."""
+
+    def add(self, values: Tensor, chosen: Tensor | None = None) -> None:
+        self.scale = self.scale or _scale(values)
+        mean, std = self.scale
+        bins = ((values - mean) / std - LOWEST) * BINS_PER_STD
+        where = bins.clamp(0, N_BINS - 1).long()
+        where += N_BINS * torch.arange(values.shape[1], device=values.device)
+        kept = where.flatten() if chosen is None else where[chosen]
+        counts = torch.bincount(kept, minlength=N_BINS * values.shape[1]).view(-1, N_BINS)
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def upper_tail(self, n: Int[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        """The lower edge of the bins that hold, as nearly as may be, the largest `n` values of each latent."""
+        assert self.counts is not None and self.scale is not None
+        above = self.counts.flip(1).cumsum(dim=1).flip(1)  # in a bin or higher
+        above = torch.cat([above, torch.zeros_like(above[:, :1])], dim=1)
+        edge = (above - n[:, None]).abs().argmin(dim=1)
+        mean, std = self.scale
+        # What never fires does not, whatever its lowest bin holds.
+        return torch.where(n > 0, mean + std * (edge / BINS_PER_STD + LOWEST), torch.inf)
+
+
+def _scale(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.mean(dim=0), values.std(dim=0, unbiased=False).clamp(min=1e-12)
 
 
 def auc(

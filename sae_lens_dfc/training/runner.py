@@ -24,8 +24,6 @@ from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.evaluate import HeldOutEvaluator
 from sae_lens_dfc.manifest import first_difference
-from sae_lens_dfc.metrics.moments import PairMoments
-from sae_lens_dfc.metrics.stitching import fit_stitching
 from sae_lens_dfc.output import all_or_nothing, check_output, is_made
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.provider import Batches, epochs, epochs_in_memory, shuffled
@@ -273,11 +271,7 @@ class CrosscoderTrainingRunner:
         if not self._logs:
             return None
         held_out = PairedText(self.cfg, self.pair).collect("held_out", "Held-out activations")
-        acts = [rows.acts for rows in held_out.rows]
-        # What fits the maps between the models does not measure with them.
-        to_fit, to_measure = (acts[::2], acts[1::2]) if len(acts) > 1 else ([], acts)
-        stitching = fit_stitching(PairMoments.of(to_fit), self.pair.d_a) if to_fit else None
-        return HeldOutEvaluator(to_measure, stitching)
+        return HeldOutEvaluator([rows.acts for rows in held_out.rows])
 
     def _start_wandb(self) -> None:
         log = self.cfg.logger

@@ -19,7 +19,8 @@ def a_map() -> Stitching:
 def scaled(crosscoder: Crosscoder, acts: torch.Tensor, D: torch.Tensor) -> dict[str, torch.Tensor]:
     scaling = LatentScaling(crosscoder, D)
     for batch in acts.split(16):
-        scaling.update(batch, crosscoder.encode(batch))
+        f = crosscoder.encode(batch)
+        scaling.update(batch, f, crosscoder.decode(f))
     return {name: nu.value for name, nu in scaling.estimates().items()}
 
 

@@ -229,7 +229,9 @@ class _Draw:
         while len(drawn) < n:
             left = self.left.setdefault(id(items), [])
             if not left:
-                left += [items[int(i)] for i in torch.randperm(len(items), generator=self.generator)]
+                left += [
+                    items[int(i)] for i in torch.randperm(len(items), generator=self.generator)
+                ]
             drawn.append(left.pop())
         return drawn
 
