@@ -222,8 +222,8 @@ def benchmark(options: BenchmarkOptions) -> None:
     if options.name == "planted":
         planted = run_planted_benchmark(options.preset, folder)
         for table in planted_tables(planted):
-            _say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
-        _say(f"Results: {folder / PLANTED_FILENAME}")
+            say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
+        say(f"Results: {folder / PLANTED_FILENAME}")
         return
     path = folder / FILENAME
     rows = run_benchmark(options.preset, path, options.jobs)

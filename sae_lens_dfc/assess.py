@@ -35,7 +35,7 @@ class AssessOptions:
     """
 
     nulls: list[str] = field(default_factory=lambda: ["self", "shuffle"])
-    """Nulls to train and measure: self, shuffle, seed; none of them with no name."""
+    """Nulls to train and measure: self, shuffle, seed."""
     seed_model: ModelConfig | None = None
     """For the null seed."""
     downstream_pairs: int = 2000
@@ -83,15 +83,17 @@ def assess(crosscoder: Crosscoder, case: Case, options: AssessOptions) -> Assess
         metrics |= {f"null/{name}/{key}": value for key, value in nulls[name].metrics.items()}
         metrics |= {
             f"beyond_null/{name}/{key}": value
-            for key, value in beyond_null(_evidence(run), _evidence(nulls[name])).items()
+            for key, value in beyond_null(name, _evidence(run), _evidence(nulls[name])).items()
         }
     return Assessment(known(metrics), run, nulls)
 
 
 def train(case: Case) -> Crosscoder:
     """A crosscoder of the case's settings, trained on its rows."""
+    # One training among others: it writes nothing, and not into the history of the run on W&B either.
+    logger_of_none = replace(case.cfg.logger, log_to_wandb=False)
     cfg = replace(case.cfg, output_path=None, checkpoint_path=None, n_checkpoints=0, resume=False)
-    cfg = replace(cfg, cache_path=None, other_saes=[])
+    cfg = replace(cfg, cache_path=None, other_saes=[], n_ranks=1, logger=logger_of_none)
     return CrosscoderTrainingRunner(cfg, case.pair, case.data.training).run().to_inference()
 
 
@@ -100,7 +102,9 @@ def measure(crosscoder: Crosscoder, case: Case, options: AssessOptions) -> Evalu
     data, pair = case.data, case.pair
     stitching = data.stitching(crosscoder.cfg.d_a).to(crosscoder.device)
     acts = [rows.acts for rows in data.held_out]
-    found = evaluate(crosscoder, acts, stitching, data.deciles(pair))
+    # Shuffled, a row's token is not B's any more.
+    deciles = data.deciles(pair) if case.order_b is None else None
+    found = evaluate(crosscoder, acts, stitching, deciles)
     metrics = found.metrics | data.metrics
     if options.downstream_pairs > 0:
         means = torch.cat([stitching.mean_a, stitching.mean_b])
@@ -118,7 +122,7 @@ def _behaviour(
     stitching: Stitching,
     options: AssessOptions,
 ) -> dict[str, float]:
-    groups = chosen(_evidence(found), options.behaviour_latents)
+    groups = chosen(found, options.behaviour_latents)
     steered = latent_directions(crosscoder, found, stitching, groups)
     if not steered:
         return {}
@@ -128,14 +132,17 @@ def _behaviour(
     return metrics
 
 
-def chosen(evidence: LatentEvidence, n: int) -> dict[int, str]:
+def chosen(found: Evaluation, n: int) -> dict[int, str]:
     """The latents of each group with the most evidence of being exclusive, and as many that both models have, with their group."""
+    evidence = _evidence(found)
     order = ranking(evidence)
+    fires = found.firing.maxima.cpu() > 0
+    groups = {name: latents.cpu() & fires for name, latents in evidence.groups.items()}
     latents: dict[int, str] = {}
     for group in (A_EXCLUSIVE, B_EXCLUSIVE):
-        members = order[evidence.groups[group][order]]
+        members = order[groups[group][order]]
         latents |= dict.fromkeys(members[:n].tolist(), group)
-    shared = evidence.groups[SHARED].nonzero()[:, 0]
+    shared = groups[SHARED].nonzero()[:, 0]
     # Evenly over the dictionary, so that no measure chooses them.
     evenly = shared[torch.linspace(0, max(len(shared) - 1, 0), min(n, len(shared))).long()]
     return latents | dict.fromkeys(evenly.tolist(), SHARED)
@@ -160,5 +167,5 @@ def _evidence(found: Evaluation) -> LatentEvidence:
 
 
 def known(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without NaN, which JSON has no word for: what could not be measured is left out."""
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+    """Without NaN and infinity, which JSON has no word for: what could not be measured is left out."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

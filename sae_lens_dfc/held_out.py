@@ -10,24 +10,26 @@ from typing import Any, NamedTuple
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from simple_parsing import field
 
-from sae_lens_dfc.assess import Assessment, AssessOptions, assess
+from sae_lens_dfc.assess import Assessment, AssessOptions, assess, known
 from sae_lens_dfc.crosscoders.inference import Crosscoder, load_crosscoder
 from sae_lens_dfc.evaluate import Evaluation, alignment_metrics, check_models, evaluate
-from sae_lens_dfc.judge import judge_of
+from sae_lens_dfc.judge import Judge, judge_of, similarity
 from sae_lens_dfc.measured_run import (
+    LATENTS_FILENAME,
     METRICS_FILENAME,
     REPORT_FILENAME,
     Measured,
+    read_evidence,
     report_data,
     settings,
     write_results,
 )
 from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.nulls import NULLS, Case
-from sae_lens_dfc.output import all_or_nothing, check_output, say
+from sae_lens_dfc.nulls import Case, check_nulls
+from sae_lens_dfc.output import all_or_nothing, check_output, is_made, say
 from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.pair_data import PairData
+from sae_lens_dfc.pair_data import PairData, regrouped
 from sae_lens_dfc.report import measures_table, render_report, spread, text_table
 from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -65,20 +67,20 @@ class EvaluateOptions(HeldOutOptions):
     again, and trains a crosscoder on each null."""
     overwrite: bool = False
     """Replace what the output folder holds."""
-    null: list[str] = field(default_factory=lambda: ["self", "shuffle"])
+    null: list[str] = field(default_factory=list)
     """Pairs with nothing to find, separated by spaces: self (model A twice), shuffle (pairs shuffled), seed (model A and
-    --seed-model); none for no null. With --output."""
+    --seed-model); none for no null. Given, all is measured, as with --output, where self and shuffle are the default."""
     seed_model: str | None = None
     """For the null seed, a model that differs from model A in nothing but its initialisation."""
     null_pairs: int = 100_000
     """At most so many distinct pairs to train the nulls and fit the maps with; never more than the run had."""
     downstream_pairs: int = 2000
-    """Held-out pairs at which both models' predictions are measured; 0 for none."""
+    """Held-out pairs at which both models' predictions are measured, with --output or --null; 0 for none."""
     behaviour_latents: int = 6
-    """Latents of each group with which both models are steered; 0 for none."""
+    """Latents of each group with which both models are steered, with --output or --null; 0 for none."""
     judge: str | None = None
-    """Who compares the steered models' texts: openai:MODEL (any OpenAI-compatible endpoint) or local:FOLDER; none compares
-    their next-token probabilities alone."""
+    """Who compares the steered models' texts, of the nulls too: openai:MODEL (any OpenAI-compatible endpoint) or local:FOLDER; none
+    compares their next-token probabilities alone."""
     judge_url: str | None = None
     """Address of the endpoint, where it is not OpenAI's own."""
 
@@ -97,11 +99,16 @@ def evaluate_run(options: EvaluateOptions) -> None:
     """Print trained crosscoders' measures on held-out text, and of several how far they agree."""
     if len(set(options.runs)) < len(options.runs):
         raise ValueError(f"A run is given twice: {' '.join(options.runs)}. Name each once.")
-    if options.output is not None:
-        _say_metrics(evaluate_fully(options, options.output).metrics, options.json)
-        if not options.json:
+    if options.output is not None or options.null:
+        _say_metrics(evaluate_fully(options).metrics, options.json)
+        if options.output is not None and not options.json:
             say(f"\nMeasures, latents and report: {options.output}")
         return
+    given = [n for n in ("seed_model", "judge", "judge_url") if getattr(options, n) is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join('--' + n.replace('_', '-') for n in given)}: for --output or --null. Give one of them too."
+        )
     check_same_models([load_crosscoder(run) for run in options.runs])
     measured = {run: _measure(run, options).measured for run in options.runs}
     metrics = {run: m.evaluation.metrics for run, m in measured.items()}
@@ -125,65 +132,72 @@ def evaluate_run(options: EvaluateOptions) -> None:
 
 
 def _say_metrics(metrics: Mapping[str, float], as_json: bool) -> None:
+    metrics = known(metrics)
     say(json.dumps(metrics) if as_json else text_table(*measures_table(metrics)))
 
 
-def evaluate_fully(options: EvaluateOptions, output: str) -> Assessment:
-    """Measure one run in every way, and its nulls alike; write metrics.json, latents.csv and report.html.
+def evaluate_fully(options: EvaluateOptions) -> Assessment:
+    """Measure one run in every way, and its nulls alike; write metrics.json, latents.csv and report.html where an output is named.
 
     Raises:
         ValueError: There are several runs, the output holds something, or a null or judge cannot be had.
     """
     if len(options.runs) > 1:
         raise ValueError(
-            f"--output takes one run, got {' '.join(options.runs)}. Evaluate them one by one."
+            f"All measures are taken of one run, got {' '.join(options.runs)}. Evaluate them one by one."
         )
-    check_output(output, options.overwrite, "set of measures", (METRICS_FILENAME,))
     [run] = options.runs
-    nulls = _nulls(options.null)
-    if "seed" in nulls and options.seed_model is None:
-        raise ValueError(
-            "The null 'seed' needs a model that differs from model A in nothing but its initialisation. Name it with "
-            "--seed-model."
-        )
-    to_measure = AssessOptions(
-        nulls=nulls,
-        downstream_pairs=options.downstream_pairs,
-        behaviour_latents=options.behaviour_latents,
-        judge=None if options.judge is None else judge_of(options.judge, options.judge_url),
-    )
-    crosscoder, cfg, pair = _opened(run, options)
+    if options.output is not None:
+        if is_made(options.output):
+            raise ValueError(
+                f"--output {options.output} holds a run, which stays. Name another folder."
+            )
+        check_output(options.output, options.overwrite, "set of measures", (METRICS_FILENAME,))
+    nulls = ["self", "shuffle"] if not options.null else [n for n in options.null if n != "none"]
+    check_nulls(nulls, options.seed_model)
+    judge = _judge(options)
+    # Whole models: they are to predict tokens.
+    crosscoder, cfg, pair = _opened(run, options, drop_unused_layers=False)
+    seed_model = None
     if options.seed_model is not None:
-        to_measure.seed_model = replace(cfg.model_a, model_name=options.seed_model)
-    case = Case(cfg, pair, _data(run, cfg, pair, options))
-    assessment = assess(crosscoder, case, to_measure)
-    measured = Measured(crosscoder, assessment.run)
-    page = report_data(measured, case.data, pair, settings(cfg))
-    with all_or_nothing(output) as folder:
-        write_results(folder, replace(page, metrics=assessment.metrics), measured)
+        seed_model = replace(cfg.model_a, model_name=options.seed_model)
+    to_measure = AssessOptions(
+        nulls, seed_model, options.downstream_pairs, options.behaviour_latents, judge
+    )
+    own = _run_config(run, replace(options, dataset=None))
+    n_pairs = min(own.training_pairs or options.null_pairs, options.null_pairs)
+    own = replace(own, training_pairs=n_pairs)
+    data = _data(own, cfg, pair, options.dataset is not None)
+    assessment = assess(crosscoder, Case(own, pair, data), to_measure)
+    if options.output is not None:
+        measured = Measured(crosscoder, assessment.run)
+        page = report_data(measured, data, pair, settings(cfg))
+        with all_or_nothing(options.output) as folder:
+            write_results(folder, replace(page, metrics=assessment.metrics), measured)
     return assessment
 
 
-def _nulls(names: list[str]) -> list[str]:
-    names = [name for name in names if name != "none"]
-    unknown = [name for name in names if name not in NULLS]
-    if unknown:
-        raise ValueError(f"There is no null {unknown[0]!r}. Choose from {', '.join(NULLS)}, none.")
-    return names
+def _judge(options: EvaluateOptions) -> Judge | None:
+    """Who is asked, having answered once: that it cannot should not show after all else is measured."""
+    if options.judge is None:
+        if options.judge_url is not None:
+            raise ValueError("--judge-url: for --judge openai:MODEL. Give it too.")
+        return None
+    judge = judge_of(options.judge, options.judge_url, device=options.device or "cpu")
+    similarity(judge, "The sea is calm today.", "Today the sea is calm.")
+    return judge
 
 
 def _data(
-    run: str, cfg: CrosscoderRunnerConfig, pair: ModelPair, options: EvaluateOptions
+    own: CrosscoderRunnerConfig, cfg: CrosscoderRunnerConfig, pair: ModelPair, has_other_text: bool
 ) -> PairData:
     """The run's training rows, as many as the nulls take, and those held out, of other text if that is asked for."""
-    n_pairs = min(cfg.training_pairs or options.null_pairs, options.null_pairs)
-    own = _run_config(run, replace(options, dataset=None))
-    own = replace(own, training_pairs=n_pairs, n_ranks=1)
-    data = PairData.collect(PairedText(own, pair), "The two models")
-    if options.dataset is not None:
-        other = PairedText(cfg, pair).collect("all", "Held-out activations")
-        data = PairData(data.training, other.rows, other.contexts, alignment_metrics(other.counts))
-    return data
+    if not has_other_text:
+        return PairData.collect(PairedText(own, pair), "The two models")
+    training = PairedText(own, pair).collect("training", "The run's own text: activations")
+    other = PairedText(cfg, pair).collect("all", "Held-out activations")
+    alignment = alignment_metrics(other.counts)
+    return PairData(training.rows, regrouped(other.rows), other.contexts, alignment)
 
 
 def write_report(options: ReportOptions) -> None:
@@ -191,9 +205,11 @@ def write_report(options: ReportOptions) -> None:
     (crosscoder, evaluation), data, pair, cfg = _measure(options.run, options)
     stored = Path(options.run) / METRICS_FILENAME
     # The run's own baselines and null belong beside the fresh measures, on the same text.
-    same_text = options.dataset is None and stored.is_file()
-    beside = json.loads(stored.read_text()) if same_text else {}
-    evaluation = evaluation._replace(metrics={**beside, **evaluation.metrics})
+    same_text = options.dataset is None and options.eval_pairs is None and stored.is_file()
+    if same_text:
+        metrics = {**json.loads(stored.read_text()), **evaluation.metrics}
+        evidence = read_evidence(Path(options.run) / LATENTS_FILENAME)
+        evaluation = evaluation._replace(metrics=metrics, evidence=evidence)
     page = report_data(Measured(crosscoder, evaluation), data, pair, settings(cfg))
     target = Path(options.output or Path(options.run) / REPORT_FILENAME)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -220,10 +236,13 @@ def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
 
 
 def _opened(
-    run: str, options: HeldOutOptions
+    run: str, options: HeldOutOptions, **of_models: Any
 ) -> tuple[Crosscoder, CrosscoderRunnerConfig, ModelPair]:
     crosscoder = load_crosscoder(run)
     cfg = _run_config(run, options)
+    cfg = replace(
+        cfg, model_a=replace(cfg.model_a, **of_models), model_b=replace(cfg.model_b, **of_models)
+    )
     crosscoder.to(cfg.device)
     pair = open_pair(cfg)
     check_models(crosscoder, pair)

@@ -7,7 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from sae_lens.constants import RUNNER_CFG_FILENAME
+from torch import Tensor
 
 from sae_lens_dfc.assess import AssessOptions, known, measure, train
 from sae_lens_dfc.crosscoders.base import T_CONFIG, CrosscoderTrainingConfig
@@ -16,6 +18,7 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import Evaluation, evaluate_pca
 from sae_lens_dfc.latents import latent_cards, strongest_latents
+from sae_lens_dfc.metrics.claims import LatentEvidence
 from sae_lens_dfc.metrics.exclusivity import relative_norm_histogram
 from sae_lens_dfc.metrics.pca import JointPCA
 from sae_lens_dfc.nulls import Case, null_case
@@ -108,6 +111,25 @@ def write_latents(path: Path, run: "Measured") -> None:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
+
+
+def read_evidence(path: Path) -> LatentEvidence | None:
+    """The latents' evidence as `write_latents` wrote it; none where it was not measured."""
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or not set(LatentEvidence._fields) <= set(lines[0]):
+        return None
+
+    def column(name: str) -> Tensor:
+        cells = [line[name] for line in lines]
+        if set(cells) <= {"True", "False"}:
+            return torch.tensor([cell == "True" for cell in cells])
+        values = torch.tensor([float(cell) for cell in cells])
+        return values.long() if name == "firings" else values
+
+    return LatentEvidence(*(column(name) for name in LatentEvidence._fields))
 
 
 def like(sae: CrosscoderTrainingConfig, config_class: type[T_CONFIG], **changes: Any) -> T_CONFIG:

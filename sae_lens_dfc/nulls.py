@@ -1,6 +1,6 @@
 """Pairs on which there is nothing to find: what is measured there is how far a measure deceives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae_lens_dfc.activations import PairedRows
+from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.metrics.claims import LatentEvidence, oriented
 from sae_lens_dfc.metrics.downstream import Order
 from sae_lens_dfc.metrics.significance import share_beyond
@@ -54,11 +55,27 @@ def null_case(name: str, case: Case, seed_model: ModelConfig | None = None) -> C
     Raises:
         ValueError: There is no such null, or `seed` has no model, or its width is not A's.
     """
-    if name not in NULLS:
-        raise ValueError(f"There is no null {name!r}. Choose from {', '.join(NULLS)}.")
+    check_nulls([name], seed_model if name == "seed" else None)
     if name == "seed":
+        assert seed_model is not None
         return _seed_null(case, seed_model)
     return {"self": _self_null, "shuffle": _shuffle_null}[name](case)
+
+
+def check_nulls(names: Sequence[str], seed_model: ModelConfig | str | None) -> None:
+    """Refuse nulls that there are not.
+
+    Raises:
+        ValueError: There is none of such a name, or `seed` has no model, or a model has no `seed`.
+    """
+    unknown = [name for name in names if name not in NULLS]
+    if unknown:
+        raise ValueError(f"There is no null {unknown[0]!r}. Choose from {', '.join(NULLS)}.")
+    if ("seed" in names) != (seed_model is not None):
+        raise ValueError(
+            "The null 'seed' goes with --seed-model, a model that differs from model A in nothing but its initialisation. "
+            "Give both or none."
+        )
 
 
 def _self_null(case: Case) -> Case:
@@ -84,13 +101,9 @@ def _shuffle_null(case: Case) -> Case:
     return case._replace(data=PairData(training, held_out, data.contexts, {}), order_b=order)
 
 
-def _seed_null(case: Case, seed_model: ModelConfig | None) -> Case:
-    if seed_model is None:
-        raise ValueError(
-            "The null 'seed' needs a model that differs from model A in nothing but its initialisation. Name it with "
-            "--seed-model."
-        )
+def _seed_null(case: Case, seed_model: ModelConfig) -> Case:
     pair = ModelPair(case.pair.a, load_model(seed_model))
+    pair.b.autocast = pair.a.autocast
     if pair.d_b != pair.d_a or pair.b.n_layers != pair.a.n_layers:
         raise ValueError(
             f"Model {pair.b.name!r} has {pair.b.n_layers} layers of width {pair.d_b}, model A ({pair.a.name!r}) "
@@ -121,16 +134,23 @@ def _shuffled(rows: list[PairedRows], d_a: int, order: Order) -> list[PairedRows
     ]
 
 
-def beyond_null(run: LatentEvidence, null: LatentEvidence) -> dict[str, float]:
-    """Share of each model's candidates that are more exclusive than the null's 95th percentile, by measure.
+def beyond_null(name: str, run: LatentEvidence, null: LatentEvidence) -> dict[str, float]:
+    """By measure, the share of the run's latents that the null has no more than a twentieth of.
 
-    Keys are `MEASURE/GROUP`. The null's candidates of either model are one distribution: there the two models are alike.
+    Keys are `MEASURE/GROUP`. Beside `self` and `seed`, where nothing is exclusive, it is the share of each model's candidates
+    more exclusive than 95 % of the null's candidates of both models. Beside `shuffle`, where nothing is shared, it is
+    the share of the shared latents less exclusive than 95 % of the null's.
     """
-    groups = ("a_exclusive", "b_exclusive")
-    there = torch.stack([null.groups[group] for group in groups]).any(dim=0)
     of_run, of_null = oriented(run), oriented(null)
+    if name == "shuffle":
+        ours, theirs = run.groups[SHARED], null.groups[SHARED]
+        return {
+            f"{measure}/{SHARED}": share_beyond(-values[ours], -of_null[measure][theirs])
+            for measure, values in of_run.items()
+        }
+    there = null.groups[A_EXCLUSIVE] | null.groups[B_EXCLUSIVE]
     return {
-        f"{name}/{group}": share_beyond(values[run.groups[group]], of_null[name][there])
-        for name, values in of_run.items()
-        for group in groups
+        f"{measure}/{group}": share_beyond(values[run.groups[group]], of_null[measure][there])
+        for measure, values in of_run.items()
+        for group in (A_EXCLUSIVE, B_EXCLUSIVE)
     }

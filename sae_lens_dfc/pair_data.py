@@ -1,6 +1,6 @@
 """A pair's activations in memory: those to train on or fit maps to, and those held out, with their text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from sae_lens_dfc.contexts import Context
 from sae_lens_dfc.evaluate import Deciles, alignment_metrics
 from sae_lens_dfc.metrics.frequency import paired_tokens, token_deciles
 from sae_lens_dfc.metrics.moments import PairMoments
+from sae_lens_dfc.metrics.spread import N_BLOCKS
 from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segments
@@ -47,19 +48,21 @@ class PairData:
             )
         training = text.collect("training", f"{name}: activations")
         training.counts.coverage.add(held.counts.coverage)
-        return cls(training.rows, held.rows, held.contexts, alignment_metrics(training.counts))
+        return cls(
+            training.rows,
+            regrouped(held.rows),
+            held.contexts,
+            alignment_metrics(training.counts),
+        )
 
     def stitching(self, d_a: int) -> Stitching:
         """Maps between the two models, fitted to pairs that are not held out."""
         return fit_stitching(PairMoments.of(r.acts for r in self._to_fit()), d_a)
 
-    def _to_fit(self) -> Iterator[PairedRows]:
-        n = 0
-        for rows in self.training:
-            if n >= MAX_FIT_PAIRS:
-                return
-            n += len(rows.acts)
-            yield rows
+    def _to_fit(self) -> Sequence[PairedRows]:
+        n_pairs = sum(len(rows.acts) for rows in self.training)
+        # Evenly over the text: its beginning is of a few documents.
+        return self.training[:: max(1, round(n_pairs / MAX_FIT_PAIRS))]
 
     def deciles(self, pair: ModelPair) -> list[Deciles]:
         """For each batch of held-out rows, in which decile of frequency each model's token is."""
@@ -88,14 +91,30 @@ class PairData:
         return found
 
     def held_out_with_text(self, n_pairs: int) -> Iterator[PairedRows]:
-        """At least so many held-out rows, with their contexts; all, where there are fewer."""
-        n = 0
+        """About so many held-out rows, with their contexts: whole contexts, as many of each batch."""
+        share = n_pairs / max(1, sum(len(rows.acts) for rows in self.held_out))
         for rows in self.held_out:
-            if n >= n_pairs:
-                return
-            n += len(rows.acts)
-            numbers = rows.context.unique().tolist()
-            yield rows._replace(contexts=[Context(self.contexts[i], i, 0) for i in numbers])
+            numbers = rows.context.unique()
+            chosen = numbers[: max(1, round(min(share, 1.0) * len(numbers)))]
+            here = torch.isin(rows.context, chosen)
+            yield PairedRows(
+                rows.acts[here],
+                rows.context[here],
+                rows.segment[here],
+                [Context(self.contexts[i], i, 0) for i in chosen.tolist()],
+            )
+
+
+def regrouped(rows: Sequence[PairedRows]) -> list[PairedRows]:
+    """The rows in twice as many batches as a standard error has blocks, each of contexts that follow one another.
+
+    As they were read, contexts of one document are in several batches, and how many batches there are is a matter of speed.
+    """
+    acts = torch.cat([r.acts for r in rows])
+    context, segment = (torch.cat([getattr(r, n) for r in rows]) for n in ("context", "segment"))
+    numbers = context.unique()
+    batches = [torch.isin(context, chunk) for chunk in numbers.tensor_split(2 * N_BLOCKS)]
+    return [PairedRows(acts[b], context[b], segment[b]) for b in batches if b.any()]
 
 
 def _above(tokens: Int[Tensor, " n"]) -> int:

@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sae_lens_dfc.latents import LatentCard
 from sae_lens_dfc.metrics.spread import SE
 
-# Whether a measure is a share (printed as such) is read off its name's first part.
 ROWS = [
     ("explained_variance/a", "Explained variance, A"),
     ("explained_variance/b", "Explained variance, B"),

@@ -63,7 +63,6 @@ def test_every_measure_stands_beside_the_same_of_each_null(metrics: dict[str, fl
         *(f"loss_recovered/{m}/without_exclusive" for m in "ab"),
         *("kl/a", "kl/b", "spliced_share/a", "spliced_share/b"),
         *("explained_variance/a", "mse/a", "cosine/b", "norm_ratio/b", "l0/shared"),
-        "explained_variance/a/token_decile_9",
         *("cross_reconstruction/b_from_a", "cross_reconstruction/a_from_b"),
         "cross_reconstruction/b_from_a/mapped",
         *("stitching/a_to_b", "stitching/a_to_b_to_a", "decoder_cosine/a_to_b"),
@@ -75,6 +74,14 @@ def test_every_measure_stands_beside_the_same_of_each_null(metrics: dict[str, fl
     for prefix in ("", "null/self/", "null/shuffle/", "null/seed/"):
         for kind in ("latent_scaling/nu_error/", "transfer/auc/", "behaviour/"):
             assert any(name.startswith(prefix + kind) for name in metrics), prefix + kind
+
+
+def test_tokens_are_told_apart_by_frequency_where_rows_are_of_their_tokens(
+    metrics: dict[str, float],
+) -> None:
+    for prefix in ("", "null/self/", "null/seed/"):
+        assert f"{prefix}explained_variance/b/token_decile_9" in metrics
+    assert "null/shuffle/explained_variance/b/token_decile_9" not in metrics
 
 
 def test_one_model_twice_is_told_whole_by_itself_and_shuffled_pairs_tell_nothing(
@@ -100,6 +107,7 @@ def test_the_same_untouched_models_stand_under_the_shuffled_null(metrics: dict[s
 def test_a_share_is_beyond_each_null(metrics: dict[str, float]) -> None:
     beyond = {n: v for n, v in metrics.items() if n.startswith("beyond_null/self/")}
     assert beyond and all(0 <= value <= 1 for value in beyond.values())
+    assert metrics["beyond_null/shuffle/transfer/auc/shared"] > 0.5
 
 
 def test_every_latent_has_its_line(evaluation: Path, metrics: dict[str, float]) -> None:
@@ -123,7 +131,10 @@ def test_it_is_the_same_again_and_other_folders_stay(
     args = ["evaluate", str(run), "--output", str(evaluation), "--null", "none", *SMALL, "--json"]
     assert main(args) == 1
     assert "already holds a set of measures" in capsys.readouterr().err
-    assert main(["evaluate", str(run), "--output", str(run), *SMALL]) == 1
+    for overwrite in ("false", "true"):
+        assert main(["evaluate", str(run), "--output", str(run), "--overwrite", overwrite]) == 1
+        assert "holds a run, which stays" in capsys.readouterr().err
+    assert (run / "sae_weights.safetensors").is_file()
     assert main([*args, "--overwrite", "true"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert not any(name.startswith("null/") for name in again)
@@ -143,5 +154,22 @@ def test_wrong_nulls_are_refused_before_any_work(
         assert main(["evaluate", str(run), *output, *args]) == 1
         assert message in capsys.readouterr().err
     assert main(["evaluate", str(run), f"{run}/", *output]) == 1
-    assert "takes one run" in capsys.readouterr().err
+    assert "are taken of one run" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--judge", "local:somewhere"]) == 1
+    assert "--judge: for --output or --null" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
+
+
+def test_a_page_made_anew_keeps_the_verdicts_and_the_nulls(
+    run: Path, evaluation: Path, tmp_path: Path
+) -> None:
+    for name in ("metrics.json", "latents.csv"):
+        (run / name).write_text((evaluation / name).read_text())
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "with evidence" in page or "not shown to be exclusive" in page or "not judged" in page
+    assert (
+        main(["report", str(run), "--output", str(tmp_path / "few.html"), "--eval-pairs", "200"])
+        == 0
+    )
+    assert "null:" not in (tmp_path / "few.html").read_text()

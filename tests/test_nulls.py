@@ -72,7 +72,7 @@ def test_the_real_rows_stay_as_they_were(case: Case) -> None:
 
 
 def test_seed_needs_another_initialisation_of_model_a(case: Case, gpt2_config: ModelConfig) -> None:
-    with pytest.raises(ValueError, match="--seed-model"):
+    with pytest.raises(ValueError, match="'seed' goes with --seed-model"):
         null_case("seed", case)
     with pytest.raises(ValueError, match="not another initialisation of it"):
         null_case("seed", case, gpt2_config)
@@ -90,7 +90,19 @@ def test_true_features_are_beyond_a_null_of_halves_and_halves_are_not() -> None:
     )
     _, run = measured(perfect(real), real)
     _, null = measured(perfect(same, n_split=12), same)
-    beyond = beyond_null(run, null)
+    beyond = beyond_null("self", run, null)
     assert beyond["transfer/auc/a_exclusive"] == beyond["transfer/auc/b_exclusive"] == 1.0
-    itself = beyond_null(null, null)
+    itself = beyond_null("self", null, null)
     assert itself["transfer/auc/a_exclusive"] <= 0.2
+
+
+def test_shared_latents_are_beyond_shuffled_pairs() -> None:
+    toy = ToyPair(TOY)
+    wrong = ToyPair(replace(TOY, pairing_noise=1.0))
+    _, run = measured(perfect(toy), toy)
+    _, null = measured(perfect(wrong), wrong)
+    beyond = beyond_null("shuffle", run, null)
+    assert beyond["transfer/auc/shared"] == 1.0
+    assert beyond_null("shuffle", null, null)["transfer/auc/shared"] == pytest.approx(
+        0.05, abs=0.05
+    )

@@ -190,3 +190,62 @@ def test_the_p_value_is_that_of_the_nearer_limit() -> None:
 def test_without_a_standard_error_nothing_is_near_zero() -> None:
     one = torch.ones(1, dtype=torch.double)
     assert p_near_zero(Estimate(0 * one, torch.nan * one, 0), 0.2).item() == 1.0
+
+
+def superposed(seed: int, n_own: int, n_split: int) -> tuple[LatentEvidence, int]:
+    """Models of width 96 with 300 features, read along their directions: the map between them is poor.
+
+    `n_own` features are A's alone; `n_split` are of both, and have a latent for each model.
+    """
+    n, d = 300, 96
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(2, n, d, generator=generator), dim=-1)
+    directions[1, :n_own] = 0
+
+    def data(n_rows: int) -> Tensor:
+        fires = torch.rand(n_rows, n, generator=generator) < 0.006
+        acts = fires * (1 + torch.rand(n_rows, n, generator=generator))
+        noise = 0.02 * torch.randn(n_rows, 2 * d, generator=generator)
+        return torch.cat([acts @ directions[0], acts @ directions[1]], dim=-1) + noise
+
+    n_a, n_b = n_own + n_split, n_split
+    latents = [*range(n_a), *range(n_own, n_a), *range(n_a, n)]
+    crosscoder = Crosscoder(
+        CrosscoderConfig(
+            d_in=2 * d, d_sae=len(latents), d_a=d, d_b=d, n_a_exclusive=n_a, n_b_exclusive=n_b
+        )
+    )
+    W_dec = torch.cat([directions[0], directions[1]], dim=-1)[latents]
+    for inputs, which in crosscoder.partition.forbidden_blocks():
+        W_dec[which, inputs] = 0
+    W_enc = W_dec.T.clone()
+    W_enc[:, n_a + n_b :] /= 2
+    crosscoder.W_dec.data, crosscoder.W_enc.data = W_dec, W_enc
+    crosscoder.threshold.data = torch.full((len(latents),), 0.7)
+    stitching = fit_stitching(PairMoments.of([data(20_000)]), d)
+    evidence = evaluate(crosscoder, data(20_000).split(1000), stitching).evidence
+    assert evidence is not None
+    return evidence, n_own
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_superposition_no_half_of_a_shared_feature_is_called(seed: int) -> None:
+    evidence, _ = superposed(seed, n_own=0, n_split=60)
+    assert sum(evidence.groups[f"{m}_exclusive"].sum() for m in "ab") > 100
+    assert not evidence.is_exclusive.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_superposition_features_of_one_model_are_called(seed: int) -> None:
+    evidence, n_own = superposed(seed, n_own=20, n_split=10)
+    called = evidence.is_exclusive
+    assert called[:n_own].double().mean() >= 0.7
+    assert called[n_own:].sum() <= 1
+
+
+def test_where_the_map_finds_nothing_nothing_is_called() -> None:
+    """Of models with nothing in common each latent is exclusive, but no map could tell."""
+    pair = ToyPair(replace(TOY, pairing_noise=1.0))
+    _, evidence = measured(perfect(pair), pair)
+    assert not evidence.is_exclusive.any()
+    assert (evidence.p_scaling == 1).all()

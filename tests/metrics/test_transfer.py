@@ -1,8 +1,12 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
+from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.moments import PairMoments
+from sae_lens_dfc.metrics.scaling import owned_by_a
 from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
 from sae_lens_dfc.metrics.transfer import Transfer
 from tests.helpers import make_firing_dfc
@@ -17,70 +21,106 @@ def acts_and_map(n: int = 600) -> tuple[torch.Tensor, Stitching]:
     return acts, fit_stitching(PairMoments.of([acts]), D_A)
 
 
+def transferred(
+    crosscoder: Crosscoder, stitching: Stitching, batches: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    transfer = Transfer(crosscoder, stitching)
+    for batch in batches:
+        transfer.calibrate(batch, crosscoder.encode(batch))
+    for batch in batches:
+        transfer.update(batch)
+    return transfer.compute()
+
+
 @torch.no_grad()
 def test_auc_and_r2_are_those_of_the_encoder_on_bs_mapped_activations() -> None:
-    acts, stitching = acts_and_map()
+    acts, stitching = acts_and_map(4000)
     crosscoder = make_firing_dfc()
-    transfer = Transfer(crosscoder, stitching)
-    for batch in acts.split(100):
-        transfer.update(batch)
-    found = transfer.compute()
+    found = transferred(crosscoder, stitching, acts.split(400))
     fires, judged = crosscoder.encode(acts), 0
     for j in range(crosscoder.partition.sizes["a_exclusive"]):
         mapped = stitching.to_a(acts[:, D_A:]) - crosscoder.b_dec[:D_A]
-        guess = mapped @ crosscoder.W_enc[:D_A, j] + crosscoder.b_enc[j]
+        guess = mapped @ crosscoder.W_enc[:D_A, j]
         on, off = guess[fires[:, j] > 0], guess[fires[:, j] == 0]
-        assert found["firings"][j] == len(on)
-        if len(on) and len(off):
+        # A bin of 1/8 standard deviation holds at most a twentieth of a normal distribution.
+        assert found["firings"][j].item() == pytest.approx(len(on), abs=200)
+        if min(len(on), len(off)) > 200:
             judged += 1
             u = mannwhitneyu(on.numpy(), off.numpy()).statistic / (len(on) * len(off))
-            assert found["auc"][j].item() == pytest.approx(u, abs=0.01)
-            r = torch.stack([guess.clamp(min=0), fires[:, j]]).corrcoef()[0, 1]
-            assert found["r2"][j].item() == pytest.approx(r.item() ** 2, abs=1e-3)
+            assert found["auc"][j].item() == pytest.approx(u, abs=0.02)
     assert judged >= 4
 
 
 @torch.no_grad()
-def test_what_is_predicted_does_not_depend_on_what_it_is_predicted_from() -> None:
-    """A shared latent reads both models: with B on both sides its firing would be told by itself."""
-    acts, stitching = acts_and_map()
+def test_a_shared_latent_is_predicted_as_an_exclusive_one_is() -> None:
+    """By its source block and the map alone: what it reads of its target takes no part but in how often it fires."""
+    acts, stitching = acts_and_map(2000)
+    shared, blind = make_firing_dfc(), make_firing_dfc()
+    blind.load_state_dict(shared.state_dict())
+    is_a = owned_by_a(shared)
+    blind.W_enc[D_A:, is_a] = 0
+    fires = shared.encode(acts)
+
+    def of(crosscoder: Crosscoder) -> dict[str, torch.Tensor]:
+        transfer = Transfer(crosscoder, stitching)
+        transfer.calibrate(acts, fires)
+        transfer.update(acts)
+        return transfer.compute()
+
+    for name, value in of(shared).items():
+        assert torch.equal(of(blind)[name][is_a].nan_to_num(-1), value[is_a].nan_to_num(-1)), name
+
+
+@torch.no_grad()
+def test_what_is_to_be_predicted_does_not_depend_on_what_predicts_it() -> None:
+    acts, stitching = acts_and_map(2000)
     crosscoder = make_firing_dfc()
+    fires, is_a = crosscoder.encode(acts), owned_by_a(crosscoder)
     changed = acts.clone()
     changed[:, D_A:] = torch.randn(len(acts), 7)
-    one, other = Transfer(crosscoder, stitching), Transfer(crosscoder, stitching)
-    one.update(acts)
-    other.update(changed)
-    from sae_lens_dfc.metrics.scaling import owned_by_a
+    firings: list[torch.Tensor] = []
+    for x in (acts, changed):
+        transfer = Transfer(crosscoder, stitching)
+        transfer.calibrate(x, fires)
+        transfer.update(x)
+        firings.append(transfer.compute()["firings"][is_a])
+    assert torch.equal(*firings)
 
-    is_a = owned_by_a(crosscoder)
-    assert torch.equal(one.compute()["firings"][is_a], other.compute()["firings"][is_a])
 
-
+@torch.no_grad()
 def test_batches_of_any_size_count_the_same() -> None:
-    acts, stitching = acts_and_map()
+    acts, stitching = acts_and_map(3000)
     crosscoder = make_firing_dfc()
-    one, other = Transfer(crosscoder, stitching), Transfer(crosscoder, stitching)
-    one.update(acts)
-    for batch in (acts[:300], acts[:0], acts[300:]):
-        other.update(batch)
-    for name, value in one.compute().items():
-        torch.testing.assert_close(
-            other.compute()[name], value, rtol=1e-3, atol=0.02, equal_nan=True
-        )
+    one = transferred(crosscoder, stitching, [acts])
+    other = transferred(crosscoder, stitching, [acts[:1], acts[:0], acts[1:1200], acts[1200:]])
+    for name in ("auc", "r2"):
+        often = (one["firings"] > 300) & (one["firings"] < 2700)
+        torch.testing.assert_close(other[name][often], one[name][often], rtol=0.05, atol=0.05)
 
 
+@torch.no_grad()
 def test_models_with_nothing_in_common_tell_nothing() -> None:
     torch.manual_seed(0)
     acts = torch.randn(20_000, 12)
     stitching = fit_stitching(PairMoments.of([torch.randn(5000, 12)]), D_A)
-    transfer = Transfer(make_firing_dfc(), stitching)
-    transfer.update(acts)
-    found = transfer.compute()
+    found = transferred(make_firing_dfc(), stitching, acts.split(2000))
     often = found["firings"] > 1000
     assert often.sum() > 5
     assert (found["auc"][often] - 0.5).abs().max() < 0.06
 
 
+@torch.no_grad()
+def test_a_latent_that_never_fires_is_never_told() -> None:
+    acts, stitching = acts_and_map(1000)
+    crosscoder = make_firing_dfc()
+    crosscoder.threshold.fill_(1e9)
+    found = transferred(crosscoder, stitching, [acts])
+    assert found["firings"].sum() == 0 and found["auc"].isnan().all() and found["r2"].isnan().all()
+
+
 def test_nothing_counted_is_an_error() -> None:
+    acts, stitching = acts_and_map(50)
     with pytest.raises(ValueError, match="No pair was evaluated"):
-        Transfer(make_firing_dfc(), acts_and_map(50)[1]).compute()
+        Transfer(make_firing_dfc(), stitching).compute()
+    with pytest.raises(ValueError, match="calibrated on the same batches first"):
+        Transfer(make_firing_dfc(), stitching).update(acts)
