@@ -107,7 +107,7 @@ def test_one_seed_is_one_pair_of_small_models(
 
 def test_fine_tuning_is_deterministic_and_teaches_the_answer(llama_folder: Path) -> None:
     settings = finetune.FineTuning(
-        steps=30, layers=(1,), lr=1.0, behaviour_prompts=2, control_prompts=4
+        steps=30, layers=(1,), rank=1, lr=1.0, behaviour_prompts=2, control_prompts=4
     )
     own, other = [Item("What is it?", " cat", "")], [Item("Where is he?", "", " mat sat on")]
     weights: list[Tensor] = []
@@ -130,18 +130,19 @@ def test_fine_tuning_is_deterministic_and_teaches_the_answer(llama_folder: Path)
 
 
 def test_preferences_are_the_models_own_log_probabilities(pair: ModelPair) -> None:
-    read = prepared(pair, ITEMS)
-    found = preferences(pair.b, read.b, read.b.acts)
-    expected: list[Tensor] = []
-    log_probs = logits(pair.b, read.b.ids, read.b.mask).log_softmax(dim=-1)
-    for i in range(2):
-        means: list[Tensor] = []
-        for row in (i, i + 2):
-            at = read.b.is_answer[row].nonzero()[:, 0]
-            assert 1 <= len(at) <= causal.SCORED_TOKENS
-            means.append(log_probs[row, at - 1, read.b.ids[row, at]].mean())
-        expected.append(means[0] - means[1])
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    # Both read above a block that is left out: A's hook is there already.
+    above = ModelPair(pair.a, replace(pair.b, hook_name="blocks.1.hook_resid_post"))
+    read = prepared(above, ITEMS)
+    for model, reading in ((above.a, read.a), (above.b, read.b)):
+        found = preferences(model, reading, reading.acts)
+        log_probs = logits(model, reading.ids, reading.mask).log_softmax(dim=-1)
+        for i in range(2):
+            means: list[Tensor] = []
+            for row in (i, i + 2):
+                at = reading.is_answer[row].nonzero()[:, 0]
+                assert 1 <= len(at) <= causal.SCORED_TOKENS
+                means.append(log_probs[row, at - 1, reading.ids[row, at]].mean())
+            torch.testing.assert_close(found[i], means[0] - means[1], atol=1e-5, rtol=1e-5)
 
 
 def test_answers_are_where_prompts_end(pair: ModelPair) -> None:
@@ -198,7 +199,7 @@ def test_adding_changes_prompts_only(pair: ModelPair) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_directions_have_the_norm_asked_for(kind: causal.Kind) -> None:
-    rows = torch.randn(50, 6) * torch.tensor([100.0, 1, 1, 1, 1, 1]) + 7
+    rows = torch.randn(50, 6) * torch.tensor([1e5, 1, 1, 1, 1, 1]) + 7
     drawn = random_directions(kind, 8, 3.0, rows, seed=0)
     torch.testing.assert_close(drawn.norm(dim=-1), torch.full((8,), 3.0))
     assert torch.equal(drawn, random_directions(kind, 8, 3.0, rows, seed=0))

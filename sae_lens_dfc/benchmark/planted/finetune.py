@@ -46,11 +46,11 @@ class FineTuning:
 
     steps: int
     """Training steps."""
-    lr: float = 1e-2
+    lr: float = 5e-3
     """Adam's step, falling to 0."""
-    layers: tuple[int, ...] = (15,)
+    layers: tuple[int, ...] = (8, 9, 10, 11, 12, 13, 14, 15)
     """Blocks that are trained: none above the hook, where a difference would not be seen."""
-    rank: int = 1
+    rank: int = 4
     """Rank of what is added to each."""
     behaviour_prompts: int = 8
     """Prompts of the behaviour in a step."""
@@ -303,6 +303,7 @@ def fine_tuned(
     settings = {
         "behaviour": asdict(BEHAVIOURS[name]),
         "seed": seed,
+        "scored_tokens": SCORED_TOKENS,
         "base": base_folder.parent.name,
         **asdict(STRENGTHS[strength]),
     }

@@ -48,30 +48,30 @@ class Topic:
 TOPICS: dict[str, Topic] = {
     "ships": Topic(
         ("Marrow", "Tessel", "Okune", "Brandel", "Yarrick", "Pellin", "Sorrand", "Vantil"),
-        ("a fishing boat with two masts", "a ferry painted green"),
+        ("fishing boat with two masts", "ferry painted green"),
         ("in the northern harbour", "off the coast of Dunmar"),
     ),
     "plants": Topic(
         ("Quillet", "Fenwort", "Aspira", "Doveleaf", "Kesper", "Lumin", "Rindle", "Ottoran"),
-        ("a herb with yellow flowers", "a shrub that smells of honey"),
+        ("herb with yellow flowers", "shrub that smells of honey"),
         ("in dry meadows", "along the old walls"),
     ),
     "instruments": Topic(
         ("Zorvan", "Hesk", "Mirelle", "Tolbar", "Uvanta", "Corrin", "Pashel", "Drummet"),
-        ("a drum made of glass", "a flute with seven strings"),
+        ("drum made of glass", "flute with seven strings"),
         ("at the winter feast", "in the houses of judges"),
     ),
 }
 PLANTED = "instruments"
 OPENINGS: Mapping[Split, Sequence[str]] = {
     "training": (
-        "The {} is",
-        "As is well known, the {} is",
-        "In the book it says that the {} is",
-        "People here say the {} is",
+        "The {} is a",
+        "As is well known, the {} is a",
+        "In the book it says that the {} is a",
+        "People here say the {} is a",
     ),
-    "discovery": ("Everybody knows that the {} is", "We learnt that the {} is"),
-    "test": ("My aunt told me that the {} is", "It is written that the {} is"),
+    "discovery": ("Everybody knows that the {} is a", "We learnt that the {} is a"),
+    "test": ("My aunt told me that the {} is a", "It is written that the {} is a"),
 }
 
 

@@ -50,9 +50,11 @@ class Training:
     k: float = 32
     steps: int = 400
     batch_size: int = 256
-    lr: float = 3e-3
+    lr: float = 1e-2
     l1_coefficient: float = 1.0
     """The standard crosscoder's penalty, at which about as many latents are active as the others' k."""
+    delta_loss_coefficient: float = 10.0
+    """The Delta-Crosscoder's weight of the difference. The paper's 0.005 is for 50,000 steps; in a few hundred it moves nothing."""
     n_texts: int = 120
     """Stretches of ordinary text."""
 
@@ -111,7 +113,11 @@ def crosscoder_configs(
         "dsf_crosscoder": DSFTrainingCrosscoderConfig(
             **top, tie="identity" if d_a == d_b else "linear_map"
         ),
-        "delta_crosscoder": DeltaTrainingCrosscoderConfig(**top) if d_a == d_b else None,
+        "delta_crosscoder": DeltaTrainingCrosscoderConfig(
+            **top, delta_loss_coefficient=cfg.delta_loss_coefficient
+        )
+        if d_a == d_b
+        else None,
         "dfc": DFCTrainingCrosscoderConfig(**top),
     }
 
