@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
@@ -16,7 +16,7 @@ LOWEST, HIGHEST = -6, 14
 """Standard deviations of a score that are told apart; what lies beyond is counted as there."""
 N_BINS = BINS_PER_STD * (HIGHEST - LOWEST)
 MIN_FOR_SCALE = 256
-"""At least so many pairs at a time, where a batch has them: the first ones set the bins' place."""
+"""Pairs from which the bins' place is taken; values wait until there are so many."""
 MAX_NUMBERS = 2**26
 """Of pairs times latents at a time."""
 
@@ -45,15 +45,14 @@ class Transfer:
     crosscoder: Crosscoder
     stitching: Stitching
     _scores: "_Histogram" = field(init=False)
-    _guesses: dict[bool, "_Histogram"] = field(init=False)
+    _guesses: "_Histogram" = field(init=False)
     _firings: Tensor | None = None
     _thresholds: Tensor | None = None
     _sums: dict[str, Float[Tensor, " d_sae"]] = field(default_factory=dict)
     _n: int = 0
 
     def __post_init__(self) -> None:
-        self._scores = _Histogram()
-        self._guesses = {False: _Histogram(), True: _Histogram()}
+        self._scores, self._guesses = _Histogram(), _Histogram()
 
     @torch.no_grad()
     def calibrate(
@@ -65,7 +64,8 @@ class Transfer:
         fired = (feature_acts > 0).sum(dim=0)
         self._firings = fired if self._firings is None else self._firings + fired
         for part in self._parts(acts):
-            self._scores.add(self._score(*self._split(part)))
+            score = self._score(*self._split(part))
+            self._scores.add(score, torch.zeros_like(score, dtype=torch.bool))
 
     @torch.no_grad()
     def update(self, acts: Float[Tensor, "batch d_in"]) -> None:
@@ -89,10 +89,7 @@ class Transfer:
     def _count(self, score: Tensor, guess: Tensor) -> None:
         assert self._thresholds is not None
         fires = score > self._thresholds
-        if self._n == 0:
-            self._guesses[True].scale = self._guesses[False].scale = _scale(guess)
-        for name, histogram in self._guesses.items():
-            histogram.add(guess, fires == name)
+        self._guesses.add(guess, fires)
         self._n += len(score)
         x, y = (score * fires).double(), guess.clamp(min=0).double()
         sums = {"x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y, "firings": fires.double()}
@@ -120,9 +117,7 @@ class Transfer:
         Raises:
             ValueError: No batch was counted.
         """
-        silent, fires = self._guesses[False].counts, self._guesses[True].counts
-        if silent is None or fires is None:
-            raise ValueError("No pair was evaluated, so no latent can be tested. Give more text.")
+        silent, fires = self._guesses.counts
         s, n = self._sums, self._n
         covariance = s["xy"] - s["x"] * s["y"] / n
         variances = (s["xx"] - s["x"].pow(2) / n) * (s["yy"] - s["y"].pow(2) / n)
@@ -137,35 +132,49 @@ class Transfer:
 
 @dataclass
 class _Histogram:
-    """Counts of each latent's values in bins of 1/8 standard deviation."""
+    """Counts of each latent's values in bins of 1/8 standard deviation: where it is silent, and where it fires."""
 
-    counts: Int[Tensor, "d_sae bins"] | None = None
-    scale: tuple[Tensor, Tensor] | None = None
-    """Mean and standard deviation: of the first values, since bins need no more than a rough idea."""
+    _counts: Int[Tensor, "2 d_sae bins"] | None = None
+    _scale: tuple[Tensor, Tensor] | None = None
+    """Mean and standard deviation of the first values: bins need no more than a rough idea."""
+    _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def add(self, values: Tensor, chosen: Tensor | None = None) -> None:
-        self.scale = self.scale or _scale(values)
-        mean, std = self.scale
-        bins = ((values - mean) / std - LOWEST) * BINS_PER_STD
-        where = bins.clamp(0, N_BINS - 1).long()
-        where += N_BINS * torch.arange(values.shape[1], device=values.device)
-        kept = where.flatten() if chosen is None else where[chosen]
-        counts = torch.bincount(kept, minlength=N_BINS * values.shape[1]).view(-1, N_BINS)
-        self.counts = counts if self.counts is None else self.counts + counts
+    def add(self, values: Float[Tensor, "n d_sae"], fires: Bool[Tensor, "n d_sae"]) -> None:
+        self._waiting.append((values, fires))
+        if self._scale is not None or sum(len(v) for v, _ in self._waiting) >= MIN_FOR_SCALE:
+            self._count()
+
+    def _count(self) -> None:
+        values, fires = (torch.cat(part) for part in zip(*self._waiting, strict=True))
+        self._waiting = []
+        if self._scale is None:
+            std = values.std(dim=0, unbiased=False).clamp(min=1e-12)
+            self._scale = values.mean(dim=0), std
+        mean, std = self._scale
+        bins = (((values - mean) / std - LOWEST) * BINS_PER_STD).clamp(0, N_BINS - 1).long()
+        bins += N_BINS * torch.arange(values.shape[1], device=values.device)
+        size = N_BINS * values.shape[1]
+        counted = [torch.bincount(bins[chosen], minlength=size) for chosen in (~fires, fires)]
+        counts = torch.stack(counted).view(2, -1, N_BINS)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    @property
+    def counts(self) -> Int[Tensor, "2 d_sae bins"]:
+        if self._waiting:
+            self._count()
+        if self._counts is None:
+            raise ValueError("No pair was evaluated, so no latent can be tested. Give more text.")
+        return self._counts
 
     def upper_tail(self, n: Int[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
         """The lower edge of the bins that hold, as nearly as may be, the largest `n` values of each latent."""
-        assert self.counts is not None and self.scale is not None
-        above = self.counts.flip(1).cumsum(dim=1).flip(1)  # in a bin or higher
+        above = self.counts.sum(dim=0).flip(1).cumsum(dim=1).flip(1)  # in a bin or higher
         above = torch.cat([above, torch.zeros_like(above[:, :1])], dim=1)
         edge = (above - n[:, None]).abs().argmin(dim=1)
-        mean, std = self.scale
+        assert self._scale is not None  # values were counted
+        mean, std = self._scale
         # What never fires does not, whatever its lowest bin holds.
         return torch.where(n > 0, mean + std * (edge / BINS_PER_STD + LOWEST), torch.inf)
-
-
-def _scale(values: Tensor) -> tuple[Tensor, Tensor]:
-    return values.mean(dim=0), values.std(dim=0, unbiased=False).clamp(min=1e-12)
 
 
 def auc(

