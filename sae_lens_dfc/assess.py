@@ -16,7 +16,7 @@ from sae_lens_dfc.metrics.behaviour import behaviour
 from sae_lens_dfc.metrics.claims import LatentEvidence, ranking
 from sae_lens_dfc.metrics.directions import Directions
 from sae_lens_dfc.metrics.downstream import downstream
-from sae_lens_dfc.metrics.judged import judged_behaviour
+from sae_lens_dfc.metrics.judged import JudgedOptions, judged_behaviour, n_judgements
 from sae_lens_dfc.metrics.scaling import directions
 from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.models import ModelConfig
@@ -128,6 +128,8 @@ def _behaviour(
         return {}
     metrics = behaviour(case.pair, steered, groups).metrics
     if options.judge is not None:
+        n = n_judgements(len(steered), JudgedOptions())
+        logger.info("The judge is asked %d times for this crosscoder", n)
         metrics |= judged_behaviour(case.pair, steered, groups, options.judge).metrics
     return metrics
 

@@ -62,6 +62,10 @@ def similarity_prompt(text_1: str, text_2: str) -> str:
     )
 
 
+class NoNumber(ValueError):
+    """A judge answered, but not with a number from 1 to 5."""
+
+
 def parse_similarity(answer: str) -> int:
     """The number from 1 to 5 in a judge's answer.
 
@@ -69,7 +73,7 @@ def parse_similarity(answer: str) -> int:
     "out of 5" may be said so, and what a model thinks aloud between `<think>` marks is left out.
 
     Raises:
-        ValueError: There is no such number, or several.
+        NoNumber: There is no such number, or several.
 
     >>> parse_similarity("**Similarity:** 3/5"), parse_similarity("2")
     (3, 2)
@@ -83,7 +87,7 @@ def parse_similarity(answer: str) -> int:
     values = {number.rstrip(".,") for number in numbers}
     if len(values) != 1 or not re.fullmatch("[1-5]", value := values.pop()):
         shown = answer if len(answer) <= 200 else f"{answer[:200]}…"
-        raise ValueError(
+        raise NoNumber(
             f"A judge was asked for one number from 1 to 5 and answered {shown!r}. Take a judge that follows "
             "instructions, or let it write more tokens."
         )

@@ -1,8 +1,9 @@
 """Whether steering with a latent does the same to both models: texts that a judge compares."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 from statistics import fmean
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.generate import Sampling, answer, prompt_ids
-from sae_lens_dfc.judge import Judge, similarity
+from sae_lens_dfc.judge import Judge, NoNumber, similarity
 from sae_lens_dfc.metrics.directions import (
     PROMPTS,
     Directions,
@@ -23,6 +24,8 @@ from sae_lens_dfc.metrics.spread import mean_and_error
 from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import clean
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -69,8 +72,8 @@ class Judged(NamedTuple):
     """Steered A's answer."""
     text_b: str
     """Steered B's."""
-    similarity: int
-    """From 1 (nothing in common) to 5 (the same)."""
+    similarity: int | None
+    """From 1 (nothing in common) to 5 (the same); none where the judge gave no number."""
 
 
 class JudgedResult(NamedTuple):
@@ -122,8 +125,7 @@ def judged_behaviour(
         options: Prompts, strengths, draws and the control.
 
     Raises:
-        ValueError: As `behaviour`; or a prompt and its answer are longer than a model reads, or the judge gives no
-            number.
+        ValueError: As `behaviour`; or a prompt and its answer are longer than a model reads, or the judge cannot be asked.
     """
     options = options or JudgedOptions()
     check_directions(pair, directions, groups)
@@ -136,9 +138,17 @@ def judged_behaviour(
             progress.update()
             return judge(prompt)
 
+        def compared(text_a: str, text_b: str) -> int | None:
+            try:
+                return similarity(counted, text_a, text_b)
+            except NoNumber as error:
+                # One answer in hundreds is not worth all the others.
+                logger.warning("%s", error)
+                return None
+
         def asked(given: Directions, strengths: Sequence[float]) -> list[Judged]:
             return [
-                Judged(*texts, similarity=similarity(counted, *texts[2:]))
+                Judged(*texts, similarity=compared(*texts[2:]))
                 for texts in _steered_texts(pair, given, strengths, options)
             ]
 
@@ -152,16 +162,20 @@ def judged_behaviour(
     metrics: dict[str, float] = {}
     for group, values in by_group(scores, groups, [score(judged) for judged in random]).items():
         metrics |= mean_and_error(f"behaviour/judged/{group}", values)
+    every = [one for judged in found for one in judged]
+    without = sum(one.similarity is None for one in every)
+    metrics["behaviour/judged/without_number"] = without / max(1, len(every))
     return JudgedResult(metrics, scores, latents, random)
 
 
 def score(judged: Sequence[Judged]) -> float:
-    """6 minus the mean similarity.
+    """6 minus the mean similarity; NaN where the judge gave no number at all.
 
     >>> score([Judged("?", 1, "x", "y", similarity=1), Judged("?", 2, "x", "y", similarity=4)])
     3.5
     """
-    return 6 - fmean(one.similarity for one in judged)
+    known = [one.similarity for one in judged if one.similarity is not None]
+    return 6 - fmean(known) if known else nan
 
 
 def check_room(pair: ModelPair, options: JudgedOptions) -> None:

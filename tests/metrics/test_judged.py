@@ -81,10 +81,21 @@ def test_a_model_says_what_itself_says_until_one_copy_is_steered(llama_config: M
     assert again == result
 
 
-def test_an_answer_that_is_no_number_is_shown(pair: ModelPair) -> None:
+def test_an_answer_that_is_no_number_is_counted_and_the_others_stay(
+    pair: ModelPair, caplog: pytest.LogCaptureFixture
+) -> None:
     given = {0: Directions(drawn(16, 0), drawn(24, 0))}
-    with pytest.raises(ValueError, match="answered 'I cannot say'"):
-        judged_behaviour(pair, given, {0: "shared"}, lambda prompt: "I cannot say", options())  # noqa: ARG005
+    asked: list[str] = []
+
+    def judge(prompt: str) -> str:
+        asked.append(prompt)
+        return "I cannot say" if len(asked) == 2 else "Similarity: 2"
+
+    result = judged_behaviour(pair, given, {0: "shared"}, judge, options())
+    assert result.scores[0] == 4
+    assert [j.similarity for j in result.latents[0]].count(None) == 1
+    assert 0 < result.metrics["behaviour/judged/without_number"] < 0.5
+    assert "answered 'I cannot say'" in caplog.text
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_asked(pair: ModelPair) -> None:
