@@ -48,8 +48,10 @@ def test_a_judge_that_sees_nothing_in_common_gives_5_and_is_asked_as_often_as_sa
     groups = {1: "a_exclusive", 2: "shared"}
     result = judged_behaviour(pair, directions, groups, judge, options())
     assert result.scores == {1: 5, 2: 5}
+    groups_of = ("a_exclusive", "shared", "random")
     assert result.metrics == {
-        f"behaviour/judged/{g}": 5 for g in ("a_exclusive", "shared", "random")
+        **{f"behaviour/judged/{group}": 5 for group in groups_of},
+        "behaviour/judged/without_number": 0,
     }
     # 3 prompts: strength 0 once, 2 strengths of 2 latents and 1 control.
     assert len(asked) == n_judgements(2, options()) == 3 + 3 * 2 * 3
