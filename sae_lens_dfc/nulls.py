@@ -23,7 +23,7 @@ from sae_lens_dfc.training.data import PairedText
 NULLS = {
     "self": "model A twice",
     "shuffle": "pairs shuffled",
-    "seed": "model A and another initialisation of it",
+    "seed": "two initialisations",
 }
 
 

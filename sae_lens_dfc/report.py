@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sae_lens_dfc.latents import LatentCard
 from sae_lens_dfc.metrics.spread import SE
+from sae_lens_dfc.nulls import NULLS
 
 ROWS = [
     ("explained_variance/a", "Explained variance, A"),
@@ -84,9 +85,7 @@ COLUMNS = [
     ("", "this run"),
     ("baseline/batchtopk/", "BatchTopK crosscoder"),
     ("baseline/pca/", "PCA, k components"),
-    ("null/self/", "null: model A twice"),
-    ("null/shuffle/", "null: pairs shuffled"),
-    ("null/seed/", "null: two initialisations"),
+    *((f"null/{name}/", f"null: {title}") for name, title in NULLS.items()),
 ]
 PARTITION_TITLES = {
     "a_exclusive": "Latents only model A may use",

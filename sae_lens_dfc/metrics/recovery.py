@@ -13,8 +13,7 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED, Partition
 from sae_lens_dfc.metrics.claims import LatentEvidence
 from sae_lens_dfc.metrics.exclusivity import MIN_COSINE, ONE_SIDED, relative_decoder_norms
-
-N_DECILES = 10
+from sae_lens_dfc.metrics.frequency import N_DECILES
 
 
 @dataclass(frozen=True)
