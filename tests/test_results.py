@@ -38,6 +38,22 @@ def test_the_recipe_keeps_the_dfcs_recall_at_half_its_false_exclusive_rate() -> 
         assert tested_false <= false / 2
 
 
+EVIDENCE = json.loads((COMMITTED.parent / "evidence.json").read_text())
+
+
+def test_calls_with_evidence_are_true_and_find_most_features() -> None:
+    for name in ("dfc", "dfc-tested"):
+        own = [r for r in EVIDENCE if r["architecture"] == name]
+        for size in (1.0, 2.0):
+            rows = [r for r in own if r["d_sae_per_feature"] == size and not r["null"]]
+            assert {r["seed"] for r in rows} == set(range(5))
+            assert sum(r["evidence_precision"] for r in rows) / 5 >= 0.9
+            assert sum(r["evidence_recall"] for r in rows) / 5 >= 0.7
+        null = [r for r in own if r["null"]]
+        assert {r["seed"] for r in null} == set(range(5))
+        assert max(r["evidence_called_share"] for r in null) <= 0.02
+
+
 DATA = json.loads((COMMITTED.parent / "data.json").read_text())
 
 
