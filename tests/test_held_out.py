@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.texts import reference_pages
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--eval-pairs", "1500", "--downstream-pairs", "300", "--behaviour-latents", "1"]
 
 
