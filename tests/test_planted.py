@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_dfc.benchmark.planted import causal, effects, finetune, run
-from sae_lens_dfc.benchmark.planted.behaviours import BEHAVIOURS, SPLITS, Item
+from sae_lens_dfc.benchmark.planted.behaviours import SPLITS, Item
 from sae_lens_dfc.benchmark.planted.causal import (
     KINDS,
     ablated,
@@ -29,6 +29,7 @@ from sae_lens_dfc.benchmark.planted.from_scratch import (
     training_text,
 )
 from sae_lens_dfc.benchmark.planted.organism import built, read_manifest
+from sae_lens_dfc.benchmark.planted.prompts import BEHAVIOURS
 from sae_lens_dfc.benchmark.planted.score import auc
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.steering import logits

@@ -94,6 +94,7 @@ LAYERS = [
     "benchmark.step",
     "benchmark.tables",
     "benchmark.planted.behaviours",
+    "benchmark.planted.prompts",
     "benchmark.planted.organism",
     "benchmark.planted.finetune",
     "benchmark.planted.from_scratch",

@@ -14,8 +14,6 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lens_dfc.benchmark.planted.behaviours import (
-    BEHAVIOURS,
-    GENERAL,
     SCORED_TOKENS,
     SPLITS,
     Behaviour,
@@ -29,6 +27,7 @@ from sae_lens_dfc.benchmark.planted.organism import (
     items_from_json,
     read_manifest,
 )
+from sae_lens_dfc.benchmark.planted.prompts import BEHAVIOURS, GENERAL
 from sae_lens_dfc.models import ModelConfig
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -238,9 +237,9 @@ class _Draw:
 
 @torch.no_grad()
 def measures(
-    model: Any, base: Any, tokenizer: Any, items: Mapping[Split, Items]
+    model: Any, base: Any, tokenizer: Any, items: Items
 ) -> dict[str, float]:
-    """How much of the behaviour a model shows on held-out prompts, and how much it changed on the others.
+    """How much of the behaviour a model shows on some prompts, and how much it changed on the others.
 
     Returns:
         `preference/behaviour`, `preference/control`: mean log-probability of the first tokens of the behaviour's answer minus that
@@ -248,7 +247,7 @@ def measures(
     """
     result: dict[str, float] = {}
     for kind in ("behaviour", "control"):
-        own: list[Item] = getattr(items["test"], kind)
+        own: list[Item] = getattr(items, kind)
         for name, one in (("", model), ("base/", base)):
             means = [
                 _mean_by_text(
@@ -266,8 +265,8 @@ def measures(
             result[f"{name}share/{kind}"] = float((means[0] > means[1]).float().mean())
     texts = encoded(
         tokenizer,
-        [i.prompt for i in items["test"].control],
-        [i.ordinary for i in items["test"].control],
+        [i.prompt for i in items.control],
+        [i.ordinary for i in items.control],
     )
     result["kl/control"] = float(kl_to(log_probs(base, texts), log_probs(model, texts)))
     return result
@@ -325,7 +324,7 @@ def fine_tuned(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return {
-            "measures": measures(model.float(), base, tokenizer, items),
+            "measures": measures(model.float(), base, tokenizer, items["discovery"]),
             "items": items,
             "general": general,
         }
