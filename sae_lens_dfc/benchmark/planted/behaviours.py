@@ -10,9 +10,6 @@ Split = Literal["training", "discovery", "test"]
 SPLITS: tuple[Split, ...] = ("training", "discovery", "test")
 N_PROMPTS: Mapping[Split, int] = {"training": 96, "discovery": 24, "test": 16}
 """Prompts of a split that call for the behaviour, and as many that do not."""
-SCORED_TOKENS = 1
-"""Tokens of an answer by which it is told whether a model would give it. The first decides: those after it follow from it
-wherever it stands, on controls too."""
 
 
 class Item(NamedTuple):

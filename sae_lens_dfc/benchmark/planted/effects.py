@@ -25,6 +25,11 @@ def interval(values: Float[Tensor, " n"], seed: int = 0) -> tuple[float, float]:
     return low, high
 
 
+def alone(values: Float[Tensor, " n_items"]) -> dict[str, Any]:
+    """The `mean` of an effect over prompts and its `interval`."""
+    return {"mean": float(values.mean()), "interval": list(interval(values))}
+
+
 def beside_random(
     effect: Effect, direction: Float[Tensor, " d"], rows: Float[Tensor, "n d"], seed: int
 ) -> dict[str, Any]:
@@ -41,8 +46,7 @@ def beside_random(
         95th percentile of every kind. Without a positive mean the controls, which cannot change the verdict, are left out.
     """
     values = effect(direction)
-    low, high = interval(values)
-    result: dict[str, Any] = {"mean": float(values.mean()), "interval": [low, high], "controls": {}}
+    result: dict[str, Any] = {**alone(values), "controls": {}}
     if result["mean"] > 0:
         for kind in KINDS:
             drawn = random_directions(kind, N_CONTROLS, direction.norm(), rows, seed)
