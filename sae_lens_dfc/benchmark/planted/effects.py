@@ -31,7 +31,11 @@ def alone(values: Float[Tensor, " n_items"]) -> dict[str, Any]:
 
 
 def beside_random(
-    effect: Effect, direction: Float[Tensor, " d"], rows: Float[Tensor, "n d"], seed: int
+    effect: Effect,
+    direction: Float[Tensor, " d"],
+    rows: Float[Tensor, "n d"],
+    seed: int,
+    with_controls: bool = True,
 ) -> dict[str, Any]:
     """A direction's effect and that of random ones of the same norm, of each kind.
 
@@ -40,6 +44,7 @@ def beside_random(
         direction: The one in question.
         rows: Activations whose covariance the second kind is drawn with.
         seed: Of the draws.
+        with_controls: Whether to make the change in random directions too; without them nothing is `beyond`.
 
     Returns:
         `mean` and its `interval`, the means of each kind of control, and whether the effect is `beyond` the
@@ -47,7 +52,7 @@ def beside_random(
     """
     values = effect(direction)
     result: dict[str, Any] = {**alone(values), "controls": {}}
-    if result["mean"] > 0:
+    if with_controls and result["mean"] > 0:
         for kind in KINDS:
             drawn = random_directions(kind, N_CONTROLS, direction.norm(), rows, seed)
             result["controls"][kind] = [float(effect(one).mean()) for one in drawn]

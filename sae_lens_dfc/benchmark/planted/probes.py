@@ -95,11 +95,10 @@ def auc(positive: Float[Tensor, "n d"], negative: Float[Tensor, "m d"]) -> Float
 
 
 def prompt_acts(crosscoder: Crosscoder, read: Prepared) -> Float[Tensor, "n_items d_sae"]:
-    """Each latent's mean activation over the positions of a prompt."""
-    feature_acts, text = activations(crosscoder, read.rows), read.text
-    sums = feature_acts.new_zeros(read.n_items, feature_acts.shape[1])
-    sums.index_add_(0, text, feature_acts)
-    return sums / torch.bincount(text, minlength=read.n_items)[:, None]
+    """Each latent's largest activation over the positions of a prompt."""
+    feature_acts = activations(crosscoder, read.rows)
+    own = [feature_acts[read.text == i].amax(dim=0) for i in range(read.n_items)]
+    return torch.stack(own)
 
 
 def detection(crosscoder: Crosscoder, probe: Probe) -> Float[Tensor, " d_sae"]:

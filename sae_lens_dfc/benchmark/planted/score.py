@@ -40,12 +40,16 @@ Ranking = Callable[[Crosscoder, Float[Tensor, "n d_in"], Stitching | None], Int[
 def ranking(
     crosscoder: Crosscoder, rows: Float[Tensor, "n d_in"], stitching: Stitching | None
 ) -> Int[Tensor, " _"]:
-    """Latents no weaker in B than in A by how much of the models' difference they carry: `sqrt(mean f^2) |d_b - d_a|`, times the relative difference."""
+    """Latents no weaker in B than in A, by the largest difference that they make between the models.
+
+    `f_top |d_b - d_a|` times the relative decoder difference, `f_top` being the mean of a latent's `MIN_ROWS` largest
+    activations: a latent that is large in a few places goes before one that is a little different everywhere, and one
+    that is B's own before one that both have.
+    """
     feature_acts = activations(crosscoder, rows)
-    carried = feature_acts.pow(2).mean(dim=0).sqrt() * decoder_differences(
-        crosscoder, stitching
-    ).norm(dim=-1)
-    value = carried * relative_decoder_differences(crosscoder, stitching)
+    top = feature_acts.topk(MIN_ROWS, dim=0).values.mean(dim=0)
+    made = top * decoder_differences(crosscoder, stitching).norm(dim=-1)
+    value = made * relative_decoder_differences(crosscoder, stitching)
     fires = (feature_acts > 0).sum(dim=0) >= MIN_ROWS
     kept = (fires & (relative_decoder_norms(crosscoder) <= MAX_NORM_OF_A)).nonzero()[:, 0]
     return kept[(-value[kept]).argsort()].cpu()
@@ -137,17 +141,25 @@ def score(
     alpha = best_alpha(probes.discovery, latent)
     direction = alpha * latent.largest * latent.direction
 
+    area = float(detection(crosscoder, test)[latent.number])
+    found = area >= MIN_AUC
+    ablation = beside_random(
+        lambda d: fall(test, acts, d), latent.direction, rows_b, seed, with_controls=found
+    )
+    addition = beside_random(
+        lambda d: test.control_b.rise(added(test.control_b.reading, d)),
+        direction,
+        rows_b,
+        seed,
+        with_controls=ablation["beyond"],
+    )
     effects = {
-        "ablation": beside_random(lambda d: fall(test, acts, d), latent.direction, rows_b, seed),
-        "addition_b": beside_random(
-            lambda d: test.control_b.rise(added(test.control_b.reading, d)), direction, rows_b, seed
-        ),
+        "ablation": ablation,
+        "addition_b": addition,
         "ablation_whole": alone(fall(test, acts, latent.whole)),
     }
     if d_a == crosscoder.cfg.d_b:
         effects["addition_a"] = alone(test.control_a.rise(added(test.control_a.reading, direction)))
-    area = float(detection(crosscoder, test)[latent.number])
-    found = area >= MIN_AUC
     return {
         "latent": latent.number,
         "rank": rank + 1,
@@ -163,7 +175,7 @@ def score(
         "max_norm": latent.largest * float(latent.direction.norm()),
         **effects,
         "found": found,
-        "confirmed": found and effects["ablation"]["beyond"] and effects["addition_b"]["beyond"],
+        "confirmed": found and ablation["beyond"] and addition["beyond"],
     }
 
 
