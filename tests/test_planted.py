@@ -21,13 +21,13 @@ from sae_lens_dfc.benchmark.planted.causal import (
     random_directions,
     without_lower_blocks,
 )
-from sae_lens_dfc.benchmark.planted.from_scratch import Training as ScratchTraining
 from sae_lens_dfc.benchmark.planted.from_scratch import (
     PLANTED,
     from_scratch,
     topic_items,
     training_text,
 )
+from sae_lens_dfc.benchmark.planted.from_scratch import Training as ScratchTraining
 from sae_lens_dfc.benchmark.planted.organism import built, read_manifest
 from sae_lens_dfc.benchmark.planted.probes import auc
 from sae_lens_dfc.benchmark.planted.prompts import BEHAVIOURS
@@ -36,7 +36,7 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.steering import logits
 from sae_lens_dfc.tokens import tokenize
 
-ITEMS = [Item("The cat sat", " on the mat", " in 1989"), Item("In 1989 the cat", " sat", " on the")]
+ITEMS = [Item("The cat sat:", "on the mat", "1989"), Item("In 1989 the cat:", "sat", "on the")]
 
 
 # --- prompts ---
@@ -152,7 +152,7 @@ def test_preferences_are_the_models_own_log_probabilities(pair: ModelPair) -> No
 
 def test_an_answer_that_changes_the_prompts_tokens_is_refused(pair: ModelPair) -> None:
     with pytest.raises(ValueError, match="does not begin a token of its own"):
-        causal.first_token(pair.a.tokenizer, "The c", "at sat")
+        causal.first_token(pair.b.tokenizer, "The cat sat", " on the mat")
 
 
 def test_lower_blocks_are_left_out_and_come_back(pair: ModelPair) -> None:

@@ -13,9 +13,9 @@ from sae_lens_dfc.benchmark.planted.finetune import fine_tuned
 from sae_lens_dfc.benchmark.planted.from_scratch import from_scratch
 from sae_lens_dfc.benchmark.planted.harvest import harvest, joined
 from sae_lens_dfc.benchmark.planted.organism import Organism
-from sae_lens_dfc.benchmark.planted.tables import planted_tables
 from sae_lens_dfc.benchmark.planted.probes import Probes
 from sae_lens_dfc.benchmark.planted.score import score
+from sae_lens_dfc.benchmark.planted.tables import planted_tables
 from sae_lens_dfc.benchmark.planted.training import Training, trained
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.recovery import write
