@@ -83,17 +83,20 @@ def results(run: Run, cfg: Training) -> Iterator[dict[str, Any]]:
     harvested = harvest(pair, organism, cfg.n_texts, run.seed)
     crosscoders = trained(cfg, pair, organism, harvested.rows, run.seed)
     probes = Probes.of(pair, organism, joined(harvested.rows))
+    test = probes.test
+    before = {
+        "behaviour": test.behaviour_b.before,
+        "control": test.control_b.before,
+        "control_a": test.control_a.before,
+    }
     shared = {
         "build_seconds": round(built - started, 1),
         "harvest_and_training_seconds": round(time.monotonic() - built, 1),
         "behaviour_share": round(harvested.behaviour_share, 3),
         "organism_measures": organism.manifest["measures"],
         "organism_sha256": organism.manifest["sha256"],
-        "preferences": {
-            "behaviour": float(probes.test.behaviour_b.before.mean()),
-            "control": float(probes.test.control_b.before.mean()),
-            "control_a": float(probes.test.control_a.before.mean()),
-        },
+        "preferences": {name: float(values.mean()) for name, values in before.items()},
+        "shown": {name: float((values > 0).float().mean()) for name, values in before.items()},
         "settings": settings(run, cfg),
         **provenance(),
     }

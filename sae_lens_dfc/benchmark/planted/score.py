@@ -31,6 +31,13 @@ MIN_ROWS = 20
 MAX_NORM_OF_A = 0.53
 """Relative decoder norm of a candidate at most: its decoder in B is no less than 0.9 of that in A."""
 N_ROWS_FOR_COVARIANCE = 4096
+CHANGES = {
+    "ablation": "x_b - f (d_b - d_a)",
+    "ablation_whole": "x_b - f d_b",
+    "addition_b": "x_b + alpha f_max (d_b - d_a)",
+    "addition_a": "x_a + alpha f_max (d_b - d_a)",
+}
+"""What each effect is of; `d_a` is 0 for a latent of B alone."""
 
 Ranking = Callable[[Crosscoder, Float[Tensor, "n d_in"], Stitching | None], Int[Tensor, " _"]]
 """Orders a crosscoder's candidates for what B alone has, best first, from rows without labels."""
@@ -171,6 +178,7 @@ def score(
         "auc_discovery": float(aucs[latent.number]),
         "auc": area,
         "best_auc_anywhere": best_anywhere(crosscoder, probes, aucs),
+        "changes": CHANGES,
         "alpha": alpha,
         "max_norm": latent.largest * float(latent.direction.norm()),
         **effects,
