@@ -31,7 +31,9 @@ from sae_lens_dfc.benchmark.planted.from_scratch import Training as ScratchTrain
 from sae_lens_dfc.benchmark.planted.organism import built, read_manifest
 from sae_lens_dfc.benchmark.planted.probes import auc
 from sae_lens_dfc.benchmark.planted.prompts import BEHAVIOURS
+from sae_lens_dfc.benchmark.planted.score import ranking
 from sae_lens_dfc.benchmark.planted.training import Training
+from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.steering import logits
 from sae_lens_dfc.tokens import tokenize
@@ -227,6 +229,26 @@ def test_an_effect_is_beyond_controls_only_if_no_kind_comes_near() -> None:
     rows[:, 0] *= 1e4
     assert not effects.beside_random(along_first, one, rows, seed=0)["beyond"]
     assert effects.beside_random(along_first, -one, rows, seed=0)["controls"] == {}
+
+
+def test_nothing_is_beyond_controls_that_were_not_made() -> None:
+    one = torch.zeros(40)
+    one[0] = 2.0
+    result = effects.beside_random(along_first, one, torch.randn(9, 40), 0, with_controls=False)
+    assert result["controls"] == {} and not result["beyond"]
+
+
+def test_what_b_alone_writes_much_of_is_ranked_first() -> None:
+    crosscoder = Crosscoder(CrosscoderConfig(d_in=4, d_sae=5, d_a=2, d_b=2))
+    crosscoder.W_enc.data = torch.tensor([[1.0, 0, 0, 0]]).T.expand(4, 5).clone()
+    # Turned in B; the same in both; B's alone, but short; A's alone; B's alone and long, but hardly ever on.
+    crosscoder.W_dec.data = torch.tensor(
+        [[3.0, 0, 0, 3], [5, 0, 5, 0], [0, 0, 0, 1], [9, 0, 0, 0], [0, 0, 9, 0]]
+    )
+    crosscoder.b_enc.data = torch.tensor([0.0, 0, 0, 0, -1])
+    rows = torch.zeros(60, 4)
+    rows[:40, 0], rows[:19, 0] = 0.5, 2.0
+    assert ranking(crosscoder, rows, None).tolist() == [0, 2, 1]
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_more_prompts() -> None:
