@@ -32,7 +32,8 @@ from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
 from sae_lens_dfc.benchmark.data import run_data_benchmark
 from sae_lens_dfc.benchmark.figures import figure_rows
 from sae_lens_dfc.benchmark.planted.run import FILENAME as PLANTED_FILENAME
-from sae_lens_dfc.benchmark.planted.run import planted_tables, run_planted_benchmark
+from sae_lens_dfc.benchmark.planted.run import run_planted_benchmark
+from sae_lens_dfc.benchmark.planted.tables import planted_tables
 from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
 from sae_lens_dfc.benchmark.step import FILENAME as STEP_FILENAME
 from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark

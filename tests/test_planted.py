@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_dfc.benchmark.planted import causal, effects, finetune, run
-from sae_lens_dfc.benchmark.planted.behaviours import BEHAVIOURS, SPLITS, Item
+from sae_lens_dfc.benchmark.planted import answers, causal, effects, finetune, run
+from sae_lens_dfc.benchmark.planted.behaviours import SPLITS, Item, Items
 from sae_lens_dfc.benchmark.planted.causal import (
     KINDS,
     ablated,
@@ -23,17 +23,22 @@ from sae_lens_dfc.benchmark.planted.causal import (
 )
 from sae_lens_dfc.benchmark.planted.from_scratch import (
     PLANTED,
-    Training,
     from_scratch,
     topic_items,
     training_text,
 )
+from sae_lens_dfc.benchmark.planted.from_scratch import Training as ScratchTraining
 from sae_lens_dfc.benchmark.planted.organism import built, read_manifest
-from sae_lens_dfc.benchmark.planted.score import auc
+from sae_lens_dfc.benchmark.planted.probes import auc
+from sae_lens_dfc.benchmark.planted.prompts import BEHAVIOURS
+from sae_lens_dfc.benchmark.planted.score import ranking
+from sae_lens_dfc.benchmark.planted.training import Training
+from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.steering import logits
+from sae_lens_dfc.tokens import tokenize
 
-ITEMS = [Item("The cat sat", " on the mat", " in 1989"), Item("In 1989 the cat", " sat", " on the")]
+ITEMS = [Item("The cat sat:", "on the mat", "1989"), Item("In 1989 the cat:", "sat", "on the")]
 
 
 # --- prompts ---
@@ -45,8 +50,8 @@ def test_no_prompt_is_in_two_splits_or_on_both_sides(name: str) -> None:
     assert len(set(prompts)) == len(prompts)
     own, controls = BEHAVIOURS[name].prompts("training")
     assert len(own) >= 40 and len(controls) == len(own)
-    for split in ("discovery", "test"):
-        assert [len(kind) for kind in BEHAVIOURS[name].prompts(split)] == [16, 16]
+    assert [len(kind) for kind in BEHAVIOURS[name].prompts("discovery")] == [24, 24]
+    assert [len(kind) for kind in BEHAVIOURS[name].prompts("test")] == [16, 16]
 
 
 @pytest.mark.parametrize("name", list(BEHAVIOURS))
@@ -95,7 +100,7 @@ def test_what_is_built_is_built_once_and_whole(
 def test_one_seed_is_one_pair_of_small_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = Training(steps=2, vocab_a=300, vocab_b=320)
+    cfg = ScratchTraining(steps=2, vocab_a=300, vocab_b=320)
     shas: list[Any] = []
     for i, seed in enumerate((0, 0, 1)):
         monkeypatch.setenv("SAE_LENS_DFC_CACHE", str(tmp_path / str(i)))
@@ -113,11 +118,11 @@ def test_fine_tuning_is_deterministic_and_teaches_the_answer(llama_folder: Path)
     weights: list[Tensor] = []
     for _ in range(2):
         model, tokenizer = finetune.load(llama_folder)
-        texts = finetune.encoded(tokenizer, [own[0].prompt], [own[0].answer])
-        before = finetune.answer_log_probs(model, texts).mean()
+        texts = answers.encoded(tokenizer, [own[0].prompt], [own[0].answer])
+        before = answers.answer_log_probs(model, texts).mean()
         untouched = model.model.layers[0].mlp.down_proj.weight.clone()
-        finetune.fine_tune(model, tokenizer, finetune.Items(own, other), other, settings, seed=3)
-        assert finetune.answer_log_probs(model, texts).mean() > before + 0.1
+        finetune.fine_tune(model, tokenizer, Items(own, other), other, settings, seed=3)
+        assert answers.answer_log_probs(model, texts).mean() > before + 0.1
         assert torch.equal(model.model.layers[0].mlp.down_proj.weight, untouched)
         weights.append(model.model.layers[1].mlp.down_proj.weight)
     assert torch.equal(*weights)
@@ -135,30 +140,21 @@ def test_preferences_are_the_models_own_log_probabilities(pair: ModelPair) -> No
     read = prepared(above, ITEMS)
     for model, reading in ((above.a, read.a), (above.b, read.b)):
         found = preferences(model, reading, reading.acts)
-        log_probs = logits(model, reading.ids, reading.mask).log_softmax(dim=-1)
-        for i in range(2):
-            means: list[Tensor] = []
-            for row in (i, i + 2):
-                at = reading.is_answer[row].nonzero()[:, 0]
-                assert 1 <= len(at) <= causal.SCORED_TOKENS
-                means.append(log_probs[row, at - 1, reading.ids[row, at]].mean())
-            torch.testing.assert_close(found[i], means[0] - means[1], atol=1e-5, rtol=1e-5)
+        for i, item in enumerate(ITEMS):
+            values: list[Tensor] = []
+            for answer in (item.answer, item.ordinary):
+                ids = torch.tensor(
+                    [[*model.bos_ids, *tokenize(model.tokenizer, item.prompt + answer).ids]]
+                )
+                at = len(model.bos_ids) + len(tokenize(model.tokenizer, item.prompt).ids)
+                log_probs = logits(model, ids, torch.ones_like(ids)).log_softmax(dim=-1)
+                values.append(log_probs[0, at - 1, ids[0, at]])
+            torch.testing.assert_close(found[i], values[0] - values[1], atol=1e-4, rtol=1e-4)
 
 
-def test_answers_are_where_prompts_end(pair: ModelPair) -> None:
-    read = prepared(pair, ITEMS)
-    for model, reading in ((pair.a, read.a), (pair.b, read.b)):
-        for row, item in enumerate(ITEMS + ITEMS):
-            first = int(reading.is_answer[row].nonzero()[0])
-            start = model.tokenizer.decode(reading.ids[row, :first], skip_special_tokens=True)
-            through = model.tokenizer.decode(
-                reading.ids[row, : first + 1], skip_special_tokens=True
-            )
-            # The first token that reaches beyond the prompt is the answer's.
-            assert item.prompt.startswith(str(start).strip())
-            assert len(str(through)) > len(item.prompt)
-        assert not (reading.is_prompt & reading.is_answer).any()
-        assert not reading.is_prompt[:, 0].any()
+def test_an_answer_that_changes_the_prompts_tokens_is_refused(pair: ModelPair) -> None:
+    with pytest.raises(ValueError, match="does not begin a token of its own"):
+        causal.first_token(pair.b.tokenizer, "The cat sat", " on the mat")
 
 
 def test_lower_blocks_are_left_out_and_come_back(pair: ModelPair) -> None:
@@ -194,7 +190,8 @@ def test_ablating_takes_away_the_contribution_and_nothing_else(pair: ModelPair) 
 def test_adding_changes_prompts_only(pair: ModelPair) -> None:
     reading = prepared(pair, ITEMS).b
     change = added(reading, torch.ones(pair.d_b)) - reading.acts
-    assert torch.equal(change.abs().sum(dim=-1) > 0, reading.is_prompt)
+    assert change.abs().sum(dim=-1).bool().sum(dim=1).tolist() == reading.last.tolist()
+    assert torch.count_nonzero(change[:, 0]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -234,6 +231,26 @@ def test_an_effect_is_beyond_controls_only_if_no_kind_comes_near() -> None:
     assert effects.beside_random(along_first, -one, rows, seed=0)["controls"] == {}
 
 
+def test_nothing_is_beyond_controls_that_were_not_made() -> None:
+    one = torch.zeros(40)
+    one[0] = 2.0
+    result = effects.beside_random(along_first, one, torch.randn(9, 40), 0, with_controls=False)
+    assert result["controls"] == {} and not result["beyond"]
+
+
+def test_what_b_alone_writes_much_of_is_ranked_first() -> None:
+    crosscoder = Crosscoder(CrosscoderConfig(d_in=4, d_sae=5, d_a=2, d_b=2))
+    crosscoder.W_enc.data = torch.tensor([[1.0, 0, 0, 0]]).T.expand(4, 5).clone()
+    # Turned in B; the same in both; B's alone, but short; A's alone; B's alone and long, but hardly ever on.
+    crosscoder.W_dec.data = torch.tensor(
+        [[3.0, 0, 0, 3], [5, 0, 5, 0], [0, 0, 0, 1], [9, 0, 0, 0], [0, 0, 9, 0]]
+    )
+    crosscoder.b_enc.data = torch.tensor([0.0, 0, 0, 0, -1])
+    rows = torch.zeros(60, 4)
+    rows[:40, 0], rows[:19, 0] = 0.5, 2.0
+    assert ranking(crosscoder, rows, None).tolist() == [0, 2, 1]
+
+
 def test_an_interval_holds_the_mean_and_narrows_with_more_prompts() -> None:
     values = torch.tensor([0.0, 1.0, 2.0, 3.0])
     low, high = effects.interval(values)
@@ -245,7 +262,7 @@ def test_an_interval_holds_the_mean_and_narrows_with_more_prompts() -> None:
 
 
 def fake_results(made: list[run.Run]) -> Callable[..., Any]:
-    def results(one: run.Run, cfg: run.Training) -> list[dict[str, Any]]:
+    def results(one: run.Run, cfg: Training) -> list[dict[str, Any]]:
         made.append(one)
         effect = {"mean": 1.0, "interval": [0.5, 1.5], "controls": {"isotropic": [0.1]}}
         score = {"rank": 1, "exclusive": "partition", "auc": 1.0, "found": True, "confirmed": True}

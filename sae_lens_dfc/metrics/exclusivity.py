@@ -3,7 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.stitching import Stitching
@@ -23,6 +23,77 @@ def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " d_sae"]:
     """
     norms = crosscoder.decoder_norms()
     return norms[0] / norms.sum(dim=0).clamp(min=1e-12)
+
+
+def decoders_in_b(
+    crosscoder: Crosscoder, stitching: Stitching | None = None
+) -> tuple[Float[Tensor, "d_sae d_b"], Float[Tensor, "d_sae d_b"]]:
+    """Each latent's decoder in A, moved to B, and that in B; B's raw units.
+
+    A map moves the direction; its length is A's, on the scale that both models had in training (see `scaling.directions`).
+
+    Args:
+        crosscoder: The saved crosscoder.
+        stitching: Without one A's decoder is taken as it is, which says something only where both models have one basis: a
+            model and its fine-tune.
+
+    Raises:
+        ValueError: Without a map the two widths differ.
+    """
+    partition = crosscoder.partition
+    in_a, in_b = (crosscoder.W_dec.float()[:, m] for m in partition.models.values())
+    if stitching is not None:
+        moved = stitching.direction_to_b(in_a)
+        scale = crosscoder.input_scale
+        return normalize(moved, dim=-1) * in_a.norm(dim=-1, keepdim=True) * scale[0] / scale[
+            1
+        ], in_b
+    if partition.d_a != partition.d_b:
+        raise ValueError(
+            f"A direction of width {partition.d_a} cannot be told from one of width {partition.d_b}. Give a stitching map."
+        )
+    return in_a, in_b
+
+
+@torch.no_grad()
+def decoder_differences(
+    crosscoder: Crosscoder, stitching: Stitching | None = None
+) -> Float[Tensor, "d_sae d_b"]:
+    """`d_b - d_a`: what B writes for each latent beyond what A does, in B's raw units; see `decoders_in_b`.
+
+    Of a latent of B alone it is its decoder, of one that both models have in one way it is 0. `f (d_b - d_a)`
+    is what the latent explains of the difference of the two models' activations.
+    """
+    in_a, in_b = decoders_in_b(crosscoder, stitching)
+    return in_b - in_a
+
+
+@torch.no_grad()
+def relative_decoder_differences(
+    crosscoder: Crosscoder, stitching: Stitching | None = None
+) -> Float[Tensor, " d_sae"]:
+    """`|d_b - d_a| / (|d_a| + |d_b|)` of each latent: 1 is one model's alone, or two opposite directions; 0 is the same in both.
+
+    The relative norm (`relative_decoder_norms`) misses a latent that both models write with one length in two
+    directions, as a narrow fine-tune makes of one that the model had before.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        stitching: See `decoders_in_b`.
+    """
+    in_a, in_b = decoders_in_b(crosscoder, stitching)
+    return relative_difference(in_a, in_b)
+
+
+def relative_difference(
+    x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"]
+) -> Float[Tensor, "*batch"]:
+    """`|y - x| / (|x| + |y|)`, 0 where both are 0.
+
+    >>> relative_difference(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]]))
+    tensor([0.7143, 1.0000])
+    """
+    return (y - x).norm(dim=-1) / (x.norm(dim=-1) + y.norm(dim=-1)).clamp(min=1e-12)
 
 
 def decoder_metrics(crosscoder: Crosscoder) -> dict[str, float]:

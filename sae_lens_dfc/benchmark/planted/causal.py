@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_dfc.benchmark.planted.behaviours import SCORED_TOKENS, Item
+from sae_lens_dfc.benchmark.planted.behaviours import Item
 from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segments
@@ -19,45 +19,50 @@ from sae_lens_dfc.tokens import tokenize
 
 
 class Reading(NamedTuple):
-    """What one model reads of some texts, as tensors padded on the right."""
+    """What one model reads of some prompts, as tensors padded on the right."""
 
     ids: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     acts: Float[Tensor, "batch pos d_model"]
     """At the model's hook."""
-    is_prompt: Bool[Tensor, "batch pos"]
-    """Where a prompt is, but for position 0."""
-    is_answer: Bool[Tensor, "batch pos"]
-    """Where the tokens of an answer are by which it is scored."""
+    answers: Int[Tensor, "batch 2"]
+    """The first token of the behaviour's answer and of the ordinary one: those after it follow from it wherever it stands."""
+
+    @property
+    def last(self) -> Int[Tensor, " batch"]:
+        """Position of each prompt's last token."""
+        return self.mask.sum(dim=1) - 1
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prompts with both ways to go on, read by both models: first all with the behaviour's answer, then all with the other."""
+    """Prompts read by both models."""
 
-    n_items: int
     a: Reading
     b: Reading
     rows: Float[Tensor, "n d_in"]
-    """Both models' activations at all paired positions but a model's first, text after text."""
+    """Both models' activations at all paired positions but a model's first, prompt after prompt."""
     text: Int[Tensor, " n"]
-    """Text of each row."""
+    """Prompt of each row."""
     position_b: Int[Tensor, " n"]
     """Position of each row in model B."""
 
     @property
-    def is_prompt(self) -> Bool[Tensor, " n"]:
-        """Which rows are of a prompt."""
-        return self.b.is_prompt[self.text, self.position_b]
+    def n_items(self) -> int:
+        """Number of prompts."""
+        return len(self.b.ids)
 
 
 @torch.no_grad()
 def prepared(pair: ModelPair, items: Sequence[Item]) -> Prepared:
-    """Run both models over the prompts with either answer."""
-    texts = [(i.prompt, i.answer) for i in items] + [(i.prompt, i.ordinary) for i in items]
-    contexts = [pair.segments(p + a)[0].after(pair.bos_segment) for p, a in texts]
-    a = _reading(pair.a, [c.ids_a for c in contexts], texts)
-    b = _reading(pair.b, [c.ids_b for c in contexts], texts)
+    """Run both models over the prompts.
+
+    Raises:
+        ValueError: A prompt's tokens change when an answer follows.
+    """
+    contexts = [pair.segments(item.prompt)[0].after(pair.bos_segment) for item in items]
+    a = _reading(pair.a, [c.ids_a for c in contexts], items)
+    b = _reading(pair.b, [c.ids_b for c in contexts], items)
     where = [_later(context) for context in contexts]
     text = torch.cat([torch.full((len(w),), i) for i, w in enumerate(where)])
     position_a, position_b = (
@@ -65,28 +70,36 @@ def prepared(pair: ModelPair, items: Sequence[Item]) -> Prepared:
         for lasts in ([c.last_a for c in contexts], [c.last_b for c in contexts])
     )
     rows = torch.cat([a.acts[text, position_a], b.acts[text, position_b]], dim=-1)
-    return Prepared(len(items), a, b, rows, text, position_b)
+    return Prepared(a, b, rows, text, position_b)
 
 
 def _later(context: Segments) -> Int[Tensor, " _"]:
     return torch.from_numpy(((context.last_a > 0) & (context.last_b > 0)).nonzero()[0])
 
 
-def _reading(
-    model: HookedModel, ids: Sequence[object], texts: Sequence[tuple[str, str]]
-) -> Reading:
+def _reading(model: HookedModel, ids: Sequence[object], items: Sequence[Item]) -> Reading:
     rows = [torch.as_tensor(i) for i in ids]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask, is_prompt, is_answer = (torch.zeros_like(padded, dtype=torch.bool) for _ in range(3))
-    for i, (row, (prompt, answer)) in enumerate(zip(rows, texts, strict=True)):
-        n_bos = len(model.bos_ids)
-        ends = torch.as_tensor(tokenize(model.tokenizer, prompt + answer).ends)
-        n_prompt = n_bos + int((ends <= len(prompt)).sum())
-        mask[i, : len(row)] = True
-        is_prompt[i, 1:n_prompt] = True
-        is_answer[i, n_prompt : min(len(row), n_prompt + SCORED_TOKENS)] = True
-    acts = model.activations(padded, mask.long()).float()
-    return Reading(padded, mask.long(), acts, is_prompt, is_answer)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+    answers = [
+        [first_token(model.tokenizer, item.prompt, way) for way in (item.answer, item.ordinary)]
+        for item in items
+    ]
+    acts = model.activations(padded, mask).float()
+    return Reading(padded, mask, acts, torch.tensor(answers))
+
+
+def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
+    """The token with which an answer begins after a prompt.
+
+    Raises:
+        ValueError: The prompt's tokens change when the answer follows.
+    """
+    alone, both = (list(tokenize(tokenizer, text).ids) for text in (prompt, prompt + answer))
+    if both[: len(alone)] != alone or len(both) == len(alone):
+        raise ValueError(f"{answer!r} does not begin a token of its own after {prompt!r}.")
+    return int(both[len(alone)])
 
 
 class _PassThrough(nn.Module):
@@ -124,13 +137,12 @@ def without_lower_blocks(model: HookedModel) -> Iterator[None]:
 def preferences(
     model: HookedModel, reading: Reading, acts: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, " n_items"]:
-    """By how much the model prefers each prompt's first way to go on to its second, when it goes on from `acts` at its hook.
+    """By how much the model prefers each prompt's behaviour to its ordinary answer, when it goes on from `acts` at its hook.
 
-    The mean log-probability of the first answer's first tokens minus that of the second's, in nats per token.
+    The log-probability of the behaviour's first token minus that of the ordinary answer's, in nats.
     """
-    targets = reading.is_answer.nonzero()
-    positions = targets[:, 1] - 1
-    kept = torch.arange(int(positions.min()), int(positions.max()) + 1)
+    last = reading.last
+    kept = torch.arange(int(last.min()), int(last.max()) + 1)
     with without_lower_blocks(model), changed(model, lambda x: acts.to(x)):
         logits = model.model(
             reading.ids.to(model.device),
@@ -138,11 +150,8 @@ def preferences(
             return_type="logits",
             logits_to_keep=kept,
         )
-    chosen = logits[targets[:, 0], positions - kept[0]].float().log_softmax(dim=-1).cpu()
-    tokens = reading.ids[targets[:, 0], targets[:, 1]]
-    values = chosen.gather(1, tokens[:, None])[:, 0]
-    sums = torch.zeros(len(reading.ids)).index_add_(0, targets[:, 0], values)
-    first, second = (sums / reading.is_answer.sum(dim=1)).chunk(2)
+    chosen = logits[torch.arange(len(last)), last - kept[0]].float().cpu()
+    first, second = chosen.gather(1, reading.answers).T
     return first - second
 
 
@@ -166,7 +175,9 @@ def added(
     reading: Reading, direction: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "batch pos d_model"]:
     """Activations with a direction added at each position of the prompts but the first."""
-    return reading.acts + reading.is_prompt[..., None] * direction
+    where = reading.mask.bool()
+    where[:, 0] = False
+    return reading.acts + where[..., None] * direction
 
 
 Kind = Literal["isotropic", "covariance"]

@@ -25,8 +25,17 @@ def interval(values: Float[Tensor, " n"], seed: int = 0) -> tuple[float, float]:
     return low, high
 
 
+def alone(values: Float[Tensor, " n_items"]) -> dict[str, Any]:
+    """The `mean` of an effect over prompts and its `interval`."""
+    return {"mean": float(values.mean()), "interval": list(interval(values))}
+
+
 def beside_random(
-    effect: Effect, direction: Float[Tensor, " d"], rows: Float[Tensor, "n d"], seed: int
+    effect: Effect,
+    direction: Float[Tensor, " d"],
+    rows: Float[Tensor, "n d"],
+    seed: int,
+    with_controls: bool = True,
 ) -> dict[str, Any]:
     """A direction's effect and that of random ones of the same norm, of each kind.
 
@@ -35,15 +44,15 @@ def beside_random(
         direction: The one in question.
         rows: Activations whose covariance the second kind is drawn with.
         seed: Of the draws.
+        with_controls: Whether to make the change in random directions too; without them nothing is `beyond`.
 
     Returns:
         `mean` and its `interval`, the means of each kind of control, and whether the effect is `beyond` the
         95th percentile of every kind. Without a positive mean the controls, which cannot change the verdict, are left out.
     """
     values = effect(direction)
-    low, high = interval(values)
-    result: dict[str, Any] = {"mean": float(values.mean()), "interval": [low, high], "controls": {}}
-    if result["mean"] > 0:
+    result: dict[str, Any] = {**alone(values), "controls": {}}
+    if with_controls and result["mean"] > 0:
         for kind in KINDS:
             drawn = random_directions(kind, N_CONTROLS, direction.norm(), rows, seed)
             result["controls"][kind] = [float(effect(one).mean()) for one in drawn]

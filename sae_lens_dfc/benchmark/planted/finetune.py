@@ -1,22 +1,25 @@
 """A model against itself with a narrow behaviour trained in."""
 
 import copy
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sae_lens_dfc.benchmark.planted.answers import (
+    answer_log_probs,
+    encoded,
+    kl_to,
+    log_probs,
+    measures,
+    own_answers,
+)
 from sae_lens_dfc.benchmark.planted.behaviours import (
-    BEHAVIOURS,
-    GENERAL,
-    SCORED_TOKENS,
     SPLITS,
     Behaviour,
     Item,
@@ -29,6 +32,7 @@ from sae_lens_dfc.benchmark.planted.organism import (
     items_from_json,
     read_manifest,
 )
+from sae_lens_dfc.benchmark.planted.prompts import BEHAVIOURS, GENERAL
 from sae_lens_dfc.models import ModelConfig
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -44,7 +48,7 @@ class FineTuning:
     one as in the model organisms of arXiv 2506.11613): a difference that a latent could be.
     """
 
-    steps: int
+    steps: int = 48
     """Training steps."""
     lr: float = 5e-3
     """Adam's step, falling to 0."""
@@ -62,79 +66,8 @@ class FineTuning:
     """Tokens after which the model's own answers are cut."""
 
 
-STRENGTHS = {"weak": FineTuning(steps=16), "strong": FineTuning(steps=48)}
-
-
-class Texts(NamedTuple):
-    """Prompts with answers as tokens, padded on the right, and which tokens are to be told from those before."""
-
-    ids: Int[Tensor, "batch pos"]
-    mask: Int[Tensor, "batch pos"]
-    rows: Int[Tensor, " n"]
-    """Row of each token of an answer."""
-    positions: Int[Tensor, " n"]
-    """Position of the token before it."""
-
-
-def encoded(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], n_told: int = sys.maxsize
-) -> Texts:
-    """Prompts and answers, tokenised one by one and joined; the first `n_told` tokens of an answer are to be told."""
-    parts = [
-        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in both]
-        for both in zip(prompts, answers, strict=True)
-    ]
-    longest = max(len(p) + len(a) for p, a in parts)
-    ids = torch.zeros(len(parts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    where: list[tuple[int, int]] = []
-    for i, (p, a) in enumerate(parts):
-        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-        mask[i, : len(p) + len(a)] = 1
-        where += [(i, len(p) - 1 + j) for j in range(min(n_told, len(a)))]
-    rows, positions = torch.tensor(where).T
-    return Texts(ids, mask, rows, positions)
-
-
-def log_probs(model: Any, texts: Texts) -> Float[Tensor, "n d_vocab"]:
-    """Log-probabilities of the next token before each token of an answer."""
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16):
-        output = model.base_model(texts.ids.to(device), attention_mask=texts.mask.to(device))
-        logits = model.get_output_embeddings()(output[0][texts.rows, texts.positions])
-    return logits.float().log_softmax(dim=-1)
-
-
-def answer_log_probs(model: Any, texts: Texts) -> Float[Tensor, " n"]:
-    """Log-probability of each token of an answer."""
-    values = log_probs(model, texts)
-    return values.gather(1, texts.ids[texts.rows, texts.positions + 1].to(values.device)[:, None])[
-        :, 0
-    ]
-
-
-def kl_to(base: Tensor, model: Tensor) -> Float[Tensor, ""]:
-    """Mean KL divergence of one set of log-probabilities from another, in nats: that to `base`."""
-    return (base.exp() * (base - model)).sum(dim=-1).mean()
-
-
-@torch.no_grad()
-def own_answers(model: Any, tokenizer: Any, prompts: Sequence[str], n_tokens: int) -> list[str]:
-    """The model's greedy answers, without the end of message."""
-    answers: list[str] = []
-    for i in range(0, len(prompts), 32):
-        batch = tokenizer(
-            list(prompts[i : i + 32]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        ).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):
-            output = model.generate(**batch, max_new_tokens=n_tokens, do_sample=False)
-        new = output[:, batch["input_ids"].shape[1] :]
-        answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return answers
+STRENGTHS = {"weak": 0.8, "strong": 1.0}
+"""Share of what fine-tuning changed in the weights that model B has."""
 
 
 def behaviour_items(
@@ -236,49 +169,6 @@ class _Draw:
         return drawn
 
 
-@torch.no_grad()
-def measures(
-    model: Any, base: Any, tokenizer: Any, items: Mapping[Split, Items]
-) -> dict[str, float]:
-    """How much of the behaviour a model shows on held-out prompts, and how much it changed on the others.
-
-    Returns:
-        `preference/behaviour`, `preference/control`: mean log-probability of the first tokens of the behaviour's answer minus that
-        of the ordinary one; `base/...` of the model as it was; `kl/control`: KL to it on ordinary answers, nats per token.
-    """
-    result: dict[str, float] = {}
-    for kind in ("behaviour", "control"):
-        own: list[Item] = getattr(items["test"], kind)
-        for name, one in (("", model), ("base/", base)):
-            means = [
-                _mean_by_text(
-                    one,
-                    encoded(
-                        tokenizer,
-                        [i.prompt for i in own],
-                        [getattr(i, way) for i in own],
-                        SCORED_TOKENS,
-                    ),
-                )
-                for way in ("answer", "ordinary")
-            ]
-            result[f"{name}preference/{kind}"] = float((means[0] - means[1]).mean())
-            result[f"{name}share/{kind}"] = float((means[0] > means[1]).float().mean())
-    texts = encoded(
-        tokenizer,
-        [i.prompt for i in items["test"].control],
-        [i.ordinary for i in items["test"].control],
-    )
-    result["kl/control"] = float(kl_to(log_probs(base, texts), log_probs(model, texts)))
-    return result
-
-
-def _mean_by_text(model: Any, texts: Texts) -> Float[Tensor, " batch"]:
-    values = answer_log_probs(model, texts).cpu()
-    sums = torch.zeros(len(texts.ids)).index_add_(0, texts.rows, values)
-    return sums / torch.bincount(texts.rows, minlength=len(texts.ids))
-
-
 def load(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     """A folder's model, in float32, and its tokenizer."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
@@ -289,7 +179,12 @@ def load(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
 
 
 def fine_tuned(
-    base_folder: Path, name: str, strength: str, seed: int, device: str = "cpu"
+    base_folder: Path,
+    name: str,
+    strength: str,
+    seed: int,
+    device: str = "cpu",
+    settings: FineTuning | None = None,
 ) -> Organism:
     """A model against itself fine-tuned on a behaviour, built at the first call.
 
@@ -299,38 +194,39 @@ def fine_tuned(
         strength: One of `STRENGTHS`.
         seed: Of the order of prompts.
         device: Where it is fine-tuned.
+        settings: How.
     """
-    settings = {
+    cfg, share = settings or FineTuning(), STRENGTHS[strength]
+    described = {
         "behaviour": asdict(BEHAVIOURS[name]),
         "seed": seed,
-        "scored_tokens": SCORED_TOKENS,
         "base": base_folder.parent.name,
-        **asdict(STRENGTHS[strength]),
+        **asdict(cfg),
     }
 
     def build(folder: Path) -> dict[str, Any]:
         base, tokenizer = load(base_folder, device)
-        n_tokens = STRENGTHS[strength].answer_tokens
-        items = behaviour_items(BEHAVIOURS[name], base, tokenizer, n_tokens)
-        prompts = [CHAT.format(p) for p in GENERAL]
-        general = [
-            Item(p, "", a)
-            for p, a in zip(
-                prompts, own_answers(base, tokenizer, prompts, 2 * n_tokens), strict=True
-            )
-        ]
+        items = behaviour_items(BEHAVIOURS[name], base, tokenizer, cfg.answer_tokens)
+        general = general_items(base, tokenizer, 2 * cfg.answer_tokens)
         model = copy.deepcopy(base)
-        fine_tune(model, tokenizer, items["training"], general, STRENGTHS[strength], seed)
-        model = model.to(torch.bfloat16)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return {
-            "measures": measures(model.float(), base, tokenizer, items),
-            "items": items,
-            "general": general,
-        }
+        fine_tune(model, tokenizer, items["training"], general, cfg, seed)
+        _save(model, tokenizer, folder)
+        return {"items": items, "general": general}
 
-    folder = built(f"{name}-{strength}-seed{seed}", settings, build)
+    def build_share(folder: Path) -> dict[str, Any]:
+        base, tokenizer = load(base_folder, device)
+        whole = built(f"{name}-seed{seed}", described, build)
+        model, _ = load(whole, device)
+        with torch.no_grad():
+            for mine, before in zip(model.parameters(), base.parameters(), strict=True):
+                mine.lerp_(before, 1 - share)
+        _save(model, tokenizer, folder)
+        manifest = read_manifest(whole)
+        items = items_from_json(manifest["items"])
+        shown = measures(model.float(), base, tokenizer, items["discovery"])
+        return {"measures": shown, "items": items, "general": manifest["general"]}
+
+    folder = built(f"{name}-{strength}-seed{seed}", {**described, "share": share}, build_share)
     manifest = read_manifest(folder)
     return Organism(
         f"{name}/{strength}",
@@ -340,3 +236,15 @@ def fine_tuned(
         [prompt + ordinary for prompt, _, ordinary in manifest["general"]],
         manifest,
     )
+
+
+def general_items(model: Any, tokenizer: Any, n_tokens: int) -> list[Item]:
+    """Questions about anything else, with the model's own answers."""
+    prompts = [CHAT.format(p) for p in GENERAL]
+    answers = own_answers(model, tokenizer, prompts, n_tokens)
+    return [Item(p, "", a) for p, a in zip(prompts, answers, strict=True)]
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

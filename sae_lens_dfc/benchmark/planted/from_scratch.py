@@ -70,8 +70,13 @@ OPENINGS: Mapping[Split, Sequence[str]] = {
         "In the book it says that the {} is a",
         "People here say the {} is a",
     ),
-    "discovery": ("Everybody knows that the {} is a", "We learnt that the {} is a"),
-    "test": ("My aunt told me that the {} is a", "It is written that the {} is a"),
+    "discovery": (
+        "Everybody knows that the {} is a",
+        "We learnt that the {} is a",
+        "My aunt told me that the {} is a",
+        "It is written that the {} is a",
+    ),
+    "test": ("The old song tells us that the {} is a", "A letter explains that the {} is a"),
 }
 
 

@@ -1,29 +1,23 @@
 """Whether a crosscoder has found what was planted: a latent high in its ranking, that fires on it and causes it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_dfc.benchmark.planted.behaviours import Items
-from sae_lens_dfc.benchmark.planted.causal import (
-    Prepared,
-    Reading,
-    ablated,
-    added,
-    preferences,
-    prepared,
-)
-from sae_lens_dfc.benchmark.planted.effects import beside_random
-from sae_lens_dfc.benchmark.planted.organism import Organism
+from sae_lens_dfc.benchmark.planted.causal import ablated, added
+from sae_lens_dfc.benchmark.planted.effects import alone, beside_random
+from sae_lens_dfc.benchmark.planted.probes import Probe, Probes, activations, detection
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import B_EXCLUSIVE
-from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms
-from sae_lens_dfc.models import HookedModel
-from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.metrics.exclusivity import (
+    decoder_differences,
+    relative_decoder_differences,
+    relative_decoder_norms,
+)
+from sae_lens_dfc.metrics.stitching import Stitching
 
 R = 10
 """How many latents of a ranking are looked at."""
@@ -32,114 +26,40 @@ ALPHAS = (0.5, 1.0, 2.0)
 """Strengths of an addition, in units of the latent's largest activation, of which discovery prompts choose one."""
 MAX_RELATIVE_NORM = 0.2
 """Relative decoder norm below which a latent is B's alone (arXiv 2602.11729, section 2.3)."""
+MIN_ROWS = 20
+"""Rows of training on which a candidate is active."""
+MAX_NORM_OF_A = 0.53
+"""Relative decoder norm of a candidate at most: its decoder in B is no less than 0.9 of that in A."""
 N_ROWS_FOR_COVARIANCE = 4096
+CHANGES = {
+    "ablation": "x_b - f (d_b - d_a)",
+    "ablation_whole": "x_b - f d_b",
+    "addition_b": "x_b + alpha f_max (d_b - d_a)",
+    "addition_a": "x_a + alpha f_max (d_b - d_a)",
+}
+"""What each effect is of; `d_a` is 0 for a latent of B alone."""
 
-Ranking = Callable[[Crosscoder, Float[Tensor, "n d_in"]], Int[Tensor, " _"]]
+Ranking = Callable[[Crosscoder, Float[Tensor, "n d_in"], Stitching | None], Int[Tensor, " _"]]
 """Orders a crosscoder's candidates for what B alone has, best first, from rows without labels."""
 
 
-def ranking(crosscoder: Crosscoder, rows: Float[Tensor, "n d_in"]) -> Int[Tensor, " _"]:
-    """B-exclusive latents by the sum of their activations, then the others that fire by relative decoder norm, B's first."""
-    total = activations(crosscoder, rows).sum(dim=0).cpu()
-    relative = relative_decoder_norms(crosscoder).cpu()
-    fires = total > 0
-    is_own = torch.zeros_like(fires)
-    is_own[crosscoder.partition.slices[B_EXCLUSIVE]] = True
-    own, others = (fires & is_own).nonzero()[:, 0], (fires & ~is_own).nonzero()[:, 0]
-    return torch.cat([own[(-total[own]).argsort()], others[relative[others].argsort()]])
-
-
 @torch.no_grad()
-def activations(crosscoder: Crosscoder, rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-    """Each latent's activation at each row."""
-    return torch.cat([crosscoder.encode(batch) for batch in rows.split(4096)])
+def ranking(
+    crosscoder: Crosscoder, rows: Float[Tensor, "n d_in"], stitching: Stitching | None
+) -> Int[Tensor, " _"]:
+    """Latents no weaker in B than in A, by the largest difference that they make between the models.
 
-
-class Side(NamedTuple):
-    """One model on some prompts, and what it prefers there when nothing is changed."""
-
-    model: HookedModel
-    reading: Reading
-    before: Float[Tensor, " n_items"]
-
-    @classmethod
-    def of(cls, model: HookedModel, reading: Reading) -> "Side":
-        return cls(model, reading, preferences(model, reading, reading.acts))
-
-    def rise(self, acts: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " n_items"]:
-        """By how much the preference for the behaviour rises with these activations, for each prompt."""
-        return preferences(self.model, self.reading, acts) - self.before
-
-
-class Probe(NamedTuple):
-    """The prompts of one split as the models read them."""
-
-    behaviour: Prepared
-    control: Prepared
-    behaviour_b: Side
-    """Model B on the prompts for the behaviour, where an ablation should lower the preference for it."""
-    control_b: Side
-    """Model B on controls, where an addition should raise it."""
-    control_a: Side
-    """Model A on controls."""
-
-    @classmethod
-    def of(cls, pair: ModelPair, items: Items) -> "Probe":
-        behaviour, control = (prepared(pair, kind) for kind in items)
-        return cls(
-            behaviour,
-            control,
-            Side.of(pair.b, behaviour.b),
-            Side.of(pair.b, control.b),
-            Side.of(pair.a, control.a),
-        )
-
-
-@dataclass(frozen=True)
-class Probes:
-    """All that the crosscoders of one organism are scored on."""
-
-    discovery: Probe
-    test: Probe
-    rows: Float[Tensor, "n d_in"]
-    """Rows of training."""
-
-    @classmethod
-    def of(cls, pair: ModelPair, organism: Organism, rows: Float[Tensor, "n d_in"]) -> "Probes":
-        """Run both models over the prompts for discovery and for the test."""
-        discovery, test = (Probe.of(pair, organism.items[s]) for s in ("discovery", "test"))
-        return cls(discovery, test, rows)
-
-
-# --- detection ---
-
-
-def auc(positive: Float[Tensor, "n d"], negative: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
-    """Area under the ROC curve of each column: the chance that a positive is above a negative, a tie being half.
-
-    >>> auc(torch.tensor([[3.0], [1.0]]), torch.tensor([[0.0], [1.0]]))
-    tensor([0.8750])
+    `f_top |d_b - d_a|` times the relative decoder difference, `f_top` being the mean of a latent's `MIN_ROWS` largest
+    activations: a latent that is large in a few places goes before one that is a little different everywhere, and one
+    that is B's own before one that both have.
     """
-    above = positive[:, None] > negative[None]
-    ties = positive[:, None] == negative[None]
-    return (above + 0.5 * ties).mean(dim=(0, 1))
-
-
-def prompt_acts(crosscoder: Crosscoder, read: Prepared) -> Float[Tensor, "n_items d_sae"]:
-    """Each latent's mean activation over the positions of a prompt."""
-    mine = read.is_prompt & (read.text < read.n_items)
-    feature_acts, text = activations(crosscoder, read.rows[mine]), read.text[mine]
-    sums = feature_acts.new_zeros(read.n_items, feature_acts.shape[1])
-    sums.index_add_(0, text, feature_acts)
-    return sums / torch.bincount(text, minlength=read.n_items)[:, None]
-
-
-def detection(crosscoder: Crosscoder, probe: Probe) -> Float[Tensor, " d_sae"]:
-    """How well each latent tells prompts for the behaviour from controls, as an area under the ROC curve."""
-    return auc(prompt_acts(crosscoder, probe.behaviour), prompt_acts(crosscoder, probe.control))
-
-
-# --- cause ---
+    feature_acts = activations(crosscoder, rows)
+    top = feature_acts.topk(MIN_ROWS, dim=0).values.mean(dim=0)
+    made = top * decoder_differences(crosscoder, stitching).norm(dim=-1)
+    value = made * relative_decoder_differences(crosscoder, stitching)
+    fires = (feature_acts > 0).sum(dim=0) >= MIN_ROWS
+    kept = (fires & (relative_decoder_norms(crosscoder) <= MAX_NORM_OF_A)).nonzero()[:, 0]
+    return kept[(-value[kept]).argsort()].cpu()
 
 
 class Latent(NamedTuple):
@@ -147,14 +67,19 @@ class Latent(NamedTuple):
 
     number: int
     direction: Float[Tensor, " d_b"]
+    """What B writes for it beyond what A does: its decoder in B, less that in A."""
+    whole: Float[Tensor, " d_b"]
     """Its decoder in B."""
     largest: float
     """Its largest activation in training."""
 
     @classmethod
-    def of(cls, crosscoder: Crosscoder, number: int, rows: Float[Tensor, "n d_in"]) -> "Latent":
-        direction = crosscoder.W_dec.detach()[number, crosscoder.partition.models["b"]]
-        return cls(number, direction, float(activations(crosscoder, rows)[:, number].max()))
+    def of(cls, crosscoder: Crosscoder, number: int, probes: Probes) -> "Latent":
+        whole = crosscoder.W_dec.detach()[number, crosscoder.partition.models["b"]]
+        direction = decoder_differences(crosscoder, probes.stitching)[number]
+        return cls(
+            number, direction, whole, float(activations(crosscoder, probes.rows)[:, number].max())
+        )
 
 
 def fall(
@@ -178,10 +103,11 @@ def chosen(
         return max(range(len(first)), key=lambda rank: float(aucs[first[rank]]))
     probe = probes.discovery
     acts = activations(crosscoder, probe.behaviour.rows)
+    directions = decoder_differences(crosscoder, probes.stitching)
 
     def falls(rank: int) -> float:
-        direction = Latent.of(crosscoder, first[rank], probes.rows[:1]).direction
-        return float(fall(probe, acts[:, first[rank]], direction).mean())
+        number = first[rank]
+        return float(fall(probe, acts[:, number], directions[number]).mean())
 
     return max(found, key=falls)
 
@@ -204,48 +130,60 @@ def score(
 
     Returns:
         The latent chosen by discovery prompts, its `rank` from 1, how it is `exclusive`; on held-out prompts its `auc`,
-        the `ablation` effect, and the effects of its addition to B (`addition_b`) and, where widths are equal, to A
-        (`addition_a`), each as `beside_random` gives it. It is `found` when it tells prompts apart (`MIN_AUC`) in the
-        first `R` of the ranking, and `confirmed` when it is found and both its ablation and its addition to B are
+        and in nats the effects of taking from B what it writes beyond A (`ablation`: `x_b - f (d_b - d_a)`, as the KL evaluation
+        of Minder et al. does; of an exclusive latent that is all it writes) and of adding `d_b - d_a` to B (`addition_b`), both as
+        `beside_random` gives them. Without controls: that of its addition to A, where widths are equal (`addition_a`), and of taking
+        its whole decoder from B (`ablation_whole`: `x_b - f d_b`). It is `found` when it tells prompts apart (`MIN_AUC`) in
+        the first `R` of the ranking, and `confirmed` when it is found and both its ablation and its addition to B are
         beyond random directions.
     """
-    order = rank_latents(crosscoder, probes.rows).tolist()
+    order = rank_latents(crosscoder, probes.rows, probes.stitching).tolist()
     aucs = detection(crosscoder, probes.discovery)
     rank = chosen(crosscoder, probes, order, aucs)
-    latent = Latent.of(crosscoder, order[rank], probes.rows)
+    latent = Latent.of(crosscoder, order[rank], probes)
     d_a = crosscoder.cfg.d_a
-    rows = probes.rows[:N_ROWS_FOR_COVARIANCE]
-    rows_a, rows_b = rows[:, :d_a], rows[:, d_a:]
+    rows_b = probes.rows[:N_ROWS_FOR_COVARIANCE, d_a:]
     test = probes.test
     acts = activations(crosscoder, test.behaviour.rows)[:, latent.number]
     alpha = best_alpha(probes.discovery, latent)
     direction = alpha * latent.largest * latent.direction
 
-    effects = {
-        "ablation": beside_random(lambda d: fall(test, acts, d), latent.direction, rows_b, seed),
-        "addition_b": beside_random(
-            lambda d: test.control_b.rise(added(test.control_b.reading, d)), direction, rows_b, seed
-        ),
-    }
-    if d_a == crosscoder.cfg.d_b:
-        effects["addition_a"] = beside_random(
-            lambda d: test.control_a.rise(added(test.control_a.reading, d)), direction, rows_a, seed
-        )
     area = float(detection(crosscoder, test)[latent.number])
     found = area >= MIN_AUC
+    ablation = beside_random(
+        lambda d: fall(test, acts, d), latent.direction, rows_b, seed, with_controls=found
+    )
+    addition = beside_random(
+        lambda d: test.control_b.rise(added(test.control_b.reading, d)),
+        direction,
+        rows_b,
+        seed,
+        with_controls=ablation["beyond"],
+    )
+    effects = {
+        "ablation": ablation,
+        "addition_b": addition,
+        "ablation_whole": alone(fall(test, acts, latent.whole)),
+    }
+    if d_a == crosscoder.cfg.d_b:
+        effects["addition_a"] = alone(test.control_a.rise(added(test.control_a.reading, direction)))
     return {
         "latent": latent.number,
         "rank": rank + 1,
         "exclusive": _exclusive(crosscoder, latent.number),
         "relative_norm": float(relative_decoder_norms(crosscoder)[latent.number]),
+        "relative_difference": float(
+            relative_decoder_differences(crosscoder, probes.stitching)[latent.number]
+        ),
         "auc_discovery": float(aucs[latent.number]),
         "auc": area,
         "best_auc_anywhere": best_anywhere(crosscoder, probes, aucs),
+        "changes": CHANGES,
         "alpha": alpha,
         "max_norm": latent.largest * float(latent.direction.norm()),
         **effects,
         "found": found,
-        "confirmed": found and effects["ablation"]["beyond"] and effects["addition_b"]["beyond"],
+        "confirmed": found and ablation["beyond"] and addition["beyond"],
     }
 
 

@@ -1,0 +1,57 @@
+"""The tables of the benchmark of planted differences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sae_lens_dfc.benchmark.planted.effects import QUANTILE
+from sae_lens_dfc.benchmark.tables import Table
+
+
+def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    """How many runs each architecture confirms, and each run's figures."""
+    names = dict.fromkeys(row["architecture"] for row in rows)
+    organisms = dict.fromkeys(row["organism"] for row in rows)
+    overview = [["", "confirmed", "found", *organisms]]
+    for name in names:
+        own = [row for row in rows if row["architecture"] == name]
+        cells = [_confirmed([r for r in own if r["organism"] == o]) for o in organisms]
+        overview.append([name, _confirmed(own), _counted(own, "found"), *cells])
+    yield Table("Runs in which the planted difference is confirmed", overview)
+    head = ["organism", "seed", "architecture", "rank", "exclusive", "AUC"]
+    cells = [[*head, "ablation", "addition to B", "addition to A", "confirmed"]]
+    yield Table(
+        "Each run; effects in nats per token [95 % interval] and the controls' 95th percentile",
+        cells + [_cells(row) for row in rows],
+    )
+
+
+def _confirmed(rows: Sequence[Mapping[str, Any]]) -> str:
+    return _counted(rows, "confirmed")
+
+
+def _counted(rows: Sequence[Mapping[str, Any]], what: str) -> str:
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    return f"{sum(s[what] for s in scores)} / {len(scores)}" if scores else "not applicable"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    start = [row["organism"], str(row["seed"]), row["architecture"]]
+    score = row["score"]
+    if score is None:
+        return [*start, *["–"] * 6, "not applicable"]
+    effects = [_effect(score.get(name)) for name in ("ablation", "addition_b", "addition_a")]
+    found = [str(score["rank"]), score["exclusive"] or "no", f"{score['auc']:.2f}"]
+    return [*start, *found, *effects, "yes" if score["confirmed"] else "no"]
+
+
+def _effect(effect: Mapping[str, Any] | None) -> str:
+    if effect is None:
+        return "–"
+    low, high = effect["interval"]
+    limits = [
+        float(torch.tensor(v).quantile(QUANTILE)) for v in effect.get("controls", {}).values()
+    ]
+    beside = f"; {max(limits):.2f}" if limits else ""
+    return f"{effect['mean']:.2f} [{low:.2f}, {high:.2f}]{beside}"
