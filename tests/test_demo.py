@@ -47,7 +47,8 @@ def test_every_measure_stands_beside_its_baselines_and_its_null(metrics: dict[st
         *DFC_KEYS,
         *(f"baseline/batchtopk/{key}" for key in CROSSCODER_KEYS),
         *(f"baseline/pca/{key}" for key in SHARED_KEYS),
-        *(f"null/self/{key}" for key in DFC_KEYS),
+        *(f"null/self/{key}" for key in DFC_KEYS if not key.startswith("alignment/")),
+        *(f"{p}exclusive/called/{m}_exclusive" for p in ("", "null/self/") for m in "ab"),
     }
     assert wanted <= set(metrics)
 
