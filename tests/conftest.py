@@ -1,7 +1,7 @@
 """Two tiny language models of different architecture, width, depth and tokenizer, made from configs: no download."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sae_lens_dfc.benchmark.planted.from_scratch import BOS, byte_bpe
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import reference_pages
@@ -33,26 +34,15 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 TRAINING_TEXT = ["The cat sat on the mat in 1989. " * 3, *reference_pages()[:6]]
-BOS = "<s>"
 
 
-def _byte_bpe(texts: Sequence[str] = TRAINING_TEXT, vocab_size: int = 400) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+def _byte_bpe() -> Tokenizer:
+    return byte_bpe(TRAINING_TEXT, vocab_size=400)
 
 
 def _byte_bpe_japanese() -> Tokenizer:
     """Few merges, all of bytes of Japanese: its tokens begin and end inside characters."""
-    return _byte_bpe(["ラーメンを食べるラーララをべー" * 20], vocab_size=290)
+    return byte_bpe(["ラーメンを食べるラーララをべー" * 20], vocab_size=290)
 
 
 def _sentencepiece_bpe() -> Tokenizer:

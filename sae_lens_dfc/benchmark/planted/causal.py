@@ -5,16 +5,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_lens_dfc.activations import after_first_position
 from sae_lens_dfc.benchmark.planted.behaviours import Item
 from sae_lens_dfc.models import HookedModel
-from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.segments import Segments
-from sae_lens_dfc.steering import changed
+from sae_lens_dfc.pair import ModelPair, padded
+from sae_lens_dfc.steering import changed, logits
 from sae_lens_dfc.tokens import tokenize
 
 
@@ -63,7 +64,7 @@ def prepared(pair: ModelPair, items: Sequence[Item]) -> Prepared:
     contexts = [pair.segments(item.prompt)[0].after(pair.bos_segment) for item in items]
     a = _reading(pair.a, [c.ids_a for c in contexts], items)
     b = _reading(pair.b, [c.ids_b for c in contexts], items)
-    where = [_later(context) for context in contexts]
+    where = [after_first_position(context).nonzero()[:, 0] for context in contexts]
     text = torch.cat([torch.full((len(w),), i) for i, w in enumerate(where)])
     position_a, position_b = (
         torch.cat([torch.from_numpy(last)[w] for last, w in zip(lasts, where, strict=True)])
@@ -73,21 +74,16 @@ def prepared(pair: ModelPair, items: Sequence[Item]) -> Prepared:
     return Prepared(a, b, rows, text, position_b)
 
 
-def _later(context: Segments) -> Int[Tensor, " _"]:
-    return torch.from_numpy(((context.last_a > 0) & (context.last_b > 0)).nonzero()[0])
-
-
-def _reading(model: HookedModel, ids: Sequence[object], items: Sequence[Item]) -> Reading:
-    rows = [torch.as_tensor(i) for i in ids]
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+def _reading(
+    model: HookedModel, rows: Sequence[Int[np.ndarray, " _"]], items: Sequence[Item]
+) -> Reading:
+    ids, mask = padded(model, rows)
     answers = [
         [first_token(model.tokenizer, item.prompt, way) for way in (item.answer, item.ordinary)]
         for item in items
     ]
-    acts = model.activations(padded, mask).float()
-    return Reading(padded, mask, acts, torch.tensor(answers))
+    acts = model.activations(ids, mask).float()
+    return Reading(ids, mask, acts, torch.tensor(answers))
 
 
 def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
@@ -142,15 +138,10 @@ def preferences(
     The log-probability of the behaviour's first token minus that of the ordinary answer's, in nats.
     """
     last = reading.last
-    kept = torch.arange(int(last.min()), int(last.max()) + 1)
+    kept = range(int(last.min()), int(last.max()) + 1)
     with without_lower_blocks(model), changed(model, lambda x: acts.to(x)):
-        logits = model.model(
-            reading.ids.to(model.device),
-            attention_mask=reading.mask.to(model.device),
-            return_type="logits",
-            logits_to_keep=kept,
-        )
-    chosen = logits[torch.arange(len(last)), last - kept[0]].float().cpu()
+        found = logits(model, reading.ids, reading.mask, kept)
+    chosen = found[torch.arange(len(last)), last - kept.start].float().cpu()
     first, second = chosen.gather(1, reading.answers).T
     return first - second
 

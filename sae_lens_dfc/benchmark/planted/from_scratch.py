@@ -130,7 +130,7 @@ def training_text(name_of_topics: Sequence[str], share: float, seed: int) -> lis
     return texts
 
 
-def byte_bpe(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def byte_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE trained on these texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -142,7 +142,7 @@ def byte_bpe(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS)
+    return tokenizer
 
 
 def train(
@@ -226,7 +226,10 @@ def from_scratch(seed: int, cfg: Training | None = None) -> Organism:
             new = dict(zip(("a", "b"), new_models(cfg), strict=True))
             for i, (which, model) in enumerate(new.items()):
                 texts = training_text(known_to[which], cfg.topic_share, seed + i)
-                byte_bpe(texts, (cfg.vocab_a, cfg.vocab_b)[i]).save_pretrained(folder / which)
+                new_tokenizer = byte_bpe(texts, (cfg.vocab_a, cfg.vocab_b)[i])
+                PreTrainedTokenizerFast(
+                    tokenizer_object=new_tokenizer, bos_token=BOS
+                ).save_pretrained(folder / which)
                 tokenizer = AutoTokenizer.from_pretrained(folder / which)
                 measures[f"loss/{which}"] = train(model, tokenizer, texts, cfg, seed)
                 model.save_pretrained(folder / which)

@@ -1,6 +1,6 @@
 """Whether a crosscoder has found what was planted: a latent high in its ranking, that fires on it and causes it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from sae_lens_dfc.benchmark.planted.probes import Probe, Probes, activations, de
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import B_EXCLUSIVE
 from sae_lens_dfc.metrics.exclusivity import (
+    ONE_SIDED,
     decoder_differences,
     relative_decoder_differences,
     relative_decoder_norms,
@@ -24,8 +25,6 @@ R = 10
 MIN_AUC = 0.8
 ALPHAS = (0.5, 1.0, 2.0)
 """Strengths of an addition, in units of the latent's largest activation, of which discovery prompts choose one."""
-MAX_RELATIVE_NORM = 0.2
-"""Relative decoder norm below which a latent is B's alone (arXiv 2602.11729, section 2.3)."""
 MIN_ROWS = 20
 """Rows of training on which a candidate is active."""
 MAX_NORM_OF_A = 0.53
@@ -38,9 +37,6 @@ CHANGES = {
     "addition_a": "x_a + alpha f_max (d_b - d_a)",
 }
 """What each effect is of; `d_a` is 0 for a latent of B alone."""
-
-Ranking = Callable[[Crosscoder, Float[Tensor, "n d_in"], Stitching | None], Int[Tensor, " _"]]
-"""Orders a crosscoder's candidates for what B alone has, best first, from rows without labels."""
 
 
 @torch.no_grad()
@@ -123,9 +119,7 @@ def best_alpha(probe: Probe, latent: Latent) -> float:
     return max(ALPHAS, key=rise)
 
 
-def score(
-    crosscoder: Crosscoder, probes: Probes, seed: int, rank_latents: Ranking = ranking
-) -> dict[str, Any]:
+def score(crosscoder: Crosscoder, probes: Probes, seed: int) -> dict[str, Any]:
     """Whether the crosscoder has found what was planted.
 
     Returns:
@@ -137,7 +131,7 @@ def score(
         the first `R` of the ranking, and `confirmed` when it is found and both its ablation and its addition to B are
         beyond random directions.
     """
-    order = rank_latents(crosscoder, probes.rows, probes.stitching).tolist()
+    order = ranking(crosscoder, probes.rows, probes.stitching).tolist()
     aucs = detection(crosscoder, probes.discovery)
     rank = chosen(crosscoder, probes, order, aucs)
     latent = Latent.of(crosscoder, order[rank], probes)
@@ -148,7 +142,8 @@ def score(
     alpha = best_alpha(probes.discovery, latent)
     direction = alpha * latent.largest * latent.direction
 
-    area = float(detection(crosscoder, test)[latent.number])
+    test_aucs = detection(crosscoder, test)
+    area = float(test_aucs[latent.number])
     found = area >= MIN_AUC
     ablation = beside_random(
         lambda d: fall(test, acts, d), latent.direction, rows_b, seed, with_controls=found
@@ -177,7 +172,7 @@ def score(
         ),
         "auc_discovery": float(aucs[latent.number]),
         "auc": area,
-        "best_auc_anywhere": best_anywhere(crosscoder, probes, aucs),
+        "best_auc_anywhere": best_anywhere(crosscoder, aucs, test_aucs),
         "changes": CHANGES,
         "alpha": alpha,
         "max_norm": latent.largest * float(latent.direction.norm()),
@@ -188,13 +183,13 @@ def score(
 
 
 def best_anywhere(
-    crosscoder: Crosscoder, probes: Probes, aucs: Float[Tensor, " d_sae"]
+    crosscoder: Crosscoder, aucs: Float[Tensor, " d_sae"], test_aucs: Float[Tensor, " d_sae"]
 ) -> dict[str, Any]:
     """The latent of any rank that tells discovery prompts apart best: its area on the test, partition and relative norm."""
     number = int(aucs.argmax())
     return {
         "latent": number,
-        "auc": float(detection(crosscoder, probes.test)[number]),
+        "auc": float(test_aucs[number]),
         "partition": crosscoder.partition.name_of(number),
         "relative_norm": float(relative_decoder_norms(crosscoder)[number]),
     }
@@ -203,5 +198,5 @@ def best_anywhere(
 def _exclusive(crosscoder: Crosscoder, latent: int) -> str | None:
     if crosscoder.partition.name_of(latent) == B_EXCLUSIVE:
         return "partition"
-    is_own = relative_decoder_norms(crosscoder)[latent] < MAX_RELATIVE_NORM
+    is_own = relative_decoder_norms(crosscoder)[latent] < 1 - ONE_SIDED
     return "relative_norm" if is_own else None
