@@ -56,7 +56,6 @@ class Assessment(NamedTuple):
 
     metrics: dict[str, float]
     run: Evaluation
-    nulls: dict[str, Evaluation]
 
 
 def assess(crosscoder: Crosscoder, case: Case, options: AssessOptions) -> Assessment:
@@ -73,19 +72,19 @@ def assess(crosscoder: Crosscoder, case: Case, options: AssessOptions) -> Assess
     """
     logger.info("Measuring the run")
     run = measure(crosscoder, case, options)
-    metrics, nulls = dict(run.metrics), dict[str, Evaluation]()
+    metrics = dict(run.metrics)
     for name in options.nulls:
         logger.info("Null %s (%s): training a crosscoder like it", name, NULLS[name])
         null = null_case(name, case, options.seed_model)
         trained = train(null)
         logger.info("Null %s: measuring", name)
-        nulls[name] = measure(trained, null, options)
-        metrics |= {f"null/{name}/{key}": value for key, value in nulls[name].metrics.items()}
+        found = measure(trained, null, options)
+        metrics |= {f"null/{name}/{key}": value for key, value in found.metrics.items()}
         metrics |= {
             f"beyond_null/{name}/{key}": value
-            for key, value in beyond_null(name, _evidence(run), _evidence(nulls[name])).items()
+            for key, value in beyond_null(name, _evidence(run), _evidence(found)).items()
         }
-    return Assessment(known(metrics), run, nulls)
+    return Assessment(known(metrics), run)
 
 
 def train(case: Case) -> Crosscoder:

@@ -25,34 +25,56 @@ def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " d_sae"]:
     return norms[0] / norms.sum(dim=0).clamp(min=1e-12)
 
 
+def moved_decoders(
+    crosscoder: Crosscoder, stitching: Stitching | None
+) -> tuple[Float[Tensor, "d_sae d_b"], Float[Tensor, "d_sae d_a"]]:
+    """Each latent's decoder in A as a direction of B, and that in B as one of A, in raw units.
+
+    It is as long as where it comes from, on the scale that both models had in training: a map fitted by least squares
+    shrinks what it cannot tell, down to nothing for what the other model does not have, and what is measured along a
+    direction must not depend on how much.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        stitching: How a direction moves; none takes it as it is, which says something only where both models have one
+            basis: a model and its fine-tune.
+
+    Raises:
+        ValueError: Without a map the two widths differ.
+    """
+    to_b, to_a = (crosscoder.W_dec.float()[:, m] for m in crosscoder.partition.models.values())
+    _check_widths(crosscoder, stitching)
+    if stitching is not None:
+        to_b, to_a = stitching.direction_to_b(to_b), stitching.direction_to_a(to_a)
+    norms, scale = crosscoder.decoder_norms()[:, :, None], crosscoder.input_scale
+    return normalize(to_b) * (norms[0] / scale[1]).float(), normalize(to_a) * (
+        norms[1] / scale[0]
+    ).float()
+
+
+def _check_widths(crosscoder: Crosscoder, stitching: Stitching | None) -> None:
+    d_a, d_b = crosscoder.cfg.d_a, crosscoder.cfg.d_b
+    if stitching is None and d_a != d_b:
+        raise ValueError(
+            f"A direction of width {d_a} cannot stand for one of width {d_b}. Give a stitching map."
+        )
+
+
 def decoders_in_b(
     crosscoder: Crosscoder, stitching: Stitching | None = None
 ) -> tuple[Float[Tensor, "d_sae d_b"], Float[Tensor, "d_sae d_b"]]:
     """Each latent's decoder in A, moved to B, and that in B; B's raw units.
 
-    A map moves the direction; its length is A's, on the scale that both models had in training (see `scaling.directions`).
-
     Args:
         crosscoder: The saved crosscoder.
-        stitching: Without one A's decoder is taken as it is, which says something only where both models have one basis: a
-            model and its fine-tune.
+        stitching: See `moved_decoders`; without one A's decoder is taken as it is, its length too.
 
     Raises:
         ValueError: Without a map the two widths differ.
     """
-    partition = crosscoder.partition
-    in_a, in_b = (crosscoder.W_dec.float()[:, m] for m in partition.models.values())
-    if stitching is not None:
-        moved = stitching.direction_to_b(in_a)
-        scale = crosscoder.input_scale
-        return normalize(moved, dim=-1) * in_a.norm(dim=-1, keepdim=True) * scale[0] / scale[
-            1
-        ], in_b
-    if partition.d_a != partition.d_b:
-        raise ValueError(
-            f"A direction of width {partition.d_a} cannot be told from one of width {partition.d_b}. Give a stitching map."
-        )
-    return in_a, in_b
+    _check_widths(crosscoder, stitching)
+    in_a, in_b = (crosscoder.W_dec.float()[:, m] for m in crosscoder.partition.models.values())
+    return (in_a if stitching is None else moved_decoders(crosscoder, stitching)[0]), in_b
 
 
 @torch.no_grad()

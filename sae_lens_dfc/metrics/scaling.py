@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.metrics.exclusivity import moved_decoders
 from sae_lens_dfc.metrics.spread import Estimate, Jackknife, Sums
 from sae_lens_dfc.metrics.stitching import Stitching
 
@@ -23,34 +23,17 @@ def owned_by_a(crosscoder: Crosscoder) -> Bool[Tensor, " d_sae"]:
 def directions(crosscoder: Crosscoder, stitching: Stitching | None) -> Float[Tensor, "d_sae d_in"]:
     """Each latent's decoder in its source and the same direction in its target, joined on the last axis, in raw units.
 
-    In its target it is as long as in its source, on the scale that both models had in training: a map fitted by least
-    squares shrinks what it cannot tell, down to nothing for what the target does not have, and what is measured along a
-    direction must not depend on how much.
-
     Args:
         crosscoder: The saved crosscoder.
-        stitching: How a direction moves; none takes it as it is, which says something only where both models have one
-            basis: a model and its fine-tune.
+        stitching: How a direction moves to the target, and keeps its length there; see `moved_decoders`.
 
     Raises:
         ValueError: Without a map the two widths differ.
     """
-    partition = crosscoder.partition
-    if stitching is None and partition.d_a != partition.d_b:
-        raise ValueError(
-            f"A direction of width {partition.d_a} cannot stand for one of width {partition.d_b}. Give a stitching map."
-        )
-    a, b = partition.models["a"], partition.models["b"]
-    W_dec, is_a = crosscoder.W_dec.float(), owned_by_a(crosscoder)
-    in_a, in_b = W_dec[:, a], W_dec[:, b]
-    to_b, to_a = in_a, in_b
-    if stitching is not None:
-        to_b, to_a = stitching.direction_to_b(in_a), stitching.direction_to_a(in_b)
-    norms = crosscoder.decoder_norms()[:, :, None]
-    to_b = normalize(to_b) * (norms[0] / crosscoder.input_scale[1]).float()
-    to_a = normalize(to_a) * (norms[1] / crosscoder.input_scale[0]).float()
-    moved = torch.where(is_a[:, None], in_a, to_a), torch.where(is_a[:, None], to_b, in_b)
-    return torch.cat(moved, dim=-1)
+    is_a = owned_by_a(crosscoder)[:, None]
+    in_a, in_b = (crosscoder.W_dec.float()[:, m] for m in crosscoder.partition.models.values())
+    a_in_b, b_in_a = moved_decoders(crosscoder, stitching)
+    return torch.cat([torch.where(is_a, in_a, b_in_a), torch.where(is_a, a_in_b, in_b)], dim=-1)
 
 
 @dataclass
