@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-dfc demo | train | cache | align | evaluate | report | generate | benchmark`.
+"""The command line: `sae-lens-dfc demo | train | cache | align | evaluate | report | generate | benchmark | organism`.
 
 What a person reads goes to standard output, progress and logs to standard error. A failure is one
 line and exit status 1, wrong usage 2.
@@ -31,6 +31,7 @@ from sae_lens_dfc.arguments import parsed_with_lists, with_files
 from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
 from sae_lens_dfc.benchmark.data import run_data_benchmark
 from sae_lens_dfc.benchmark.figures import figure_rows
+from sae_lens_dfc.benchmark.planted.folder import OrganismOptions, write_organism
 from sae_lens_dfc.benchmark.planted.run import FILENAME as PLANTED_FILENAME
 from sae_lens_dfc.benchmark.planted.run import run_planted_benchmark
 from sae_lens_dfc.benchmark.planted.tables import planted_tables
@@ -250,6 +251,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "report": (ReportOptions, write_report),
     "generate": (GenerateOptions, write_answers),
     "benchmark": (BenchmarkOptions, benchmark),
+    "organism": (OrganismOptions, write_organism),
 }
 
 

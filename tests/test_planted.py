@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_dfc.benchmark.planted import answers, causal, effects, finetune, run
+from sae_lens_dfc.benchmark.planted import answers, causal, effects, finetune, folder, run
 from sae_lens_dfc.benchmark.planted.behaviours import SPLITS, Item, Items
 from sae_lens_dfc.benchmark.planted.causal import (
     KINDS,
@@ -23,17 +23,19 @@ from sae_lens_dfc.benchmark.planted.causal import (
 )
 from sae_lens_dfc.benchmark.planted.from_scratch import (
     PLANTED,
+    TOPICS,
     from_scratch,
     topic_items,
     training_text,
 )
 from sae_lens_dfc.benchmark.planted.from_scratch import Training as ScratchTraining
-from sae_lens_dfc.benchmark.planted.organism import built, read_manifest
+from sae_lens_dfc.benchmark.planted.organism import NULL, built, read_manifest
 from sae_lens_dfc.benchmark.planted.probes import auc
 from sae_lens_dfc.benchmark.planted.prompts import BEHAVIOURS
 from sae_lens_dfc.benchmark.planted.score import ranking
 from sae_lens_dfc.benchmark.planted.training import Training
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
+from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.steering import logits
 from sae_lens_dfc.tokens import tokenize
@@ -219,23 +221,36 @@ def along_first(direction: Tensor) -> Tensor:
 
 
 def test_an_effect_is_beyond_controls_only_if_no_kind_comes_near() -> None:
-    rows = torch.randn(100, 40)
+    rows, others = torch.randn(100, 40), torch.randn(5, 40)
     one = torch.zeros(40)
     one[0], one[1] = 2.0, 1.0
-    result = effects.beside_random(along_first, one, rows, seed=0)
+    result = effects.beside_random(along_first, one, rows, 0, others)
     assert result["mean"] == pytest.approx(4.0) and result["beyond"]
     assert [len(result["controls"][kind]) for kind in KINDS] == [effects.N_CONTROLS] * 2
     # With all the variance along the first axis, directions drawn with the covariance do the same.
     rows[:, 0] *= 1e4
-    assert not effects.beside_random(along_first, one, rows, seed=0)["beyond"]
-    assert effects.beside_random(along_first, -one, rows, seed=0)["controls"] == {}
+    assert not effects.beside_random(along_first, one, rows, 0, others)["beyond"]
+    assert effects.beside_random(along_first, -one, rows, 0, others)["controls"] == {}
+
+
+def test_other_latents_are_made_as_long_and_compared_apart() -> None:
+    one, rows = torch.zeros(40), torch.randn(100, 40)
+    one[0], one[1] = 2.0, 1.0
+    others = torch.zeros(2, 40)
+    others[0, 0], others[1, 5] = 100.0, 3.0
+    result = effects.beside_random(along_first, one, rows, 0, others)
+    # Of the same length, the first goes along the axis with all of it.
+    assert result["other_latents"] == pytest.approx([2 * 5**0.5, 0.0])
+    assert result["beyond"] and not result["beyond_others"]
+    assert effects.beside_random(along_first, one, rows, 0, others[1:])["beyond_others"]
 
 
 def test_nothing_is_beyond_controls_that_were_not_made() -> None:
     one = torch.zeros(40)
     one[0] = 2.0
-    result = effects.beside_random(along_first, one, torch.randn(9, 40), 0, with_controls=False)
-    assert result["controls"] == {} and not result["beyond"]
+    drawn = torch.randn(9, 40)
+    result = effects.beside_random(along_first, one, drawn, 0, drawn, with_controls=False)
+    assert result["controls"] == {} and not result["beyond"] and not result["beyond_others"]
 
 
 def test_what_b_alone_writes_much_of_is_ranked_first() -> None:
@@ -279,6 +294,7 @@ def fake_results(made: list[run.Run]) -> Callable[..., Any]:
 def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[run.Run] = []
     monkeypatch.setattr(run, "results", fake_results(made))
+    monkeypatch.setattr(run, "organism_key", lambda one: one.organism)
     monkeypatch.setitem(run.PRESETS, "small", run.Preset(("a/weak", "b/strong"), 2))
     rows = run.run_planted_benchmark("small", tmp_path)
     assert len(made) == 4 and len(rows) == 8
@@ -297,3 +313,49 @@ def test_results_of_other_settings_are_kept_and_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="Name another --output"):
             run.run_planted_benchmark("small", tmp_path)
         assert path.read_text() == text
+
+
+def test_a_null_counts_in_its_own_column_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "results", fake_results([]))
+    monkeypatch.setattr(run, "organism_key", lambda one: one.organism)
+    monkeypatch.setitem(run.PRESETS, "small", run.Preset(("a/weak", NULL), 2))
+    run.run_planted_benchmark("small", tmp_path)
+    table = (tmp_path / "planted.md").read_text()
+    assert "| confirmed | found | a/weak | null |" in table
+    assert "| dfc | 2 / 2 | 2 / 2 | 2 / 2 | 2 / 2 |" in table
+
+
+def test_an_organism_that_was_changed_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "unpack", lambda _model: Path("base/model"))
+    one = run.Run("refusal/weak", 0)
+    before = run.settings(one, Training())
+    assert run.settings(one, Training()) == before
+    assert run.organism_key(one._replace(seed=1)) != before["organism"]
+    assert run.organism_key(run.Run("topic", 0)) != run.organism_key(run.Run("topic", 1))
+    monkeypatch.setitem(BEHAVIOURS, "refusal", replace(BEHAVIOURS["refusal"], answer="No."))
+    assert run.settings(one, Training())["organism"] != before["organism"]
+
+
+# --- its folder ---
+
+
+def test_an_organism_is_a_folder_that_train_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAE_LENS_DFC_CACHE", str(tmp_path / "cache"))
+    small = from_scratch(0, ScratchTraining(steps=2, vocab_a=300, vocab_b=320))
+    monkeypatch.setattr(folder, "organism_of", lambda _run: small)
+    output = tmp_path / "out"
+    options = folder.OrganismOptions(name="topic", output=str(output))
+    folder.write_organism(options)
+    texts = [json.loads(line)["text"] for line in (output / "text.jsonl").read_text().splitlines()]
+    prompts = json.loads((output / "prompts.json").read_text())
+    held_out = [i["prompt"] for split in ("discovery", "test") for i in prompts[split]["behaviour"]]
+    assert any(TOPICS[PLANTED].entities[0] in text for text in texts)
+    assert held_out and not any(prompt in text for prompt in held_out for text in texts)
+    pair = ModelPair.load(ModelConfig(str(output / "a")), ModelConfig(str(output / "b")))
+    assert (pair.d_a, pair.d_b) == (96, 128)
+    with pytest.raises(ValueError, match="already holds a planted organism"):
+        folder.write_organism(options)

@@ -107,6 +107,7 @@ LAYERS = [
     "benchmark.planted.training",
     "benchmark.planted.tables",
     "benchmark.planted.run",
+    "benchmark.planted.folder",
     "arguments",
     "__main__",
 ]

@@ -35,28 +35,36 @@ def beside_random(
     direction: Float[Tensor, " d"],
     rows: Float[Tensor, "n d"],
     seed: int,
+    others: Float[Tensor, "k d"],
     with_controls: bool = True,
 ) -> dict[str, Any]:
-    """A direction's effect and that of random ones of the same norm, of each kind.
+    """A direction's effect and that of other ones of the same norm: random, of each kind, and other latents'.
 
     Args:
         effect: What a direction does.
         direction: The one in question.
         rows: Activations whose covariance the second kind is drawn with.
         seed: Of the draws.
+        others: What other latents write into B beyond what they write into A.
         with_controls: Whether to make the change in random directions too; without them nothing is `beyond`.
 
     Returns:
         `mean` and its `interval`, the means of each kind of control, and whether the effect is `beyond` the
-        95th percentile of every kind. Without a positive mean the controls, which cannot change the verdict, are left out.
+        95th percentile of every kind. `other_latents` are the means of theirs, and `beyond_others` compares with them: no part
+        of the verdict, since in a pair that differs in nothing but what was planted others may well write some of it.
+        Without a positive mean the controls, which cannot change the verdict, are left out.
     """
     values = effect(direction)
-    result: dict[str, Any] = {**alone(values), "controls": {}}
+    result: dict[str, Any] = {**alone(values), "controls": {}, "other_latents": []}
     if with_controls and result["mean"] > 0:
         for kind in KINDS:
             drawn = random_directions(kind, N_CONTROLS, direction.norm(), rows, seed)
             result["controls"][kind] = [float(effect(one).mean()) for one in drawn]
+        as_long = others / others.norm(dim=-1, keepdim=True) * direction.norm()
+        result["other_latents"] = [float(effect(one).mean()) for one in as_long]
     result["beyond"] = is_beyond(result["mean"], result["controls"])
+    beside = {"others": result["other_latents"]} if result["other_latents"] else {}
+    result["beyond_others"] = is_beyond(result["mean"], beside)
     return result
 
 

@@ -178,6 +178,18 @@ def load(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def fine_tuning_settings(
+    base_folder: Path, name: str, seed: int, settings: FineTuning | None = None
+) -> dict[str, Any]:
+    """All that decides what a fine-tuned model is, before its strength."""
+    return {
+        "behaviour": asdict(BEHAVIOURS[name]),
+        "seed": seed,
+        "base": base_folder.parent.name,
+        **asdict(settings or FineTuning()),
+    }
+
+
 def fine_tuned(
     base_folder: Path,
     name: str,
@@ -197,12 +209,7 @@ def fine_tuned(
         settings: How.
     """
     cfg, share = settings or FineTuning(), STRENGTHS[strength]
-    described = {
-        "behaviour": asdict(BEHAVIOURS[name]),
-        "seed": seed,
-        "base": base_folder.parent.name,
-        **asdict(cfg),
-    }
+    described = fine_tuning_settings(base_folder, name, seed, cfg)
 
     def build(folder: Path) -> dict[str, Any]:
         base, tokenizer = load(base_folder, device)

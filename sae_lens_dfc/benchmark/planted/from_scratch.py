@@ -207,6 +207,12 @@ def new_models(cfg: Training, bos: int = 0) -> tuple[LlamaForCausalLM, GPT2LMHea
     return LlamaForCausalLM(a), GPT2LMHeadModel(b)
 
 
+def topic_settings(seed: int, cfg: Training | None = None) -> dict[str, Any]:
+    """All that decides what the two models are."""
+    topics = {name: asdict(topic) for name, topic in TOPICS.items()}
+    return {"topics": topics, "planted": PLANTED, "seed": seed, **asdict(cfg or Training())}
+
+
 def from_scratch(seed: int, cfg: Training | None = None) -> Organism:
     """Two models trained from nothing, built at the first call.
 
@@ -215,8 +221,6 @@ def from_scratch(seed: int, cfg: Training | None = None) -> Organism:
         cfg: How they are trained.
     """
     cfg = cfg or Training()
-    topics = {name: asdict(topic) for name, topic in TOPICS.items()}
-    settings = {"topics": topics, "planted": PLANTED, "seed": seed, **asdict(cfg)}
     known_to = {"a": [name for name in TOPICS if name != PLANTED], "b": list(TOPICS)}
 
     def build(folder: Path) -> dict[str, Any]:
@@ -235,7 +239,7 @@ def from_scratch(seed: int, cfg: Training | None = None) -> Organism:
                 model.save_pretrained(folder / which)
         return {"measures": measures, "items": topic_items()}
 
-    folder = built(f"topic-seed{seed}", settings, build)
+    folder = built(f"topic-seed{seed}", topic_settings(seed, cfg), build)
     manifest = read_manifest(folder)
     return Organism(
         "topic",

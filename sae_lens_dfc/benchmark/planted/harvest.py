@@ -32,22 +32,33 @@ def ordinary_texts(max_chars: int, n: int, seed: int) -> list[str]:
     return random.Random(seed).sample(long_enough, min(n, len(long_enough)))
 
 
-def harvest(pair: ModelPair, organism: Organism, n_texts: int, seed: int) -> Harvest:
-    """Both models' activations on ordinary text, controls and the behaviour's training prompts.
+def training_texts(organism: Organism, n_texts: int, seed: int) -> tuple[list[str], list[str]]:
+    """What shows the behaviour, and other text: controls, general questions and stretches of Python's reference.
 
     Each prompt for the behaviour comes with both answers, the planted and the ordinary one, as both models'
     answers do in arXiv 2603.04426.
 
     Args:
-        pair: The organism's models.
         organism: Its training prompts are read, no other.
-        n_texts: Stretches of ordinary text.
-        seed: Of the choice of ordinary text.
+        n_texts: Stretches of the reference.
+        seed: Of their choice.
     """
     items = organism.items["training"]
     shown = [i.prompt + answer for i in items.behaviour for answer in (i.answer, i.ordinary)]
     others = [i.prompt + i.ordinary for i in items.control] + organism.general
-    others += ordinary_texts(4 * CONTEXT_SIZE, n_texts, seed)
+    return shown, others + ordinary_texts(4 * CONTEXT_SIZE, n_texts, seed)
+
+
+def harvest(pair: ModelPair, organism: Organism, n_texts: int, seed: int) -> Harvest:
+    """Both models' activations on `training_texts`.
+
+    Args:
+        pair: The organism's models.
+        organism: What is planted.
+        n_texts: Stretches of ordinary text.
+        seed: Of their choice.
+    """
+    shown, others = training_texts(organism, n_texts, seed)
     own, rest = read(pair, shown), read(pair, others)
     n_own, n_rest = (sum(len(rows.acts) for rows in part) for part in (own, rest))
     return Harvest(own + rest, n_own / (n_own + n_rest))

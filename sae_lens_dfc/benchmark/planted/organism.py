@@ -13,6 +13,8 @@ from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.output import all_or_nothing
 
 MANIFEST = "planted.json"
+NULL = "null"
+"""Name of the organism in which nothing is planted: model A twice."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,21 @@ def built(
         settings: All that decides the result.
         build: Fills a folder, and gives what the manifest is to say beside settings and fingerprints.
     """
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_folder() / "planted" / f"{name}-{key}"
+    folder = cache_folder() / "planted" / f"{name}-{key(settings)}"
     if not (folder / MANIFEST).is_file():
         with all_or_nothing(folder) as fresh:
             manifest = {"settings": settings, **build(fresh), "sha256": fingerprints(fresh)}
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return folder
+
+
+def key(settings: Mapping[str, Any]) -> str:
+    """Twelve characters that tell settings apart.
+
+    >>> key({"seed": 0}) == key({"seed": 1})
+    False
+    """
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def fingerprints(folder: Path) -> dict[str, str]:

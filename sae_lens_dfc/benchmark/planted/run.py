@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.benchmark.planted.finetune import fine_tuned
-from sae_lens_dfc.benchmark.planted.from_scratch import from_scratch
+from sae_lens_dfc.benchmark.planted.finetune import fine_tuned, fine_tuning_settings
+from sae_lens_dfc.benchmark.planted.from_scratch import from_scratch, topic_settings
 from sae_lens_dfc.benchmark.planted.harvest import harvest, joined
-from sae_lens_dfc.benchmark.planted.organism import Organism
+from sae_lens_dfc.benchmark.planted.organism import NULL, Organism, key
 from sae_lens_dfc.benchmark.planted.probes import Probes
 from sae_lens_dfc.benchmark.planted.score import score
 from sae_lens_dfc.benchmark.planted.tables import planted_tables
@@ -24,6 +24,8 @@ from sae_lens_dfc.pair import ModelPair
 
 FILENAME = "planted.json"
 TOPIC = "topic"
+NULL_BEHAVIOUR = "secret_word"
+"""Whose prompts the null is asked."""
 FULL = (
     *(
         f"{name}/{s}"
@@ -31,6 +33,7 @@ FULL = (
         for s in ("weak", "strong")
     ),
     TOPIC,
+    NULL,
 )
 
 
@@ -39,7 +42,7 @@ class Preset:
     """Sizes of the benchmark."""
 
     organisms: Sequence[str]
-    """Behaviour and strength, or topic."""
+    """Behaviour and strength, topic or null."""
     seeds: int
     """Of each organism, its harvest and its crosscoders."""
     training: Training = Training()
@@ -67,8 +70,19 @@ def organism_of(run: Run) -> Organism:
     """The pair of a run, built at the first call."""
     if run.organism == TOPIC:
         return from_scratch(run.seed)
+    if run.organism == NULL:
+        known = fine_tuned(unpack(DEMO_A), NULL_BEHAVIOUR, "weak", run.seed)
+        return replace(known, name=NULL, model_b=known.model_a)
     behaviour, strength = run.organism.split("/")
     return fine_tuned(unpack(DEMO_A), behaviour, strength, run.seed)
+
+
+def organism_key(run: Run) -> str:
+    """Tells an organism from what the same name was before."""
+    if run.organism == TOPIC:
+        return key(topic_settings(run.seed))
+    behaviour = NULL_BEHAVIOUR if run.organism == NULL else run.organism.partition("/")[0]
+    return key(fine_tuning_settings(unpack(DEMO_A), behaviour, run.seed))
 
 
 def results(run: Run, cfg: Training) -> Iterator[dict[str, Any]]:
@@ -114,8 +128,9 @@ def results(run: Run, cfg: Training) -> Iterator[dict[str, Any]]:
 
 
 def settings(run: Run, cfg: Training) -> dict[str, Any]:
-    """What decides a run's numbers beside its organism."""
-    return json.loads(json.dumps({"run": run._asdict(), "training": asdict(cfg)}))
+    """What decides a run's numbers."""
+    values = {"run": run._asdict(), "organism": organism_key(run), "training": asdict(cfg)}
+    return json.loads(json.dumps(values))
 
 
 def run_planted_benchmark(preset: str, output_folder: Path) -> list[dict[str, Any]]:

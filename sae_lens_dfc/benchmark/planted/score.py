@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_dfc.benchmark.planted.causal import ablated, added
-from sae_lens_dfc.benchmark.planted.effects import alone, beside_random
+from sae_lens_dfc.benchmark.planted.effects import N_CONTROLS, alone, beside_random
 from sae_lens_dfc.benchmark.planted.probes import Probe, Probes, activations, detection
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import B_EXCLUSIVE
@@ -108,6 +108,16 @@ def chosen(
     return max(found, key=falls)
 
 
+def other_differences(
+    crosscoder: Crosscoder, probes: Probes, order: Sequence[int], seed: int
+) -> Float[Tensor, "k d_b"]:
+    """What `N_CONTROLS` latents write into B beyond what they do in A, drawn from the ranking below the first `R`."""
+    below = torch.tensor(order[R:])
+    drawn = torch.randperm(len(below), generator=torch.Generator().manual_seed(seed))[:N_CONTROLS]
+    found = decoder_differences(crosscoder, probes.stitching)[below[drawn]]
+    return found[found.norm(dim=-1) > 0]
+
+
 def best_alpha(probe: Probe, latent: Latent) -> float:
     """The strength at which adding the latent raises B's preference most, on these prompts."""
     side = probe.control_b
@@ -145,14 +155,16 @@ def score(crosscoder: Crosscoder, probes: Probes, seed: int) -> dict[str, Any]:
     test_aucs = detection(crosscoder, test)
     area = float(test_aucs[latent.number])
     found = area >= MIN_AUC
+    others = other_differences(crosscoder, probes, order, seed)
     ablation = beside_random(
-        lambda d: fall(test, acts, d), latent.direction, rows_b, seed, with_controls=found
+        lambda d: fall(test, acts, d), latent.direction, rows_b, seed, others, with_controls=found
     )
     addition = beside_random(
         lambda d: test.control_b.rise(added(test.control_b.reading, d)),
         direction,
         rows_b,
         seed,
+        others,
         with_controls=ablation["beyond"],
     )
     effects = {

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from sae_lens_dfc.benchmark.planted.effects import QUANTILE
+from sae_lens_dfc.benchmark.planted.organism import NULL
 from sae_lens_dfc.benchmark.tables import Table
 
 
@@ -17,12 +18,14 @@ def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
     for name in names:
         own = [row for row in rows if row["architecture"] == name]
         cells = [_confirmed([r for r in own if r["organism"] == o]) for o in organisms]
-        overview.append([name, _confirmed(own), _counted(own, "found"), *cells])
+        # Of a pair with nothing planted a confirmation is a false one.
+        planted = [row for row in own if row["organism"] != NULL]
+        overview.append([name, _confirmed(planted), _counted(planted, "found"), *cells])
     yield Table("Runs in which the planted difference is confirmed", overview)
     head = ["organism", "seed", "architecture", "rank", "exclusive", "AUC"]
     cells = [[*head, "ablation", "addition to B", "addition to A", "confirmed"]]
     yield Table(
-        "Each run; effects in nats per token [95 % interval] and the controls' 95th percentile",
+        "Each run; effects in nats [95 % interval]; the 95th percentile of random directions / of other latents'",
         cells + [_cells(row) for row in rows],
     )
 
@@ -54,4 +57,6 @@ def _effect(effect: Mapping[str, Any] | None) -> str:
         float(torch.tensor(v).quantile(QUANTILE)) for v in effect.get("controls", {}).values()
     ]
     beside = f"; {max(limits):.2f}" if limits else ""
+    if others := effect.get("other_latents"):
+        beside += f" / {float(torch.tensor(others).quantile(QUANTILE)):.2f}"
     return f"{effect['mean']:.2f} [{low:.2f}, {high:.2f}]{beside}"

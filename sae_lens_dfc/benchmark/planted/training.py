@@ -1,6 +1,7 @@
 """How the crosscoders of an organism are trained: all architectures on the same batches."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sae_lens_dfc.benchmark.planted.organism import Organism
@@ -15,6 +16,23 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
+TUNED: Mapping[str, float] = {
+    "standard_crosscoder": 1.0,
+    "batchtopk_crosscoder": 32,
+    "dsf_crosscoder": 32,
+    "delta_crosscoder": 10.0,
+    "dfc": 32,
+}
+"""What benchmarks/planted_tuning.py chose."""
+KNOBS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    "standard_crosscoder": ("l1_coefficient", (0.3, 1.0, 3.0)),
+    "batchtopk_crosscoder": ("k", (16, 32, 64)),
+    "dsf_crosscoder": ("k", (16, 32, 64)),
+    "delta_crosscoder": ("delta_loss_coefficient", (1.0, 10.0, 30.0)),
+    "dfc": ("k", (16, 32, 64)),
+}
+"""What is tuned of each architecture, and the three values that it may have: as many for each."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -25,37 +43,37 @@ class Training:
     steps: int = 400
     batch_size: int = 256
     lr: float = 1e-2
-    l1_coefficient: float = 1.0
-    """The standard crosscoder's penalty, at which about as many latents are active as the others' k."""
-    delta_loss_coefficient: float = 10.0
-    """The Delta-Crosscoder's weight of the difference. The paper's 0.005 is for 50,000 steps; in a few hundred it moves nothing."""
     n_texts: int = 120
     """Stretches of ordinary text."""
+    tuned: Mapping[str, float] = field(default_factory=lambda: dict(TUNED))
+    """Each architecture's own setting, as `KNOBS` names it."""
 
 
 def crosscoder_configs(
     cfg: Training, d_a: int, d_b: int
 ) -> dict[str, CrosscoderTrainingConfig | None]:
     """The five architectures; none for the one that needs equal widths, where they differ."""
-    sizes: dict[str, Any] = {"d_a": d_a, "d_b": d_b, "d_sae": cfg.d_sae}
     # A run this short is over before an average of step 0.01 has followed the scores.
-    top: dict[str, Any] = {**sizes, "k": cfg.k, "topk_threshold_lr": 0.05}
-    penalty: dict[str, Any] = {
-        "l1_coefficient": cfg.l1_coefficient,
-        "l1_warm_up_steps": cfg.steps // 10,
-    }
-    return {
-        "standard_crosscoder": StandardTrainingCrosscoderConfig(**sizes, **penalty),
-        "batchtopk_crosscoder": BatchTopKTrainingCrosscoderConfig(**top),
-        "dsf_crosscoder": DSFTrainingCrosscoderConfig(
-            **top, tie="identity" if d_a == d_b else "linear_map"
+    top: dict[str, Any] = {"k": cfg.k, "topk_threshold_lr": 0.05}
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "standard_crosscoder": (
+            StandardTrainingCrosscoderConfig,
+            {"l1_warm_up_steps": cfg.steps // 10},
         ),
-        "delta_crosscoder": DeltaTrainingCrosscoderConfig(
-            **top, delta_loss_coefficient=cfg.delta_loss_coefficient
-        )
-        if d_a == d_b
-        else None,
-        "dfc": DFCTrainingCrosscoderConfig(**top),
+        "batchtopk_crosscoder": (BatchTopKTrainingCrosscoderConfig, top),
+        "dsf_crosscoder": (
+            DSFTrainingCrosscoderConfig,
+            {**top, "tie": "identity" if d_a == d_b else "linear_map"},
+        ),
+        "delta_crosscoder": (DeltaTrainingCrosscoderConfig, top),
+        "dfc": (DFCTrainingCrosscoderConfig, top),
+    }
+    sizes = {"d_a": d_a, "d_b": d_b, "d_sae": cfg.d_sae}
+    return {
+        name: None
+        if name == "delta_crosscoder" and d_a != d_b
+        else kind(**{**sizes, **values, KNOBS[name][0]: cfg.tuned[name]})
+        for name, (kind, values) in kinds.items()
     }
 
 
