@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 from sae_lens_dfc.models import HookedModel
 
@@ -72,3 +74,48 @@ def logits(
         return model.model(
             ids.to(model.device), attention_mask=mask.to(model.device), return_type="logits"
         )
+
+
+@torch.no_grad()
+def logits_at_end(
+    model: HookedModel,
+    ids: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    acts: Float[Tensor, "batch pos d_model"],
+) -> Float[Tensor, "batch d_vocab"]:
+    """Logits of the token after each text, when the model goes on from `acts` at its hook.
+
+    Args:
+        model: The model.
+        ids: Token ids, padded on the right.
+        mask: 1 for a token, 0 for padding.
+        acts: What stands at the hook at every position.
+    """
+    last = mask.sum(dim=1) - 1
+    kept = range(int(last.min()), int(last.max()) + 1)
+    with _lower_blocks_left_out(model), changed(model, lambda x: acts.to(x)):
+        found = logits(model, ids, mask, kept)
+    return found[torch.arange(len(last)), last - kept.start]
+
+
+class _PassThrough(nn.Module):
+    @override
+    def forward(self, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        return hidden_states
+
+
+@contextmanager
+def _lower_blocks_left_out(model: HookedModel) -> Iterator[None]:
+    # What they compute is replaced at the hook, if that is a block's output; it is half of the time.
+    kind, _, rest = model.hook_name.partition(".")
+    layer, _, point = rest.partition(".")
+    n_left_out = int(layer) if kind == "blocks" and point == "hook_resid_post" else 0
+    blocks: Any = model.model.blocks
+    lower = list(blocks[:n_left_out])
+    try:
+        for i in range(n_left_out):
+            blocks[i] = _PassThrough()
+        yield
+    finally:
+        for i, block in enumerate(lower):
+            blocks[i] = block

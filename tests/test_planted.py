@@ -19,7 +19,6 @@ from sae_lens_dfc.benchmark.planted.causal import (
     preferences,
     prepared,
     random_directions,
-    without_lower_blocks,
 )
 from sae_lens_dfc.benchmark.planted.from_scratch import (
     PLANTED,
@@ -159,20 +158,6 @@ def test_an_answer_that_changes_the_prompts_tokens_is_refused(pair: ModelPair) -
         causal.first_token(pair.b.tokenizer, "The cat sat", " on the mat")
 
 
-def test_lower_blocks_are_left_out_and_come_back(pair: ModelPair) -> None:
-    blocks = list(pair.a.model.blocks)
-    with pytest.raises(KeyError), without_lower_blocks(pair.a):
-        assert pair.a.model.blocks[0] is not blocks[0] and pair.a.model.blocks[1] is blocks[1]
-        raise KeyError
-    assert all(now is before for now, before in zip(pair.a.model.blocks, blocks, strict=True))
-
-
-def test_a_hook_inside_a_block_is_refused(pair: ModelPair) -> None:
-    inside = replace(pair.a, hook_name="blocks.1.hook_mlp_out")
-    with pytest.raises(ValueError, match="blocks.1.hook_mlp_out is not a block's output"):
-        preferences(inside, (read := prepared(pair, ITEMS)).a, read.a.acts)
-
-
 def test_ablating_takes_away_the_contribution_and_nothing_else(pair: ModelPair) -> None:
     read = prepared(pair, ITEMS)
     acts = torch.arange(1.0, len(read.rows) + 1)
@@ -192,7 +177,10 @@ def test_ablating_takes_away_the_contribution_and_nothing_else(pair: ModelPair) 
 def test_adding_changes_prompts_only(pair: ModelPair) -> None:
     reading = prepared(pair, ITEMS).b
     change = added(reading, torch.ones(pair.d_b)) - reading.acts
-    assert change.abs().sum(dim=-1).bool().sum(dim=1).tolist() == reading.last.tolist()
+    assert (
+        change.abs().sum(dim=-1).bool().sum(dim=1).tolist()
+        == (reading.mask.sum(dim=1) - 1).tolist()
+    )
     assert torch.count_nonzero(change[:, 0]) == 0
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae_lens_dfc.generate import Sampling, answer
 from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
-from sae_lens_dfc.steering import added, changed, logits
+from sae_lens_dfc.steering import added, changed, logits, logits_at_end
 
 IDS = torch.tensor([[0, 5, 9, 40], [0, 7, 3, 3]])
 MASK = torch.ones_like(IDS)
@@ -122,3 +122,23 @@ def test_steering_acts_on_each_new_token_too(model: HookedModel) -> None:
     assert answer(model, prompts, greedy, seed=0) != expected
     unsteered = answer(model, prompts, greedy, seed=0)
     assert answer(model, prompts, greedy, seed=0, vectors=0 * vectors) == unsteered
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"])
+def test_logits_at_the_end_are_those_of_the_whole_model(
+    llama_config: ModelConfig, hook: str
+) -> None:
+    model = load_model(replace(llama_config, hook_name=hook))
+    blocks = list(model.model.blocks)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    acts = model.activations(IDS, mask)
+    whole = logits(model, IDS, mask)
+    found = logits_at_end(model, IDS, mask, acts)
+    torch.testing.assert_close(found, torch.stack([whole[0, 3], whole[1, 1]]), atol=1e-4, rtol=1e-4)
+    with changed(model, twice):
+        doubled = logits(model, IDS, mask)[0, 3]
+    other = logits_at_end(model, IDS, mask, 2 * acts)[0]
+    torch.testing.assert_close(other, doubled, atol=1e-4, rtol=1e-4)
+    with pytest.raises(RuntimeError):
+        logits_at_end(model, IDS, mask, acts[:, :, :-1])
+    assert all(now is before for now, before in zip(model.model.blocks, blocks, strict=True))

@@ -1,21 +1,19 @@
 """What becomes of a behaviour when a model goes on from changed activations: no text is generated."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
 from sae_lens_dfc.activations import after_first_position
 from sae_lens_dfc.benchmark.planted.behaviours import Item
 from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair, padded
-from sae_lens_dfc.steering import changed, logits
+from sae_lens_dfc.steering import logits_at_end
 from sae_lens_dfc.tokens import tokenize
 
 
@@ -28,11 +26,6 @@ class Reading(NamedTuple):
     """At the model's hook."""
     answers: Int[Tensor, "batch 2"]
     """The first token of the behaviour's answer and of the ordinary one: those after it follow from it wherever it stands."""
-
-    @property
-    def last(self) -> Int[Tensor, " batch"]:
-        """Position of each prompt's last token."""
-        return self.mask.sum(dim=1) - 1
 
 
 @dataclass(frozen=True)
@@ -98,37 +91,6 @@ def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
     return int(both[len(alone)])
 
 
-class _PassThrough(nn.Module):
-    @override
-    def forward(self, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-        return hidden_states
-
-
-@contextmanager
-def without_lower_blocks(model: HookedModel) -> Iterator[None]:
-    """In the block the model does not run the blocks below the one at whose output it is read.
-
-    Whoever puts activations in place at the hook gets the same logits, in half the time.
-
-    Raises:
-        ValueError: The hook is not the output of a block.
-    """
-    kind, layer, rest = model.hook_name.split(".", 2)
-    if kind != "blocks" or rest != "hook_resid_post":
-        raise ValueError(
-            f"{model.hook_name} is not a block's output, such as blocks.3.hook_resid_post."
-        )
-    blocks: Any = model.model.blocks
-    lower = list(blocks[: int(layer)])
-    try:
-        for i in range(int(layer)):
-            blocks[i] = _PassThrough()
-        yield
-    finally:
-        for i, block in enumerate(lower):
-            blocks[i] = block
-
-
 @torch.no_grad()
 def preferences(
     model: HookedModel, reading: Reading, acts: Float[Tensor, "batch pos d_model"]
@@ -137,11 +99,7 @@ def preferences(
 
     The log-probability of the behaviour's first token minus that of the ordinary answer's, in nats.
     """
-    last = reading.last
-    kept = range(int(last.min()), int(last.max()) + 1)
-    with without_lower_blocks(model), changed(model, lambda x: acts.to(x)):
-        found = logits(model, reading.ids, reading.mask, kept)
-    chosen = found[torch.arange(len(last)), last - kept.start].float().cpu()
+    chosen = logits_at_end(model, reading.ids, reading.mask, acts).float().cpu()
     first, second = chosen.gather(1, reading.answers).T
     return first - second
 
