@@ -21,7 +21,7 @@ def latent_acts(
     crosscoder: Crosscoder, acts: Float[Tensor, "*batch d_in"], latents: Sequence[int]
 ) -> Float[Tensor, "*batch n_latents"]:
     """`crosscoder.encode(acts)[..., latents]`, without computing the others."""
-    here = torch.tensor(latents, device=crosscoder.device)
+    here = torch.tensor(latents, dtype=torch.long, device=crosscoder.device)
     W_enc, b_enc, threshold = (
         x.detach()[..., here] for x in (crosscoder.W_enc, crosscoder.b_enc, crosscoder.threshold)
     )

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from sae_lens_dfc.metrics.exclusivity import moved_decoders
 from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.steering import Change
 
-Operation = Literal["add", "scale", "clamp", "ablate"]
+OPERATIONS = ("add", "scale", "clamp", "ablate")
 CODE_READ = ("scale", "clamp", "ablate")
 """Operations that depend on the latent's activation where they act."""
 MAXIMUM_READ = ("add", "clamp")
@@ -37,14 +36,15 @@ class LatentOperation:
     """
 
     latent: int
-    operation: Operation = "add"
+    operation: str = "add"
+    """Name of one of these."""
     strength: float | None = None
     """`s`; none for `ablate`."""
 
     def __post_init__(self) -> None:
-        if self.operation not in get_args(Operation):
+        if self.operation not in OPERATIONS:
             raise ValueError(
-                f"There is no operation {self.operation!r}. Choose from {', '.join(get_args(Operation))}."
+                f"There is no operation {self.operation!r}. Choose from {', '.join(OPERATIONS)}."
             )
         if (self.operation == "ablate") != (self.strength is None):
             raise ValueError(

@@ -38,18 +38,19 @@ def span_mask(model: HookedModel, prompt: str, span: str, raw: bool = False) -> 
     Raises:
         ValueError: The piece is empty or not in the prompt, or the chat template changes the prompt.
     """
-    found = [m.span() for m in re.finditer(re.escape(clean(span)), prompt)] if span else []
+    text = _rendered(model, prompt, raw)
+    offset, *part = _content(model, prompt, text)
+    pattern = re.compile(re.escape(clean(span)))
+    found = [m.span() for m in pattern.finditer(prompt, *part)] if span else []
     if not found:
         raise ValueError(
-            f"The span {span!r} is not in the prompt {prompt!r}. Give a piece of it, letter for letter."
+            f"The span {span!r} is not in the prompt {prompt!r}, as model {model.name!r} reads it. Give a piece of it, "
+            "letter for letter."
         )
-    text = _rendered(model, prompt, raw)
-    offset, start, end = _content(model, prompt, text)
-    spans = [(offset + max(first, start), offset + min(last, end)) for first, last in found]
     tokens = tokenize(model.tokenizer, text)
     holds = [
-        any(of_token[0] < last and of_token[1] > first for first, last in spans)
-        for of_token in _characters(tokens)
+        any(start < offset + last and end > offset + first for first, last in found)
+        for start, end in _characters(tokens)
     ]
     return [False] * len(model.bos_ids) + holds[n_leading_bos(model.tokenizer, tokens.ids) :]
 
@@ -82,10 +83,10 @@ def _content(model: HookedModel, prompt: str, text: str) -> Content:
 
 def _characters(tokens: Tokens) -> list[tuple[int, int]]:
     """First character of each token, and the one after its last."""
-    reach = [0, *accumulate(tokens.ends, max)]
+    reach = [0, *accumulate((int(end) for end in tokens.ends), max)]
     # After a token that ends inside a character, the next one starts in that same character.
     inside = [False, *(not whole for whole in tokens.whole)]
     return [
-        (before - shared, int(end))
-        for before, shared, end in zip(reach, inside, tokens.ends, strict=False)
+        (start - shared, end)
+        for start, shared, end in zip(reach[:-1], inside[:-1], reach[1:], strict=True)
     ]

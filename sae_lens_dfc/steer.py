@@ -19,6 +19,7 @@ from sae_lens_dfc.latent_acts import Model, explained_by
 from sae_lens_dfc.latent_steering import (
     CODE_READ,
     MAXIMUM_READ,
+    OPERATIONS,
     LatentOperation,
     check_operations,
     latent_change,
@@ -50,7 +51,7 @@ class SteerOptions(HeldOutOptions):
     """Numbers of one or more latents, separated by spaces."""
     prompt: str
     """What the model is asked; a user's message where its tokenizer has a chat template."""
-    operation: str = field(default="add", choices=["add", "scale", "clamp", "ablate"])
+    operation: str = field(default="add", choices=list(OPERATIONS))
     """add: the strength times the latent's largest activation is added to it. scale: its activation is multiplied by the
     strength. clamp: it is set to the strength times the largest. ablate: it is set to 0."""
     strength: list[float] = field(default_factory=list)
@@ -184,7 +185,7 @@ def _operations(options: SteerOptions) -> list[LatentOperation]:
             "--span is of the prompt, --positions generated of what comes after. Give one of them."
         )
     return [
-        LatentOperation(latent, options.operation, strength)  # type: ignore[arg-type]
+        LatentOperation(latent, options.operation, strength)
         for latent, strength in zip(options.latent, strengths, strict=True)
     ]
 

@@ -45,7 +45,11 @@ def moved_decoders(
     Raises:
         ValueError: Without a map the two widths differ.
     """
-    chosen = slice(None) if latents is None else torch.tensor(latents, device=crosscoder.device)
+    chosen = (
+        slice(None)
+        if latents is None
+        else torch.tensor(latents, dtype=torch.long, device=crosscoder.device)
+    )
     W_dec = crosscoder.W_dec[chosen].float()
     to_b, to_a = (W_dec[:, m] for m in crosscoder.partition.models.values())
     _check_widths(crosscoder, stitching)
