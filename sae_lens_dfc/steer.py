@@ -86,6 +86,7 @@ class SteeredAnswer(NamedTuple):
     """Of each: `latent`, `partition`, `operation`, `strength`, `max_activation` and, where its activation is guessed from one
     model, `activation_explained`, the share of its variance that the guess explains."""
     positions: str
+    """all, prompt, generated, or span."""
     span: str | None
     mapped: bool
     untouched: str
@@ -148,7 +149,7 @@ def steer(options: SteerOptions) -> SteeredAnswer:
         name=model.name,
         prompt=options.prompt,
         latents=[_entry(crosscoder, o, known) for o in operations],
-        positions=options.positions,
+        positions=options.positions if options.span is None else "span",
         span=options.span,
         mapped=options.map,
         untouched=untouched,
@@ -238,9 +239,10 @@ def _known(
     name = _model(options)
     shares = explained_by(crosscoder, name, guessed, stitching, others).tolist()
     for latent, share in zip(guessed, shares, strict=True):
+        known = f"{share:.1%}" if math.isfinite(share) else "an unknown part"
         logger.info(
             f"Latent {latent} is shared: its activation is guessed from model {name} through the map, which explains "
-            f"{share:.1%} of its variance on other pairs"
+            f"{known} of its variance on other pairs"
         )
     return _Known(maxima, stitching, dict(zip(guessed, shares, strict=True)))
 
