@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-dfc demo | train | cache | align | evaluate | report | generate | benchmark | organism`.
+"""The command line: `sae-lens-dfc COMMAND`; `COMMANDS` has them all.
 
 What a person reads goes to standard output, progress and logs to standard error. A failure is one
 line and exit status 1, wrong usage 2.
@@ -49,6 +49,7 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES
 from sae_lens_dfc.report import measures_table, text_table
 from sae_lens_dfc.sources import MAX_CHARS
+from sae_lens_dfc.steer import SteerOptions, steer_run
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
@@ -249,6 +250,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "align": (AlignOptions, align_texts),
     "evaluate": (EvaluateOptions, evaluate_run),
     "report": (ReportOptions, write_report),
+    "steer": (SteerOptions, steer_run),
     "generate": (GenerateOptions, write_answers),
     "benchmark": (BenchmarkOptions, benchmark),
     "organism": (OrganismOptions, write_organism),

@@ -158,7 +158,7 @@ def contrastive_documents(row: Mapping[str, Any]) -> Iterator[list[dict[str, str
         ]
 
 
-class _Content(NamedTuple):
+class Content(NamedTuple):
     """The characters of a message's content that a rendering has, all but whitespace at its ends."""
 
     offset: int
@@ -175,20 +175,21 @@ class _Reading(NamedTuple):
     """The rendering's."""
     n_bos: int
     """Beginning-of-sequence tokens at its start, 0 or 1."""
-    contents: list[_Content | None]
+    contents: list[Content | None]
     """Each message's content, or none where the template drops or alters it."""
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> _Reading:
     rendering = render_chat(tokenizer, chat)
     tokens = tokenize(tokenizer, rendering)
-    contents = [_locate(tokenizer, chat, i, rendering) for i in range(len(chat))]
+    contents = [locate(tokenizer, chat, i, rendering) for i in range(len(chat))]
     return _Reading(tokens, n_leading_bos(tokenizer, tokens.ids), contents)
 
 
-def _locate(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], i: int, rendering: str
-) -> _Content | None:
+def locate(
+    tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]], i: int, rendering: str
+) -> Content | None:
+    """Where the content of message `i` stands in the chat's rendering; none where the template drops or alters it."""
     # The text itself may stand in other messages and in the template. So the chat is rendered with a mark in
     # its place: the content is what stands between the same text before and the same text after.
     mark = "\ue000\ue001"
@@ -207,16 +208,16 @@ def _locate(
     start = _indent(content) - _indent(there)
     if start < 0 or content[start:][: len(there)] != there or content.strip() != there.strip():
         return None
-    return _Content(len(before) - start, start, start + len(there))
+    return Content(len(before) - start, start, start + len(there))
 
 
 def _indent(text: str) -> int:
     return len(text) - len(text.lstrip())
 
 
-def _shared(a: _Reading, b: _Reading) -> dict[int, tuple[_Content, _Content]]:
+def _shared(a: _Reading, b: _Reading) -> dict[int, tuple[Content, Content]]:
     """The messages that both have in one order, by number: the characters that both have, in A and in B."""
-    shared: dict[int, tuple[_Content, _Content]] = {}
+    shared: dict[int, tuple[Content, Content]] = {}
     limit_a = limit_b = inf
     # From the last message on: a template that moves one moves the system prompt, which comes first.
     for i in reversed(range(len(a.contents))):
@@ -231,7 +232,7 @@ def _shared(a: _Reading, b: _Reading) -> dict[int, tuple[_Content, _Content]]:
     return dict(reversed(shared.items()))
 
 
-def _inside(reading: _Reading, content: _Content) -> range:
+def _inside(reading: _Reading, content: Content) -> range:
     """Positions of the tokens that lie wholly inside these characters."""
     tokens = reading.tokens
     start, end = content.offset + content.start, content.offset + content.end
@@ -243,7 +244,7 @@ def _inside(reading: _Reading, content: _Content) -> range:
     return range(first, max(first, stop))
 
 
-def _part(reading: _Reading, content: _Content) -> tuple[int, Tokens]:
+def _part(reading: _Reading, content: Content) -> tuple[int, Tokens]:
     """The first position inside these characters, and the tokens there, counted from the first character."""
     positions = _inside(reading, content)
     part = slice(positions.start, positions.stop)

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_dfc.chat import n_leading_bos, render_chat
+from sae_lens_dfc.chat import render_chat
 from sae_lens_dfc.models import HookedModel, ModelConfig
 from sae_lens_dfc.output import replaced
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.prompts import prompt_ids
 from sae_lens_dfc.steering import added, changed
 from sae_lens_dfc.texts import clean, load_texts
 
@@ -149,17 +150,6 @@ def _fitting(
             f"Left out {n_left_out} prompts that are empty or leave no room for an answer of "
             f"{options.max_new_tokens} tokens."
         )
-
-
-def prompt_ids(model: HookedModel, prompt: str) -> list[int]:
-    """The prompt's tokens as the model is to read them: a user's message where it has a chat template."""
-    tokenizer = model.tokenizer
-    text = prompt
-    if tokenizer.chat_template:
-        message = {"role": "user", "content": prompt}
-        text = render_chat(tokenizer, [message], add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
-    return [*model.bos_ids, *ids[n_leading_bos(tokenizer, ids) :]]
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
     check_nulls(nulls, options.seed_model)
     judge = _judge(options)
     # Whole models: they are to predict tokens.
-    crosscoder, cfg, pair = _opened(run, options, drop_unused_layers=False)
+    crosscoder, cfg, pair = opened_run(run, options, drop_unused_layers=False)
     seed_model = None
     if options.seed_model is not None:
         seed_model = replace(cfg.model_a, model_name=options.seed_model)
@@ -226,7 +226,7 @@ class _OnHeldOutText(NamedTuple):
 
 
 def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
-    crosscoder, cfg, pair = _opened(run, options)
+    crosscoder, cfg, pair = opened_run(run, options)
     part = "held_out" if options.dataset is None else "all"
     text = PairedText(cfg, pair).collect(part, "Held-out activations")
     alignment = alignment_metrics(text.counts)
@@ -235,9 +235,19 @@ def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
     return _OnHeldOutText(measured, PairData([], text.rows, text.contexts, alignment), pair, cfg)
 
 
-def _opened(
+def opened_run(
     run: str, options: HeldOutOptions, **of_models: Any
 ) -> tuple[Crosscoder, CrosscoderRunnerConfig, ModelPair]:
+    """A run's crosscoder, its settings with what the options change, and its two models.
+
+    Args:
+        run: Folder that `train` or `demo` wrote.
+        options: Where things are now.
+        of_models: Settings of both models to change.
+
+    Raises:
+        ValueError: The folder holds no run, or a model cannot be opened or is another than the run's.
+    """
     crosscoder = load_crosscoder(run)
     cfg = _run_config(run, options)
     cfg = replace(

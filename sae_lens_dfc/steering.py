@@ -10,20 +10,49 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_dfc.models import HookedModel
+from sae_lens_dfc.positions import Positions, cached_positions
 
 Change = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
 """What to put in place of a model's activations at its hook; without heads' own axis, as everywhere here."""
 
 
 @contextmanager
-def changed(model: HookedModel, change: Change) -> Iterator[None]:
+def changed(
+    model: HookedModel, change: Change, positions: Positions | None = None
+) -> Iterator[None]:
     """Every forward pass in the block goes on from `change(activations)`; only this hook is removed at its end.
 
     Args:
         model: The model; its `hook_name` is where it is changed.
         change: Gives the activations to go on with, from those that the model has there.
-    """
+        positions: Where activations are changed, in `generate` with a key-value cache too; the others stay as they are,
+            bit by bit. None is everywhere.
 
+    Raises:
+        ValueError: The model's hook comes before what could tell positions; in the block: `positions` are of other prompts.
+    """
+    if positions is None:
+        with _hooked(model, change):
+            yield
+        return
+    with cached_positions(model) as n_cached:
+
+        def change_there(acts: Tensor) -> Tensor:
+            there = positions.among(n_cached(), acts.shape[1]).to(acts.device)
+            if len(there) not in (1, len(acts)):
+                raise ValueError(
+                    f"Positions of {len(there)} prompts cannot be those of {len(acts)}. Give one row for each, or one for all."
+                )
+            if not there.any():
+                return acts
+            return torch.where(there.unsqueeze(-1), change(acts).to(acts.dtype), acts)
+
+        with _hooked(model, change_there):
+            yield
+
+
+@contextmanager
+def _hooked(model: HookedModel, change: Change) -> Iterator[None]:
     def hook_fn(acts: Tensor, hook: object) -> Tensor:  # noqa: ARG001
         # A hook on heads gives (batch, pos, head, d_head).
         return change(acts.flatten(start_dim=2)).to(acts.dtype).view(acts.shape)

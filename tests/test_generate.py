@@ -18,11 +18,11 @@ from sae_lens_dfc.generate import (
     answer,
     contrastive_rows,
     generate,
-    prompt_ids,
     stop_ids,
 )
 from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.prompts import prompt_ids
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}"

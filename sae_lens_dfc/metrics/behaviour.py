@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.alignment import aligned_positions
-from sae_lens_dfc.generate import prompt_ids, stop_ids
+from sae_lens_dfc.generate import stop_ids
 from sae_lens_dfc.metrics.directions import (
     PROMPTS,
     Directions,
@@ -28,6 +28,7 @@ from sae_lens_dfc.metrics.outcomes import (
 from sae_lens_dfc.metrics.spread import mean_and_error
 from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.prompts import prompt_ids
 from sae_lens_dfc.steering import added, changed, logits
 from sae_lens_dfc.texts import clean
 from sae_lens_dfc.tokens import tokenize

@@ -1,5 +1,7 @@
 """Which model a latent belongs to, from its decoder."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,8 +28,8 @@ def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " d_sae"]:
 
 
 def moved_decoders(
-    crosscoder: Crosscoder, stitching: Stitching | None
-) -> tuple[Float[Tensor, "d_sae d_b"], Float[Tensor, "d_sae d_a"]]:
+    crosscoder: Crosscoder, stitching: Stitching | None, latents: Sequence[int] | None = None
+) -> tuple[Float[Tensor, "n_latents d_b"], Float[Tensor, "n_latents d_a"]]:
     """Each latent's decoder in A as a direction of B, and that in B as one of A, in raw units.
 
     It is as long as where it comes from, on the scale that both models had in training: a map fitted by least squares
@@ -38,15 +40,22 @@ def moved_decoders(
         crosscoder: The saved crosscoder.
         stitching: How a direction moves; none takes it as it is, which says something only where both models have one
             basis: a model and its fine-tune.
+        latents: Which; none takes all.
 
     Raises:
         ValueError: Without a map the two widths differ.
     """
-    to_b, to_a = (crosscoder.W_dec.float()[:, m] for m in crosscoder.partition.models.values())
+    chosen = (
+        slice(None)
+        if latents is None
+        else torch.tensor(latents, dtype=torch.long, device=crosscoder.device)
+    )
+    W_dec = crosscoder.W_dec[chosen].float()
+    to_b, to_a = (W_dec[:, m] for m in crosscoder.partition.models.values())
     _check_widths(crosscoder, stitching)
     if stitching is not None:
         to_b, to_a = stitching.direction_to_b(to_b), stitching.direction_to_a(to_a)
-    norms, scale = crosscoder.decoder_norms()[:, :, None], crosscoder.input_scale
+    norms, scale = crosscoder.decoder_norms()[:, chosen, None], crosscoder.input_scale
     return normalize(to_b) * (norms[0] / scale[1]).float(), normalize(to_a) * (
         norms[1] / scale[0]
     ).float()

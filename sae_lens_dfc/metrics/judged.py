@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.generate import Sampling, answer, prompt_ids
+from sae_lens_dfc.generate import Sampling, answer
 from sae_lens_dfc.judge import Judge, NoNumber, similarity
 from sae_lens_dfc.metrics.directions import (
     PROMPTS,
@@ -23,6 +23,7 @@ from sae_lens_dfc.metrics.directions import (
 from sae_lens_dfc.metrics.spread import mean_and_error
 from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.prompts import prompt_ids
 from sae_lens_dfc.texts import clean
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_dfc.generate import prompt_ids
 from sae_lens_dfc.metrics.behaviour import (
     BehaviourOptions,
     BehaviourResult,
@@ -18,6 +17,7 @@ from sae_lens_dfc.metrics.directions import PROMPTS, Directions, random_directio
 from sae_lens_dfc.metrics.outcomes import common_outcomes, outcome_probabilities
 from sae_lens_dfc.models import ModelConfig, load_model
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.prompts import prompt_ids
 from sae_lens_dfc.steering import added, changed, logits
 
 STRENGTHS = (1.0, 4.0)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_dfc.generate import answer, prompt_ids
+from sae_lens_dfc.generate import answer
 from sae_lens_dfc.metrics.directions import PROMPTS, Directions
 from sae_lens_dfc.metrics.judged import JudgedOptions, judged_behaviour, n_judgements
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.prompts import prompt_ids
 
 
 def options(**changes: Any) -> JudgedOptions:
