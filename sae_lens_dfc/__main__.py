@@ -1,4 +1,4 @@
-"""The command line: `sae-lens-dfc demo | train | cache | align | evaluate | report | generate | benchmark`.
+"""The command line: `sae-lens-dfc demo | train | cache | align | evaluate | report | latents | generate | benchmark`.
 
 What a person reads goes to standard output, progress and logs to standard error. A failure is one
 line and exit status 1, wrong usage 2.
@@ -42,6 +42,7 @@ from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.demo import DemoConfig, demo_models, run_demo
 from sae_lens_dfc.generate import GenerateOptions, generate
 from sae_lens_dfc.held_out import EvaluateOptions, ReportOptions, evaluate_run, write_report
+from sae_lens_dfc.latent_list import LatentsOptions, list_latents
 from sae_lens_dfc.measured_run import REPORT_FILENAME
 from sae_lens_dfc.output import say
 from sae_lens_dfc.pair import ModelPair
@@ -248,6 +249,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "align": (AlignOptions, align_texts),
     "evaluate": (EvaluateOptions, evaluate_run),
     "report": (ReportOptions, write_report),
+    "latents": (LatentsOptions, list_latents),
     "generate": (GenerateOptions, write_answers),
     "benchmark": (BenchmarkOptions, benchmark),
 }

@@ -88,6 +88,8 @@ LAYERS = [
     "report",
     "measured_run",
     "held_out",
+    "latent_lines",
+    "latent_list",
     "demo",
     "benchmark.provenance",
     "benchmark.figures",
