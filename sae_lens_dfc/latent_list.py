@@ -1,18 +1,18 @@
 """A run's latents in an order of one's choice, each with its text: what `sae-lens-dfc latents` does."""
 
 import json
-import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from simple_parsing import field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.activations import Bookmark
+from sae_lens_dfc.activations import Bookmark, PairedRows
 from sae_lens_dfc.assess import known
 from sae_lens_dfc.contexts import PairCounts, Part
 from sae_lens_dfc.crosscoders.inference import Crosscoder, load_crosscoder
@@ -30,8 +30,8 @@ from sae_lens_dfc.metrics.stitching import fit_stitching
 from sae_lens_dfc.output import say
 from sae_lens_dfc.training.data import PairedText
 
-logger = logging.getLogger(__name__)
-
+Taker = Callable[[PairedRows, Float[Tensor, "n d_sae"]], None]
+"""Counts rows and their code in."""
 EVIDENCE, CONTRAST, DIFFERENCE = "evidence", "contrast", "difference"
 SORTS = ["activation", "firing_rate", "relative_decoder_norm", DIFFERENCE, EVIDENCE, CONTRAST]
 
@@ -102,39 +102,43 @@ def listed(options: LatentsOptions) -> Listing:
     Raises:
         ValueError: There is no such run, text or evidence, or the partition is empty.
     """
-    crosscoder = load_crosscoder(options.run)
-    _check_partition(crosscoder, options)
-    evidence = evidence_of(options.run, options.evidence, crosscoder)
-    if evidence is None and options.sort == EVIDENCE:
-        raise ValueError(
-            f"--sort evidence: whether latents are one model's alone was not measured of {options.run}. Run `sae-lens-dfc "
-            f"evaluate {options.run} --output FOLDER` and give --evidence FOLDER, or sort by something else."
-        )
+    evidence = _checked(options)
     # Whole models: what a latent promotes is read off their unembeddings.
     crosscoder, _, pair = opened_run(options.run, options, drop_unused_layers=False)
     text, part = held_out_text(options.run, options, pair)
-    reading = _Reading.of(crosscoder, options)
-    after = reading.read(text, part, "Held-out text")
+    collector = LatentCollector(crosscoder.partition, device=crosscoder.device)
+    moments = PairMoments()
+    takers: list[Taker] = [collector.update]
+    if options.sort == DIFFERENCE and crosscoder.cfg.d_a != crosscoder.cfg.d_b:
+        takers.append(lambda rows, _: moments.update(rows.acts))
     compared = None
-    if options.against is not None:
-        other, all_of_it = held_out_text(
-            options.run, replace(options, dataset=options.against), pair
-        )
-        there = _Reading(crosscoder, maxima=_maxima(crosscoder))
-        there.read(other, all_of_it, "The other text")
-        assert reading.maxima is not None and there.maxima is not None
-        compared = contrast(reading.maxima, there.maxima)
-    assert reading.collector is not None
-    gathered = reading.collector.finish()
-    order = _order(crosscoder, gathered, reading.moments, evidence, compared, options)
-    places = {latent: gathered.places(latent) for latent in order[: options.top]}
+    if options.against is None:
+        after = _read(crosscoder, text, part, "Held-out text", takers)
+    else:
+        here, there = (ContextMaxima(crosscoder.cfg.d_sae, device=crosscoder.device) for _ in "12")
+        takers.append(lambda rows, acts: here.update(acts, rows.context))
+        after = _read(crosscoder, text, part, "Held-out text", takers)
+        other = held_out_text(options.run, replace(options, dataset=options.against), pair)
+        count: Taker = lambda rows, acts: there.update(acts, rows.context)
+        _read(crosscoder, *other, "The other text", [count])
+        compared = contrast(here, there)
+    gathered = collector.finish()
+    if options.sort == EVIDENCE and evidence is not None:
+        order = ranking(evidence)
+    else:
+        measure = _measures(crosscoder, gathered, compared, moments)[options.sort]()
+        order = measure.argsort(descending=True, stable=True)
+    chosen = _chosen(order, gathered, options)
+    places = {latent: gathered.places(latent) for latent in chosen}
     shown = {place.context for of_latent in places.values() for place in of_latent}
     rows = text.rows_of(part, shown, after)
     cards = latent_cards(crosscoder, gathered, places, rows, pair, evidence)
     return Listing(cards, compared, gathered.firing.n, evidence is not None)
 
 
-def _check_partition(crosscoder: Crosscoder, options: LatentsOptions) -> None:
+def _checked(options: LatentsOptions) -> LatentEvidence | None:
+    """The evidence, where there is any; what cannot be listed is refused here, before the models are opened."""
+    crosscoder = load_crosscoder(options.run)
     sizes = crosscoder.partition.sizes
     if options.partition is not None and sizes[options.partition] == 0:
         there = ", ".join(f"{name}: {n}" for name, n in sizes.items())
@@ -142,6 +146,13 @@ def _check_partition(crosscoder: Crosscoder, options: LatentsOptions) -> None:
             f"The crosscoder in {options.run} has no latent in {options.partition} ({there}). Leave --partition out; "
             "--sort relative_decoder_norm puts its one-sided latents first."
         )
+    evidence = evidence_of(options.run, options.evidence, crosscoder)
+    if evidence is None and options.sort == EVIDENCE:
+        raise ValueError(
+            f"--sort evidence: whether latents are one model's alone was not measured of {options.run}. Run `sae-lens-dfc "
+            f"evaluate {options.run} --output FOLDER` and give --evidence FOLDER, or sort by something else."
+        )
+    return evidence
 
 
 def evidence_of(run: str, folder: str | None, crosscoder: Crosscoder) -> LatentEvidence | None:
@@ -167,95 +178,50 @@ def evidence_of(run: str, folder: str | None, crosscoder: Crosscoder) -> LatentE
     return evidence
 
 
-@dataclass
-class _Reading:
-    """One pass over a text, with all that is asked of it."""
-
-    crosscoder: Crosscoder
-    collector: LatentCollector | None = None
-    maxima: ContextMaxima | None = None
-    moments: PairMoments | None = None
-
-    @classmethod
-    def of(cls, crosscoder: Crosscoder, options: LatentsOptions) -> "_Reading":
-        has_one_width = crosscoder.cfg.d_a == crosscoder.cfg.d_b
-        needs_map = options.sort == DIFFERENCE and not has_one_width
-        return cls(
-            crosscoder,
-            LatentCollector(crosscoder.partition, device=crosscoder.device),
-            None if options.against is None else _maxima(crosscoder),
-            PairMoments() if needs_map else None,
+@torch.no_grad()
+def _read(
+    crosscoder: Crosscoder, text: PairedText, part: Part, name: str, takers: Sequence[Taker]
+) -> Bookmark:
+    """Give each batch of a text and its code to all `takers`; where the text ends."""
+    counts, after = PairCounts(), Bookmark()
+    for rows in tqdm(text.rows(part, counts), name, unit=" batches"):
+        feature_acts = crosscoder.encode(rows.acts.to(crosscoder.device))
+        for take in takers:
+            take(rows, feature_acts)
+        after = rows.after
+    if counts.pairs == 0:
+        raise ValueError(
+            f"{name} has no pair of activations: {counts.texts} documents were read. Give more text."
         )
-
-    @torch.no_grad()
-    def read(self, text: PairedText, part: Part, name: str) -> Bookmark:
-        """Read it, and say where it ends."""
-        counts, after = PairCounts(), Bookmark()
-        for rows in tqdm(text.rows(part, counts), name, unit=" batches"):
-            acts = rows.acts.to(self.crosscoder.device)
-            feature_acts = self.crosscoder.encode(acts)
-            if self.collector is not None:
-                self.collector.update(rows, feature_acts)
-            if self.maxima is not None:
-                self.maxima.update(feature_acts, rows.context)
-            if self.moments is not None:
-                self.moments.update(acts)
-            after = rows.after
-        if counts.pairs == 0:
-            raise ValueError(
-                f"{name} has no pair of activations: {counts.texts} documents were read. Give more text with --dataset, or "
-                "a run that holds more out."
-            )
-        return after
+    return after
 
 
-def _maxima(crosscoder: Crosscoder) -> ContextMaxima:
-    return ContextMaxima(crosscoder.cfg.d_sae, device=crosscoder.device)
+def _measures(
+    crosscoder: Crosscoder, gathered: Gathered, compared: Contrast | None, moments: PairMoments
+) -> dict[str, Callable[[], Float[Tensor, " d_sae"]]]:
+    """What latents can be sorted by, the largest first."""
+
+    def difference() -> Float[Tensor, " d_sae"]:
+        d_a, d_b = crosscoder.cfg.d_a, crosscoder.cfg.d_b
+        stitching = None if d_a == d_b else fit_stitching(moments, d_a).to(crosscoder.device)
+        return relative_decoder_differences(crosscoder, stitching)
+
+    measures: dict[str, Callable[[], Float[Tensor, " d_sae"]]] = {
+        "activation": lambda: gathered.firing.sums,
+        "firing_rate": lambda: gathered.firing.rates,
+        "relative_decoder_norm": lambda: (relative_decoder_norms(crosscoder) - 0.5).abs(),
+        DIFFERENCE: difference,
+    }
+    return measures if compared is None else {**measures, CONTRAST: lambda: compared.auroc}
 
 
-def _order(
-    crosscoder: Crosscoder,
-    gathered: Gathered,
-    moments: PairMoments | None,
-    evidence: LatentEvidence | None,
-    compared: Contrast | None,
-    options: LatentsOptions,
-) -> list[int]:
-    """The latents of the partition that fired often enough, as they are to be listed."""
-    if options.sort == EVIDENCE:
-        assert evidence is not None
-        order = ranking(evidence).tolist()
-    else:
-        order = (
-            _strength(crosscoder, gathered, moments, compared, options.sort)
-            .argsort(descending=True, stable=True)
-            .tolist()
-        )
-    where = crosscoder.partition.slices.get(options.partition or "", slice(0, None))
-    chosen = range(crosscoder.cfg.d_sae)[where]
-    often = (gathered.firing.counts >= MIN_FIRINGS).tolist()
-    return [latent for latent in order if latent in chosen and often[latent]]
-
-
-def _strength(
-    crosscoder: Crosscoder,
-    gathered: Gathered,
-    moments: PairMoments | None,
-    compared: Contrast | None,
-    sort: str,
-) -> Float[Tensor, " d_sae"]:
-    """What to sort by, the largest first."""
-    if sort == "activation":
-        return gathered.firing.sums
-    if sort == "firing_rate":
-        return gathered.firing.rates
-    if sort == CONTRAST:
-        assert compared is not None
-        return compared.auroc.cpu()
-    if sort == DIFFERENCE:
-        stitching = None if moments is None else fit_stitching(moments, crosscoder.cfg.d_a)
-        return relative_decoder_differences(crosscoder, stitching).cpu()
-    return (relative_decoder_norms(crosscoder) - 0.5).abs().cpu()
+def _chosen(order: Int[Tensor, " n"], gathered: Gathered, options: LatentsOptions) -> list[int]:
+    """The first latents of the partition that fired often enough."""
+    slices = gathered.firing.partition.slices
+    where = slices.get(options.partition or "", slice(0, len(gathered.firing.counts)))
+    order = order.cpu()
+    order = order[(order >= where.start) & (order < where.stop)]
+    return order[gathered.firing.counts[order] >= MIN_FIRINGS][: options.top].tolist()
 
 
 def _as_json(listing: Listing) -> dict[str, Any]:

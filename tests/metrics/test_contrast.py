@@ -4,7 +4,7 @@ import torch
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from sae_lens_dfc.metrics.contrast import ContextMaxima, contrast
+from sae_lens_dfc.metrics.contrast import N_SAMPLED, ContextMaxima, contrast
 from tests.metrics.test_firings import sparse_acts
 
 D_SAE = 9
@@ -20,8 +20,10 @@ def corpus(n_contexts: int, seed: int, shift: float = 0.0) -> tuple[Tensor, Tens
     return acts, torch.arange(n_contexts).repeat_interleave(4)
 
 
-def counted(acts: Tensor, context: Tensor, **kwargs: int) -> ContextMaxima:
-    maxima = ContextMaxima(D_SAE, **kwargs)
+def counted(
+    acts: Tensor, context: Tensor, seed: int = 0, n_sampled: int = N_SAMPLED
+) -> ContextMaxima:
+    maxima = ContextMaxima(D_SAE, seed, n_sampled)
     numbers = context.unique()
     for chunk in numbers.split(7):
         here = torch.isin(context, chunk)
