@@ -32,8 +32,9 @@ from sae_lens_dfc.training.data import PairedText
 
 Taker = Callable[[PairedRows, Float[Tensor, "n d_sae"]], None]
 """Counts rows and their code in."""
-EVIDENCE, CONTRAST, DIFFERENCE = "evidence", "contrast", "difference"
-SORTS = ["activation", "firing_rate", "relative_decoder_norm", DIFFERENCE, EVIDENCE, CONTRAST]
+ACTIVATION, FIRING_RATE, RELATIVE = "activation", "firing_rate", "relative_decoder_norm"
+DIFFERENCE, EVIDENCE, CONTRAST = "difference", "evidence", "contrast"
+SORTS = [ACTIVATION, FIRING_RATE, RELATIVE, DIFFERENCE, EVIDENCE, CONTRAST]
 
 
 @dataclass(kw_only=True)
@@ -44,7 +45,7 @@ class LatentsOptions(HeldOutOptions):
     """Folder that `train` or `demo` wrote."""
     partition: str | None = field(default=None, choices=[A_EXCLUSIVE, B_EXCLUSIVE, SHARED])
     """Only latents of this partition; none takes all."""
-    sort: str = field(default="activation", choices=SORTS)
+    sort: str = field(default=ACTIVATION, choices=SORTS)
     """What comes first. activation: the largest activation in sum. firing_rate: the most often. relative_decoder_norm: the most
     one-sided. difference: decoders that differ most between the models, as they are where the two widths are one, else moved by a map
     fitted to this text. evidence: the most evidence of being one model's alone. contrast: what tells this text from --against best."""
@@ -125,8 +126,10 @@ def listed(options: LatentsOptions) -> Listing:
     gathered = collector.finish()
     if options.sort == EVIDENCE and evidence is not None:
         order = ranking(evidence)
+    elif options.sort == CONTRAST and compared is not None:
+        order = compared.order
     else:
-        measure = _measures(crosscoder, gathered, compared, moments)[options.sort]()
+        measure = _measure(crosscoder, gathered, moments, options.sort)
         order = measure.argsort(descending=True, stable=True)
     chosen = _chosen(order, gathered, options)
     places = {latent: gathered.places(latent) for latent in chosen}
@@ -196,23 +199,17 @@ def _read(
     return after
 
 
-def _measures(
-    crosscoder: Crosscoder, gathered: Gathered, compared: Contrast | None, moments: PairMoments
-) -> dict[str, Callable[[], Float[Tensor, " d_sae"]]]:
-    """What latents can be sorted by, the largest first."""
-
-    def difference() -> Float[Tensor, " d_sae"]:
+def _measure(
+    crosscoder: Crosscoder, gathered: Gathered, moments: PairMoments, sort: str
+) -> Float[Tensor, " d_sae"]:
+    """What latents are sorted by, the largest first."""
+    if sort == DIFFERENCE:
         d_a, d_b = crosscoder.cfg.d_a, crosscoder.cfg.d_b
         stitching = None if d_a == d_b else fit_stitching(moments, d_a).to(crosscoder.device)
         return relative_decoder_differences(crosscoder, stitching)
-
-    measures: dict[str, Callable[[], Float[Tensor, " d_sae"]]] = {
-        "activation": lambda: gathered.firing.sums,
-        "firing_rate": lambda: gathered.firing.rates,
-        "relative_decoder_norm": lambda: (relative_decoder_norms(crosscoder) - 0.5).abs(),
-        DIFFERENCE: difference,
-    }
-    return measures if compared is None else {**measures, CONTRAST: lambda: compared.auroc}
+    if sort == RELATIVE:
+        return (relative_decoder_norms(crosscoder) - 0.5).abs()
+    return gathered.firing.rates if sort == FIRING_RATE else gathered.firing.sums
 
 
 def _chosen(order: Int[Tensor, " n"], gathered: Gathered, options: LatentsOptions) -> list[int]:

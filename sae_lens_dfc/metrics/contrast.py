@@ -108,6 +108,12 @@ class Contrast(NamedTuple):
     cohens_d: Float[Tensor, " d_sae"]
     auroc: Float[Tensor, " d_sae"]
 
+    @property
+    def order(self) -> Int[Tensor, " d_sae"]:
+        """The latents by AUROC, and by d where that is the same, as it is of all that tell the corpora without fail; largest first."""
+        by_d = self.cohens_d.argsort(descending=True, stable=True)
+        return by_d[self.auroc[by_d].argsort(descending=True, stable=True)]
+
 
 def contrast(one: ContextMaxima, other: ContextMaxima) -> Contrast:
     """Cohen's d and AUROC of the largest activation in a context, of one corpus against another.

@@ -4,7 +4,7 @@ import torch
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from sae_lens_dfc.metrics.contrast import N_SAMPLED, ContextMaxima, contrast
+from sae_lens_dfc.metrics.contrast import N_SAMPLED, ContextMaxima, Contrast, contrast
 from tests.metrics.test_firings import sparse_acts
 
 D_SAE = 9
@@ -60,6 +60,11 @@ def test_of_more_contexts_than_are_sampled_the_auroc_is_estimated_without_bias()
     error = aurocs.std(dim=0) / 40**0.5
     assert ((aurocs.mean(dim=0) - exact).abs() <= 4 * error + 1e-9).all()
     assert (aurocs.std(dim=0) > 0).any()
+
+
+def test_latents_that_tell_the_corpora_without_fail_are_ordered_by_d() -> None:
+    found = Contrast(torch.tensor([1.0, 9.0, 4.0, 5.0]), torch.tensor([0.9, 0.2, 1.0, 1.0]))
+    assert found.order.tolist() == [3, 2, 0, 1]
 
 
 def test_which_corpus_comes_first_turns_both_round() -> None:
