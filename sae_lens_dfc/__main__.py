@@ -43,6 +43,7 @@ from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.demo import DemoConfig, demo_models, run_demo
 from sae_lens_dfc.generate import GenerateOptions, generate
 from sae_lens_dfc.held_out import EvaluateOptions, ReportOptions, evaluate_run, write_report
+from sae_lens_dfc.latent_list import LatentsOptions, list_latents
 from sae_lens_dfc.measured_run import REPORT_FILENAME
 from sae_lens_dfc.output import say
 from sae_lens_dfc.pair import ModelPair
@@ -251,6 +252,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (EvaluateOptions, evaluate_run),
     "report": (ReportOptions, write_report),
     "steer": (SteerOptions, steer_run),
+    "latents": (LatentsOptions, list_latents),
     "generate": (GenerateOptions, write_answers),
     "benchmark": (BenchmarkOptions, benchmark),
     "organism": (OrganismOptions, write_organism),

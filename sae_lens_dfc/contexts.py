@@ -329,7 +329,7 @@ def _lengths(context: Context) -> tuple[int, int]:
     return segments.n_tokens, len(segments.ids_a) - len(segments.ids_b)
 
 
-def in_order(batches: Iterable[ContextBatch]) -> list[Segments]:
+def in_order(batches: Iterable[ContextBatch]) -> list[Context]:
     """The contexts by their numbers."""
     contexts = chain.from_iterable(batch.contexts for batch in batches)
-    return [context.segments for context in sorted(contexts, key=lambda context: context.number)]
+    return sorted(contexts, key=lambda context: context.number)

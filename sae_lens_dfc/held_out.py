@@ -11,6 +11,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from simple_parsing import field
 
 from sae_lens_dfc.assess import Assessment, AssessOptions, assess, known
+from sae_lens_dfc.contexts import Part
 from sae_lens_dfc.crosscoders.inference import Crosscoder, load_crosscoder
 from sae_lens_dfc.evaluate import Evaluation, alignment_metrics, check_models, evaluate
 from sae_lens_dfc.judge import Judge, judge_of, similarity
@@ -227,8 +228,8 @@ class _OnHeldOutText(NamedTuple):
 
 def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
     crosscoder, cfg, pair = opened_run(run, options)
-    part = "held_out" if options.dataset is None else "all"
-    text = PairedText(cfg, pair).collect(part, "Held-out activations")
+    all_text, part = held_out_text(run, options, pair)
+    text = all_text.collect(part, "Held-out activations")
     alignment = alignment_metrics(text.counts)
     found = evaluate(crosscoder, [r.acts for r in text.rows])
     measured = Measured(crosscoder, Evaluation(found.metrics | alignment, found.firing))
@@ -283,6 +284,16 @@ def _run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
         "model_b": _moved(cfg.model_b, options.model_b, options.device),
     }
     return replace(cfg, **{name: value for name, value in changes.items() if value is not None})
+
+
+def held_out_text(run: str, options: HeldOutOptions, pair: ModelPair) -> tuple[PairedText, Part]:
+    """The text that a run is measured on, and which part of it: what the run held out of its own, or all of another.
+
+    Raises:
+        ValueError: The folder holds no run, or the text cannot be read.
+    """
+    part: Part = "held_out" if options.dataset is None else "all"
+    return PairedText(_run_config(run, options), pair), part
 
 
 def _moved(model: ModelConfig, name: str | None, device: str | None) -> ModelConfig:

@@ -17,6 +17,7 @@ from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import Evaluation, evaluate_pca
+from sae_lens_dfc.gathering import gather
 from sae_lens_dfc.latents import latent_cards, strongest_latents
 from sae_lens_dfc.metrics.claims import LatentEvidence
 from sae_lens_dfc.metrics.exclusivity import relative_norm_histogram
@@ -161,16 +162,17 @@ def report_data(
 ) -> ReportData:
     """What the page shows of a saved crosscoder."""
     crosscoder, (metrics, firing, evidence) = measured
+    gathered = gather(crosscoder, data.held_out)
     latents = strongest_latents(firing, LATENTS_PER_PARTITION)
+    places = {latent: gathered.places(latent) for latent in latents}
+    shown = {place.context for of_latent in places.values() for place in of_latent}
     return ReportData(
         name_a=pair.a.name,
         name_b=pair.b.name,
         settings=shown_settings,
         metrics=metrics,
         histogram=relative_norm_histogram(crosscoder),
-        cards=latent_cards(
-            crosscoder, firing, latents, data.held_out, data.contexts, pair, evidence
-        ),
+        cards=latent_cards(crosscoder, gathered, places, data.held_out_of(shown), pair, evidence),
     )
 
 

@@ -84,7 +84,11 @@ def _self_null(case: Case) -> Case:
     def twice(rows: PairedRows) -> PairedRows:
         return rows._replace(acts=torch.cat([rows.acts[:, :d_a]] * 2, dim=-1))
 
-    contexts = [Segments(c.ids_a, c.ids_a, c.ends_a, c.ends_a) for c in case.data.contexts]
+    texts = [c.segments for c in case.data.contexts]
+    twice_read = [Segments(t.ids_a, t.ids_a, t.ends_a, t.ends_a) for t in texts]
+    contexts = [
+        c._replace(segments=text) for c, text in zip(case.data.contexts, twice_read, strict=True)
+    ]
     data = _changed(case.data, twice)
     data.contexts = contexts
     return Case(_of_one(case, case.cfg.model_a), ModelPair(case.pair.a, case.pair.a), data)

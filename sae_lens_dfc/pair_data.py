@@ -1,6 +1,6 @@
 """A pair's activations in memory: those to train on or fit maps to, and those held out, with their text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.spread import N_BLOCKS
 from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
 from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.segments import Segments
 from sae_lens_dfc.training.data import PairedText
 
 MAX_FIT_PAIRS = 50_000
@@ -28,7 +27,7 @@ class PairData:
 
     training: list[PairedRows]
     held_out: list[PairedRows]
-    contexts: list[Segments]
+    contexts: list[Context]
     """Text of the held-out rows, by the number that they name."""
     metrics: dict[str, float]
     """Alignment coverage over all text that was read."""
@@ -66,7 +65,7 @@ class PairData:
 
     def deciles(self, pair: ModelPair) -> list[Deciles]:
         """For each batch of held-out rows, in which decile of frequency each model's token is."""
-        tokens = paired_tokens(self.contexts)
+        tokens = paired_tokens(context.segments for context in self.contexts)
         tables = {
             name: token_deciles(
                 tokens[name], max(int(model.model.cfg.d_vocab), _above(tokens[name]))
@@ -81,7 +80,7 @@ class PairData:
     def _tokens(self, rows: PairedRows, model: str) -> Int[Tensor, " n"]:
         found = torch.zeros(len(rows.context), dtype=torch.long)
         for number in rows.context.unique().tolist():
-            segments, here = self.contexts[number], rows.context == number
+            segments, here = self.contexts[number].segments, rows.context == number
             ids, last = (
                 (segments.ids_a, segments.last_a)
                 if model == "a"
@@ -96,13 +95,21 @@ class PairData:
         for rows in self.held_out:
             numbers = rows.context.unique()
             chosen = numbers[: max(1, round(min(share, 1.0) * len(numbers)))]
-            here = torch.isin(rows.context, chosen)
-            yield PairedRows(
-                rows.acts[here],
-                rows.context[here],
-                rows.segment[here],
-                [Context(self.contexts[i], i, 0) for i in chosen.tolist()],
-            )
+            yield self._with_text(rows, chosen)
+
+    def held_out_of(self, contexts: Collection[int]) -> Iterator[PairedRows]:
+        """The held-out rows of these contexts, with their text."""
+        wanted = torch.tensor(sorted(contexts), dtype=torch.long)
+        for rows in self.held_out:
+            here = rows.context.unique()
+            here = here[torch.isin(here, wanted)]
+            if len(here) > 0:
+                yield self._with_text(rows, here)
+
+    def _with_text(self, rows: PairedRows, numbers: Int[Tensor, " _"]) -> PairedRows:
+        here = torch.isin(rows.context, numbers)
+        texts = [self.contexts[i] for i in numbers.tolist()]
+        return PairedRows(rows.acts[here], rows.context[here], rows.segment[here], texts)
 
 
 def regrouped(rows: Sequence[PairedRows]) -> list[PairedRows]:

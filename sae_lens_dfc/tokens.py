@@ -50,6 +50,40 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     return Tokens(ids, ends, whole, strings)
 
 
+def spelled(
+    tokenizer: PreTrainedTokenizerBase, segments: Sequence[Sequence[int]]
+) -> list[list[str]]:
+    """Each token's text; of tokens that hold bytes of one character, the last gets the character.
+
+    Decoded from the start each time, since some tokenizers drop the space before what they decode first.
+    """
+    texts: list[list[str]] = []
+    ids: list[int] = []
+    shown = text = ""
+    for segment in segments:
+        texts.append([])
+        for i in segment:
+            ids.append(i)
+            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            is_whole = not text.endswith("\ufffd")
+            texts[-1].append(text[len(shown) :] if is_whole else "")
+            shown = text if is_whole else shown
+        if texts[-1] and not texts[-1][-1]:
+            # The segment ends here whatever its last bytes decode to.
+            texts[-1][-1] = text[len(shown) :]
+            shown = text
+    return texts
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What one token adds to a text, its space too; as the vocabulary spells it where that is part of a character or nothing."""
+    anchor: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    text = spelled(tokenizer, [anchor, [token]])[1][0]
+    if text and "\ufffd" not in text:
+        return text
+    return str(tokenizer.convert_ids_to_tokens(token))
+
+
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer from a hub name, a folder or a GGUF file.
 

@@ -119,7 +119,7 @@ def test_rows_say_where_they_come_from() -> None:
 @pytest.mark.parametrize("n", [1, 3, 16])
 def test_the_size_of_a_forward_pass_changes_no_activation(pair: ModelPair, n: int) -> None:
     stream = stream_of(pair, reference_pages()[:1], context_size=24)
-    contexts = in_order(stream.batches(PairCounts()))[:7]
+    contexts = [c.segments for c in in_order(stream.batches(PairCounts()))[:7]]
     one, _ = rows_of(pair, contexts, size=1, outlier_factor=math.inf)
     many, _ = rows_of(pair, contexts, size=n, outlier_factor=math.inf)
     torch.testing.assert_close(many, one, atol=1e-5, rtol=1e-4)
@@ -148,7 +148,7 @@ def test_origins_name_the_document_and_each_models_token_and_position(pair: Mode
     (rows,) = paired_activations(pair, batches, counts, outlier_factor=math.inf)
     contexts, found = in_order(batches), origins(rows)
     for i, (c, s) in enumerate(zip(rows.context.tolist(), rows.segment.tolist(), strict=True)):
-        before = list(contexts[c])[: s + 1]
+        before = list(contexts[c].segments)[: s + 1]
         ids_a = [t for segment in before for t in segment.ids_a]
         ids_b = [t for segment in before for t in segment.ids_b]
         assert found["document"][i] == c

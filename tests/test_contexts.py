@@ -23,7 +23,7 @@ def contexts_of(stream: ContextStream, counts: PairCounts | None = None) -> list
 
 def test_contexts_fit_both_models_and_hold_every_pair(pair: ModelPair) -> None:
     counts = PairCounts()
-    contexts = in_order(stream_of(pair, PAGES[:3]).batches(counts))
+    contexts = [c.segments for c in in_order(stream_of(pair, PAGES[:3]).batches(counts))]
     for context in contexts:
         assert context[0] == pair.bos_segment
         assert context.n_tokens <= 32
@@ -33,7 +33,7 @@ def test_contexts_fit_both_models_and_hold_every_pair(pair: ModelPair) -> None:
 
 def test_contexts_in_order_are_the_text_in_order(pair: ModelPair) -> None:
     contexts = in_order(stream_of(pair, PAGES[:3], batch_size_prompts=2).batches(PairCounts()))
-    read = [i for context in contexts for i in context.ids_a[len(pair.a.bos_ids) :]]
+    read = [i for c in contexts for i in c.segments.ids_a[len(pair.a.bos_ids) :]]
     expected = [i for page in PAGES[:3] for i in pair.segments(page)[0].ids_a]
     assert read == expected
 
@@ -90,7 +90,7 @@ def test_held_out_and_training_documents_are_apart_and_together_all(pair: ModelP
     for part in ("training", "held_out", "all"):
         counts = PairCounts()
         stream = stream_of(pair, PAGES, part=part, held_out_every=4)
-        parts[part] = {tuple(c.ids_a) for c in in_order(stream.batches(counts))}
+        parts[part] = {tuple(c.segments.ids_a) for c in in_order(stream.batches(counts))}
         assert counts.texts == {"training": 23, "held_out": 7, "all": 30}[part]
     assert not parts["training"] & parts["held_out"]
     assert parts["training"] | parts["held_out"] == parts["all"]

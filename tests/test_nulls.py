@@ -43,10 +43,11 @@ def test_self_has_model_as_rows_twice_and_its_text(case: Case) -> None:
         assert torch.equal(acts, torch.cat([was[:, :d_a]] * 2, dim=-1))
     assert (null.cfg.sae.d_a, null.cfg.sae.d_b, null.cfg.sae.d_in) == (d_a, d_a, 2 * d_a)
     assert null.pair.b is case.pair.a
-    assert null.data.contexts[0].ids_b.tolist() == case.data.contexts[0].ids_a.tolist()
+    texts = [data.contexts[0].segments for data in (null.data, case.data)]
+    assert texts[0].ids_b.tolist() == texts[1].ids_a.tolist()
     rows = null.data.held_out[0]
     number = int(rows.context[0])
-    again = null.pair.activations([null.data.contexts[number]])[0]
+    again = null.pair.activations([null.data.contexts[number].segments])[0]
     own = rows.acts[rows.context == number]
     torch.testing.assert_close(
         again[rows.segment[rows.context == number]], own, rtol=1e-4, atol=1e-4

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sae_lens_dfc.latents import LatentCard, SegmentView
+from sae_lens_dfc.latents import ContextView, LatentCard, SegmentView
 from sae_lens_dfc.report import ReportData, measures_table, render_report, text_table
 
 HOSTILE = "<script>document.title='pwned'</script><img src=http://example.com/x onerror=alert(1)>"
@@ -19,13 +19,23 @@ def card(partition: str, latent: int = 3, text: str = " cat") -> LatentCard:
         mean_activation=1.5,
         max_activation=2.0,
         relative_decoder_norm=1.0,
+        encoder_decoder_cosine={"a": 0.5},
         contexts=[
-            [
-                SegmentView(["The"], ["The"], 0.0),
-                SegmentView([text], [text[:2], text[2:]], 2.0),
-                SegmentView([" sat", "\n"], [" sat\n"], 0.5),
-            ]
+            ContextView(
+                segments=[
+                    SegmentView(["The"], ["The"], 0.0),
+                    SegmentView([text], [text[:2], text[2:]], 2.0),
+                    SegmentView([" sat", "\n"], [" sat\n"], 0.5),
+                ],
+                document=0,
+                position_a=2,
+                position_b=3,
+                activation=2.0,
+                quantile=None,
+            )
         ],
+        logit_effects={},
+        evidence={},
     )
 
 

@@ -139,5 +139,5 @@ def test_web_text_and_chat_make_one_stream(chatty: ModelPair) -> None:
     *batches, last = stream.batches(PairCounts())
     a, b = (source["n_pairs"] for source in last.after["sources"])
     assert a == pytest.approx(b, abs=150)
-    for context in in_order([*batches, last]):
+    for context in (c.segments for c in in_order([*batches, last])):
         assert context[0] == chatty.bos_segment and len(context) > 1

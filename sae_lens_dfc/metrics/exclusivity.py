@@ -174,6 +174,25 @@ def decoder_cosines(crosscoder: Crosscoder, stitching: Stitching) -> dict[str, f
     }
 
 
+@torch.no_grad()
+def encoder_decoder_cosines(
+    crosscoder: Crosscoder, latents: Sequence[int]
+) -> dict[str, Float[Tensor, " _"]]:
+    """For each model (`a`, `b`) the cosine of what a latent reads of it and what it writes to it; 0 where it does neither.
+
+    The scale that a model had in training changes both lengths and no cosine. Near 1 a latent is read along its own direction;
+    a small one reads something else than it writes, or takes much out that other latents write.
+    """
+    rows = list(latents)
+    return {
+        m: cosine_similarity(
+            crosscoder.W_enc[inputs, :][:, rows].T.float(),
+            crosscoder.W_dec[rows, inputs].float(),
+        )
+        for m, inputs in crosscoder.partition.models.items()
+    }
+
+
 def quantiles(name: str, values: Float[Tensor, " n"]) -> dict[str, float]:
     """The median under the name, the 5th and 95th percentile under `/p5` and `/p95`; nothing where all are NaN.
 

@@ -1,6 +1,6 @@
 """A pair of models and its text, as a configuration says: what to train on and what to hold out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,10 +8,17 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.activations import Bookmark, PairedRows, paired_activations
-from sae_lens_dfc.contexts import ContextStream, PairCounts, Part, in_order
+from sae_lens_dfc.contexts import (
+    Context,
+    ContextBatch,
+    ContextStream,
+    PairCounts,
+    Part,
+    bucketed,
+    in_order,
+)
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.segments import Segments
 from sae_lens_dfc.sources import Source, SourceConfig
 
 BATCHES_AHEAD = 8
@@ -114,7 +121,7 @@ class Collected(NamedTuple):
     """A part of the text in memory, with what became of it."""
 
     rows: list[PairedRows]
-    contexts: list[Segments]
+    contexts: list[Context]
     """By the number that the rows name."""
     counts: PairCounts
 
@@ -176,6 +183,27 @@ class PairedText:
             )
         finally:
             batches.close()
+
+    def rows_of(
+        self, part: Part, contexts: Collection[int], after: Bookmark
+    ) -> Iterator[PairedRows]:
+        """The rows of some contexts, read once more: the text up to the last of them, and the models on these alone.
+
+        Args:
+            part: The part of the text in which they have these numbers.
+            contexts: Their numbers.
+            after: The bookmark of rows that were read of the part before. Its norms say what an outlier is.
+        """
+        missing, found = set(contexts), list[Context]()
+        for batch in self.stream(part).batches(PairCounts()):
+            found += [context for context in batch.contexts if context.number in missing]
+            missing -= {context.number for context in batch.contexts}
+            if not missing:
+                break
+        size, longest = self.cfg.store_batch_size_prompts, self.cfg.context_size
+        batches = [ContextBatch(b, {}) for b in bucketed(found, size, longest, seed="")]
+        factor = self.cfg.outlier_factor
+        yield from paired_activations(self.pair, batches, PairCounts(), factor, after)
 
     def collect(self, part: Part, name: str) -> Collected:
         """Both models' activations at a part of the text, in memory, under a progress bar."""

@@ -215,8 +215,8 @@ def test_the_same_seed_gives_the_same_weights(
 def test_no_held_out_document_is_trained_on(cfg: CrosscoderRunnerConfig, pair: ModelPair) -> None:
     data = CrosscoderTrainingRunner(cfg, pair).data
     counts = [PairCounts(), PairCounts()]
-    training = {tuple(c) for c in in_order(data.stream("training").batches(counts[0]))}
-    held = {tuple(c) for c in in_order(data.stream("held_out").batches(counts[1]))}
+    training = {tuple(c.segments) for c in in_order(data.stream("training").batches(counts[0]))}
+    held = {tuple(c.segments) for c in in_order(data.stream("held_out").batches(counts[1]))}
     assert (counts[0].texts, counts[1].texts) == (9, 3)
     assert held and not training & held
 

@@ -123,11 +123,11 @@ def test_what_is_held_out_is_held_out_from_every_process(
         in_order(PairedText(cfg, pair, rank).stream("training").batches(PairCounts()))
         for rank in (0, 1)
     ]
-    read = [{tuple(context.ids_a) for context in part} for part in (held_out, *trained)]
+    read = [{tuple(context.segments.ids_a) for context in part} for part in (held_out, *trained)]
     assert all(read) and not read[0] & (read[1] | read[2]) and not read[1] & read[2]
     everything = CacheConfig(dataset_path=cfg.dataset_path, context_size=48)
     whole = in_order(PairedText(everything, pair).stream("all").batches(PairCounts()))
-    assert set().union(*read) == {tuple(context.ids_a) for context in whole}
+    assert set().union(*read) == {tuple(context.segments.ids_a) for context in whole}
 
 
 def test_two_processes_train_on_the_cache_of_one_and_one_of_them_saves(
