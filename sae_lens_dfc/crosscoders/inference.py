@@ -1,9 +1,10 @@
 """The saved form of every crosscoder: raw activations in, a threshold on each latent, no training code."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_dfc.crosscoders.export import exported
 from sae_lens_dfc.crosscoders.partition import Partition, decoder_norms, leak
+from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.texts import first_line
 
 
@@ -86,6 +89,15 @@ class Crosscoder(JumpReLUSAE):
     def leak(self) -> float:
         """Largest absolute weight of an exclusive latent in the model it must not use: exactly 0."""
         return leak(self.W_enc, self.W_dec, self.partition)
+
+    def export_sae(
+        self,
+        model: Literal["a", "b"],
+        stitching: Stitching | None = None,
+        rows: Iterable[Float[Tensor, "_ d_in"]] | None = None,
+    ) -> JumpReLUSAE:
+        """TODO."""
+        return exported(self, self.partition, model, stitching, rows)
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
