@@ -1,4 +1,5 @@
-"""The command line: `sae-lens-dfc demo | train | cache | align | evaluate | report | generate | benchmark`.
+"""The command line: `sae-lens-dfc demo | train | cache | align | evaluate | export | report | generate |
+benchmark`.
 
 What a person reads goes to standard output, progress and logs to standard error. A failure is one
 line and exit status 1, wrong usage 2.
@@ -40,6 +41,7 @@ from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark
 from sae_lens_dfc.benchmark.tables import plot, tables
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.demo import DemoConfig, demo_models, run_demo
+from sae_lens_dfc.exporting import ExportOptions, export_run
 from sae_lens_dfc.generate import GenerateOptions, generate
 from sae_lens_dfc.held_out import EvaluateOptions, ReportOptions, evaluate_run, write_report
 from sae_lens_dfc.measured_run import REPORT_FILENAME
@@ -247,6 +249,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "cache": (CacheOptions, cache),
     "align": (AlignOptions, align_texts),
     "evaluate": (EvaluateOptions, evaluate_run),
+    "export": (ExportOptions, export_run),
     "report": (ReportOptions, write_report),
     "generate": (GenerateOptions, write_answers),
     "benchmark": (BenchmarkOptions, benchmark),

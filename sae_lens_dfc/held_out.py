@@ -157,14 +157,14 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
     check_nulls(nulls, options.seed_model)
     judge = _judge(options)
     # Whole models: they are to predict tokens.
-    crosscoder, cfg, pair = _opened(run, options, drop_unused_layers=False)
+    crosscoder, cfg, pair = opened(run, options, drop_unused_layers=False)
     seed_model = None
     if options.seed_model is not None:
         seed_model = replace(cfg.model_a, model_name=options.seed_model)
     to_measure = AssessOptions(
         nulls, seed_model, options.downstream_pairs, options.behaviour_latents, judge
     )
-    own = _run_config(run, replace(options, dataset=None))
+    own = run_config(run, replace(options, dataset=None))
     n_pairs = min(own.training_pairs or options.null_pairs, options.null_pairs)
     own = replace(own, training_pairs=n_pairs)
     data = _data(own, cfg, pair, options.dataset is not None)
@@ -226,7 +226,7 @@ class _OnHeldOutText(NamedTuple):
 
 
 def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
-    crosscoder, cfg, pair = _opened(run, options)
+    crosscoder, cfg, pair = opened(run, options)
     part = "held_out" if options.dataset is None else "all"
     text = PairedText(cfg, pair).collect(part, "Held-out activations")
     alignment = alignment_metrics(text.counts)
@@ -235,11 +235,16 @@ def _measure(run: str, options: HeldOutOptions) -> _OnHeldOutText:
     return _OnHeldOutText(measured, PairData([], text.rows, text.contexts, alignment), pair, cfg)
 
 
-def _opened(
+def opened(
     run: str, options: HeldOutOptions, **of_models: Any
 ) -> tuple[Crosscoder, CrosscoderRunnerConfig, ModelPair]:
+    """A run's crosscoder, what its held-out text is now, and its two models, with these settings of theirs changed.
+
+    Raises:
+        ValueError: The folder holds no run, or the models are not those of the training.
+    """
     crosscoder = load_crosscoder(run)
-    cfg = _run_config(run, options)
+    cfg = run_config(run, options)
     cfg = replace(
         cfg, model_a=replace(cfg.model_a, **of_models), model_b=replace(cfg.model_b, **of_models)
     )
@@ -249,7 +254,12 @@ def _opened(
     return crosscoder, cfg, pair
 
 
-def _run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
+def run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
+    """A run's settings with what the options change of them.
+
+    Raises:
+        ValueError: The folder has none, or they are another version's.
+    """
     path = Path(run) / RUNNER_CFG_FILENAME
     if not path.is_file():
         raise ValueError(
