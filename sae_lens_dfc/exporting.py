@@ -79,7 +79,7 @@ def export_run(options: ExportOptions) -> None:
     sae = crosscoder.export_sae(options.model, stitching, rows)
     with all_or_nothing(options.output) as folder, os_errors():
         sae.save_model(folder)
-    difference: dict[str, float] = sae.cfg.metadata.difference_to_crosscoder
+    difference: dict[str, float] = sae.cfg.metadata.get("difference_to_crosscoder")
     if options.json:
         say(json.dumps({"output": options.output, **difference}))
         return

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,6 +28,7 @@ class CodeDifference:
         groups: Which of the kept latents each partition has.
         centre: About the mean of the model's activations, `(d_own,)`.
 
+    >>> import torch
     >>> measured = CodeDifference({"shared": slice(0, 1)}, centre=torch.zeros(1))
     >>> f, g = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[0.0], [0.0], [4.0]])
     >>> measured.update(f, two=f, one=g, rebuilt_two=f, rebuilt_one=g)
