@@ -87,6 +87,7 @@ LAYERS = [
     "measured_run",
     "held_out",
     "exporting",
+    "card",
     "hub",
     "demo",
     "benchmark.provenance",
