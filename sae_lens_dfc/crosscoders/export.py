@@ -14,6 +14,8 @@ from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED,
 from sae_lens_dfc.metrics.code_difference import CodeDifference
 from sae_lens_dfc.metrics.stitching import Stitching
 
+CHUNK = 8192
+"""Latents whose weights are taken at a time: in double precision all of a large dictionary's would be many times its size."""
 NOT_MEASURED = "not measured: export_sae was given no rows"
 OF_SAELENS = ("dataset_path", "context_size", "sae_lens_training_version")
 """What SAELens' tools read of a crosscoder's metadata, and is of both models."""
@@ -98,22 +100,26 @@ def one_model_weights(
     latents = kept_latents(partition, model).to(crosscoder.device)
     b_dec = crosscoder.b_dec.double()
     centre = b_dec * crosscoder.cfg.apply_b_dec_to_input
-    W_own = crosscoder.W_enc[own][:, latents].double()
-    W_other = crosscoder.W_enc[other][:, latents].double()
-    W_enc, guess = W_own, b_dec[other]
+    matrix, guess = None, b_dec[other]
     if stitching is not None:
-        origin, matrix, guess = _map_from(model, stitching.to(crosscoder.device))
-        if matrix.shape != (len(W_own), len(W_other)):
+        origin, matrix, end = _map_from(model, stitching.to(crosscoder.device))
+        widths = len(centre[own]), len(centre[other])
+        if matrix.shape != widths:
             raise ValueError(
                 f"The map goes from {matrix.shape[0]} dimensions to {matrix.shape[1]}, this crosscoder's model "
-                f"{model.upper()} has {len(W_own)} and the other one {len(W_other)}. Fit it to this pair's activations."
+                f"{model.upper()} has {widths[0]} and the other one {widths[1]}. Fit it to this pair's activations."
             )
-        W_enc = W_own + matrix @ W_other
-        guess = guess + (centre[own] - origin) @ matrix
-    b_enc = crosscoder.b_enc[latents].double() + (guess - centre[other]) @ W_other
+        guess = end + (centre[own] - origin) @ matrix
+    encoders: list[Tensor] = []
+    biases: list[Tensor] = []
+    for some in latents.split(CHUNK):
+        W_other = crosscoder.W_enc[other][:, some].double()
+        W_enc = crosscoder.W_enc[own][:, some]
+        encoders.append(W_enc if matrix is None else (W_enc + matrix @ W_other).to(W_enc))
+        biases.append(crosscoder.b_enc[some] + (guess - centre[other]) @ W_other)
     weights = {
-        "W_enc": W_enc,
-        "b_enc": b_enc,
+        "W_enc": torch.cat(encoders, dim=1),
+        "b_enc": torch.cat(biases),
         "W_dec": crosscoder.W_dec[latents][:, own],
         "b_dec": b_dec[own],
         "threshold": crosscoder.threshold[latents],
@@ -170,7 +176,7 @@ def _difference(
                 f"Rows are {acts.shape[-1]} wide, this crosscoder's are {partition.d_a} + {partition.d_b}. Give both "
                 "models' raw activations, joined."
             )
-        acts = acts.to(sae.device, sae.dtype)
+        acts = acts.to(sae.device)
         two, one = crosscoder.encode(acts)[:, latents], sae.encode(acts[:, own])
         measured.update(acts[:, own], two, one, sae.decode(two), sae.decode(one))
     if by_head:

@@ -173,6 +173,28 @@ def test_what_does_not_fit_is_refused() -> None:
         only_b.export_sae("a")
 
 
+def test_a_large_dictionary_is_taken_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    crosscoder, stitching = make_firing_dfc(), linear_map()
+    whole = crosscoder.export_sae("b", stitching).state_dict()
+    monkeypatch.setattr("sae_lens_dfc.crosscoders.export.CHUNK", 5)
+    for name, weight in crosscoder.export_sae("b", stitching).state_dict().items():
+        torch.testing.assert_close(weight, whole[name])
+
+
+def test_in_bfloat16_it_is_measured_against_activations_as_they_are() -> None:
+    crosscoder, acts = make_firing_dfc(), make_acts(300, 12) + 1e4
+    crosscoder.b_dec.data = acts.mean(dim=0)
+    half = crosscoder.to(torch.bfloat16)
+    half.cfg.dtype = "bfloat16"
+    sae = half.export_sae("a", rows=[acts])
+    assert sae.W_enc.dtype == torch.bfloat16
+    with torch.no_grad():
+        rebuilt = sae(acts[:, :5]).double()
+    x = acts[:, :5].double()
+    expected = 1 - ((x - rebuilt).pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum()).item()
+    assert difference(sae)["explained_variance/exported"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_without_rows_it_says_that_nothing_was_measured() -> None:
     metadata = make_firing_dfc().export_sae("a", linear_map()).cfg.metadata
     assert str(metadata.difference_to_crosscoder).startswith("not measured")
