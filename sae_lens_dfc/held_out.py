@@ -165,7 +165,7 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
     to_measure = AssessOptions(
         nulls, seed_model, options.downstream_pairs, options.behaviour_latents, judge
     )
-    own = _run_config(run, replace(options, dataset=None))
+    own = run_config(run, replace(options, dataset=None))
     n_pairs = min(own.training_pairs or options.null_pairs, options.null_pairs)
     own = replace(own, training_pairs=n_pairs)
     data = _data(own, cfg, pair, options.dataset is not None)
@@ -250,7 +250,7 @@ def opened_run(
         ValueError: The folder holds no run, or a model cannot be opened or is another than the run's.
     """
     crosscoder = load_crosscoder(run)
-    cfg = _run_config(run, options)
+    cfg = run_config(run, options)
     cfg = replace(
         cfg, model_a=replace(cfg.model_a, **of_models), model_b=replace(cfg.model_b, **of_models)
     )
@@ -260,7 +260,12 @@ def opened_run(
     return crosscoder, cfg, pair
 
 
-def _run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
+def run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
+    """A run's settings with what the options change of them.
+
+    Raises:
+        ValueError: The folder has none, or they are another version's.
+    """
     path = Path(run) / RUNNER_CFG_FILENAME
     if not path.is_file():
         raise ValueError(
@@ -293,7 +298,7 @@ def held_out_text(run: str, options: HeldOutOptions, pair: ModelPair) -> tuple[P
         ValueError: The folder holds no run, or the text cannot be read.
     """
     part: Part = "held_out" if options.dataset is None else "all"
-    return PairedText(_run_config(run, options), pair), part
+    return PairedText(run_config(run, options), pair), part
 
 
 def _moved(model: ModelConfig, name: str | None, device: str | None) -> ModelConfig:
