@@ -20,8 +20,8 @@ TUNED: Mapping[str, float] = {
     "standard_crosscoder": 1.0,
     "batchtopk_crosscoder": 32,
     "dsf_crosscoder": 32,
-    "delta_crosscoder": 10.0,
-    "dfc": 32,
+    "delta_crosscoder": 1.0,
+    "dfc": 16,
 }
 """What benchmarks/planted_tuning.py chose."""
 KNOBS: Mapping[str, tuple[str, tuple[float, ...]]] = {
