@@ -31,6 +31,27 @@ class SegmentView:
 
 
 @dataclass(frozen=True)
+class ContextView:
+    """A place where a latent fires, with the text around it."""
+
+    segments: list[SegmentView]
+    document: int
+    position_a: int
+    position_b: int
+    activation: float
+    quantile: int | None
+    """None among the strongest; 0 and up from that quantile of its activations, weakest first."""
+
+
+@dataclass(frozen=True)
+class LogitEffect:
+    """The tokens whose logits a latent's direction raises and lowers most."""
+
+    promoted: list[tuple[str, float]]
+    suppressed: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
 class LatentCard:
     """What there is to know of one latent."""
 
@@ -43,8 +64,14 @@ class LatentCard:
     max_activation: float
     relative_decoder_norm: float
     """1 is A's alone, 0 is B's alone."""
-    contexts: list[list[SegmentView]]
-    """Where it fires most, strongest first."""
+    encoder_decoder_cosine: dict[str, float]
+    """By model, of those it has."""
+    contexts: list[ContextView]
+    """Where it fires most, strongest first, then from the quantiles of its activations."""
+    logit_effects: dict[str, LogitEffect]
+    """By model."""
+    evidence: dict[str, float | bool]
+    """What was measured of its exclusivity, by the names of `LatentEvidence`."""
     verdict: str = ""
     """Whether it is called exclusive, and why or why not; empty where that was not measured."""
 
@@ -99,10 +126,15 @@ def latent_cards(
             mean_activation=firing.means[latent].item(),
             max_activation=firing.maxima[latent].item(),
             relative_decoder_norm=relative[latent].item(),
+            encoder_decoder_cosine={},
             contexts=[
                 _view(acts[:, i], context, segment, row, contexts, pair)
                 for row in _top_rows(acts[:, i], context, n_contexts)
             ],
+            logit_effects={},
+            evidence={}
+            if evidence is None
+            else {k: v[latent].item() for k, v in evidence._asdict().items()},
             verdict="" if evidence is None else verdict(evidence, latent),
         )
         for i, latent in enumerate(latents)
@@ -126,7 +158,7 @@ def _view(
     row: int,
     contexts: Sequence[Sequence[Segment]],
     pair: ModelPair,
-) -> list[SegmentView]:
+) -> ContextView:
     number, centre = int(context[row]), int(segment[row])
     here = context == number
     at = dict(zip(segment[here].tolist(), acts[here].tolist(), strict=True))
@@ -134,10 +166,15 @@ def _view(
     window = contexts[number][first : centre + WINDOW + 1]
     texts_a = _spell(pair.a.tokenizer, [s.ids_a for s in window])
     texts_b = _spell(pair.b.tokenizer, [s.ids_b for s in window])
-    return [
+    segments = [
         SegmentView(tokens_a, tokens_b, at.get(first + i, 0.0))
         for i, (tokens_a, tokens_b) in enumerate(zip(texts_a, texts_b, strict=True))
     ]
+    before = contexts[number][: centre + 1]
+    position_a, position_b = (
+        sum(map(len, ids)) - 1 for ids in ([s.ids_a for s in before], [s.ids_b for s in before])
+    )
+    return ContextView(segments, number, position_a, position_b, acts[row].item(), None)
 
 
 def _spell(

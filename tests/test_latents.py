@@ -37,7 +37,7 @@ def test_cards_show_the_text_of_the_largest_activations(pair: ModelPair) -> None
     for card in latent_cards(crosscoder, firing, latents, rows, contexts, pair):
         best = acts[:, card.latent].max().item()
         assert card.max_activation == best
-        peaks = [max(view.activation for view in context) for context in card.contexts]
+        peaks = [max(view.activation for view in context.segments) for context in card.contexts]
         assert peaks[0] == best
         assert peaks == sorted(peaks, reverse=True)
         assert card.partition == crosscoder.partition.name_of(card.latent)
@@ -50,6 +50,6 @@ def test_both_models_tokens_on_a_card_spell_the_same_text(pair: ModelPair) -> No
     assert cards
     for context in (c for card in cards for c in card.contexts):
         spelled = [
-            "".join(t for view in context for t in getattr(view, f"tokens_{m}")) for m in "ab"
+            "".join(t for view in context.segments for t in getattr(view, f"tokens_{m}")) for m in "ab"
         ]
         assert spelled[0].strip() == spelled[1].strip()
