@@ -5,10 +5,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 from sae_lens_dfc.findings import Finding, SteeringSample
-from sae_lens_dfc.latents import ContextView, LatentCard, SegmentView
+from sae_lens_dfc.latents import ContextView, LatentCard
 
 # Controls, and what changes the direction of text or cannot be seen. Joiners stay: scripts and emoji need them.
 HIDDEN = re.compile(
@@ -79,6 +80,7 @@ _GROUPS = [
 ]
 
 
+@lru_cache(maxsize=100_000)
 def visible(text: str, keep_lines: bool = False) -> str:
     """The text with everything that cannot be seen, or that would turn the text around it, as a sign that can.
 
@@ -183,13 +185,20 @@ def _card(card: LatentCard) -> dict[str, Any]:
 
 
 def _context(context: ContextView) -> list[Any]:
-    """Segments, pairs of segment and activation where it is not 0, then where the context is."""
+    """Segments, pairs of segment and activation where it is not 0, then where the context is.
+
+    Most segments are one token, the same in both models, and are written once.
+    """
+    tokens = [
+        ([visible(token) for token in s.tokens_a], [visible(token) for token in s.tokens_b])
+        for s in context.segments
+    ]
     acts: list[Any] = []
     for i, segment in enumerate(context.segments):
         if segment.activation > 0:
             acts += [i, _short(segment.activation)]
     return [
-        [_segment(segment) for segment in context.segments],
+        [a[0] if a == b and len(a) == 1 else [a, b] for a, b in tokens],
         acts,
         context.document,
         context.position_a,
@@ -197,12 +206,6 @@ def _context(context: ContextView) -> list[Any]:
         _short(context.activation),
         context.quantile,
     ]
-
-
-def _segment(segment: SegmentView) -> str | list[list[str]]:
-    """Most segments are one token, the same in both models, and are written once."""
-    a, b = ([visible(token) for token in ts] for ts in (segment.tokens_a, segment.tokens_b))
-    return a[0] if a == b and len(a) == 1 else [a, b]
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -294,26 +294,25 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def random_segments(n: int) -> list[SegmentView]:
+    rng = random.Random(0)
+    result: list[SegmentView] = []
+    for _ in range(n):
+        word = rng.choice(["tion", " the", " quick", " brøwn", " 選擇", " of", "ing"])
+        tokens_b = [word] if rng.random() < 0.6 else [word[:2], word[2:]]
+        activation = rng.random() * 3 if rng.random() < 0.3 else 0.0
+        result.append(SegmentView([word], tokens_b, activation))
+    return result
+
+
+SEGMENTS = random_segments(2000)
+
+
 def many(latent: int) -> LatentCard:
     rng = random.Random(latent)
-    words = [
-        rng.choice(["tion", " the", " quick", " brøwn", " 選擇", " of", "ing"]) for _ in range(250)
-    ]
-
-    def segment(word: str) -> SegmentView:
-        is_same = rng.random() < 0.6
-        tokens_b = [word] if is_same else [word[:2], word[2:]]
-        return SegmentView([word], tokens_b, rng.random() * 3 if rng.random() < 0.3 else 0.0)
-
+    own = SegmentView([f" w{latent}x"], [""], 3.0)
     contexts = [
-        ContextView(
-            [*map(segment, words[25 * i : 25 * i + 25]), SegmentView([f" w{latent}x"], [""], 3.0)],
-            i,
-            i,
-            i,
-            3.0,
-            None if i < 5 else i - 5,
-        )
+        ContextView([*rng.choices(SEGMENTS, k=25), own], i, i, i, 3.0, None if i < 5 else i - 5)
         for i in range(10)
     ]
     tokens = [(f" t{i}", 1.0 / (i + 1)) for i in range(10)]
@@ -703,6 +702,7 @@ def test_paper_gets_the_first_rows_and_says_how_many_more(browser: Any, large: P
     assert page.locator("#controls").is_hidden() and page.locator("header nav").is_hidden()
     box = page.locator("#rows").bounding_box()
     assert box["height"] > 200 * 15  # nothing is left inside a box that scrolls
+    page.emulate_media(media="screen")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert rows.count() < 150
     assert page.pdf().startswith(b"%PDF")

@@ -115,7 +115,7 @@ function logitSection(card) {
 function evidenceSection(i) {
   const parts = [make("h3", {}, "Evidence")];
   const names = Object.keys(DATA.words).filter((name) => evidence[name]);
-  if (!names.length) return [...parts, make("p", { class: "soft" }, "Nothing was measured of this latent's exclusivity.")];
+  if (names.every((name) => evidence[name][i] === null)) return [...parts, make("p", { class: "soft" }, "Nothing was measured of this latent's exclusivity.")];
   const [source, target] = (evidence.is_a ? evidence.is_a[i] : columns.norm[i] >= 0.5) ? ["A", "B"] : ["B", "A"];
   const said = (text) => text.replaceAll("{source}", source).replaceAll("{target}", target);
   const rows = names.map((name) => {
