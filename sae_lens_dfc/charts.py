@@ -69,8 +69,8 @@ def _mark(
     kind: str, value: float, low: float | None, high: float | None, label: str, scale: float = 1.0
 ) -> Mark:
     beyond = (value > 1.1 * scale) - (value < -0.1 * scale)
-    ends = (None if end is None else _percent(end / scale) for end in (low, high))
-    return Mark(kind, _percent(value / scale), *ends, label, beyond)
+    left, right = (None if end is None else _percent(end / scale) for end in (low, high))
+    return Mark(kind, _percent(value / scale), left, right, label, beyond)
 
 
 def _percent(share: float) -> float:

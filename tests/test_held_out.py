@@ -174,4 +174,4 @@ def test_a_page_made_anew_keeps_the_verdicts_and_the_nulls(
         main(["report", str(run), "--output", str(tmp_path / "few.html"), "--eval-pairs", "200"])
         == 0
     )
-    assert "null:" not in (tmp_path / "few.html").read_text()
+    assert "null: model" not in (tmp_path / "few.html").read_text()

@@ -50,6 +50,7 @@ def test_both_models_tokens_on_a_card_spell_the_same_text(pair: ModelPair) -> No
     assert cards
     for context in (c for card in cards for c in card.contexts):
         spelled = [
-            "".join(t for view in context.segments for t in getattr(view, f"tokens_{m}")) for m in "ab"
+            "".join(t for view in context.segments for t in getattr(view, f"tokens_{m}"))
+            for m in "ab"
         ]
         assert spelled[0].strip() == spelled[1].strip()

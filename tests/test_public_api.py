@@ -85,6 +85,7 @@ LAYERS = [
     "measures",
     "charts",
     "page_data",
+    "summary",
     "report",
     "measured_run",
     "held_out",

@@ -15,7 +15,8 @@ from sae_lens_dfc.findings import EffectView, Finding, Screening, StageCount, St
 from sae_lens_dfc.latents import ContextView, LatentCard, LogitEffect, SegmentView
 from sae_lens_dfc.measures import measures_table, text_table
 from sae_lens_dfc.page_data import embedded, visible
-from sae_lens_dfc.report import ReportData, lead, render_report, warnings
+from sae_lens_dfc.report import ReportData, render_report
+from sae_lens_dfc.summary import lead, warnings
 
 HOSTILE = "<script>document.title='pwned'</script><img src=http://example.com/x onerror=alert(1)>"
 TURNED = "\u202eevil\u2066"
@@ -144,22 +145,22 @@ def test_page_without_null_says_so() -> None:
 
 
 def test_the_first_sentence_says_no_more_than_was_measured() -> None:
-    assert "was not measured" in lead(data(metrics={"l0": 1.0}))
-    assert lead(data()).startswith("5 of 40 judged candidates are called exclusive")
-    assert "none is confirmed by steering" in lead(data())
+    assert "was not measured" in lead({"l0": 1.0}, None)
+    assert lead(METRICS, None).startswith("5 of 40 judged candidates are called exclusive")
+    assert "none is confirmed by steering" in lead(METRICS, None)
     none = METRICS | {"exclusive/called/a_exclusive": 0}
-    assert lead(data(metrics=none)).startswith("No latent is called exclusive")
+    assert lead(none, None).startswith("No latent is called exclusive")
     assert "Of 40 latents, 1 came to the end of the screening: 1 confirmed" in lead(
-        data(screening=SCREENING)
+        METRICS, SCREENING
     )
-    assert "No latent came to the end" in lead(data(screening=Screening([], [])))
+    assert "No latent came to the end" in lead(METRICS, Screening([], []))
 
 
 def test_calls_as_frequent_in_the_null_are_not_to_be_believed() -> None:
-    assert warnings(data()) == []
+    assert warnings(METRICS) == []
     as_many = METRICS | {"null/self/exclusive/called/a_exclusive": 5}
-    assert "The calls here tell nothing." in warnings(data(metrics=as_many))[0]
-    assert "leak is not 0" in warnings(data(metrics=METRICS | {"leak": 0.1}))[0]
+    assert "The calls here tell nothing." in warnings(as_many)[0]
+    assert "leak is not 0" in warnings(METRICS | {"leak": 0.1})[0]
 
 
 def test_a_mark_stands_where_its_number_is_and_beyond_the_scale_at_the_edge() -> None:
