@@ -34,6 +34,9 @@ LATENTS_FILENAME = "latents.csv"
 METRICS_FILENAME = "metrics.json"
 REPORT_FILENAME = "report.html"
 LATENTS_PER_PARTITION = 12
+"""Of the strongest in each partition, so many stand on the page with their contexts."""
+LATENTS_WITH_EVIDENCE = 60
+"""And so many of those with the most evidence of being exclusive."""
 
 
 def measured_run(
@@ -162,6 +165,9 @@ def report_data(
     """What the page shows of a saved crosscoder."""
     crosscoder, (metrics, firing, evidence) = measured
     latents = strongest_latents(firing, LATENTS_PER_PARTITION)
+    if evidence is not None:
+        most = ranking(evidence)[:LATENTS_WITH_EVIDENCE].tolist()
+        latents = list(dict.fromkeys([*most, *latents]))
     cards = latent_cards(crosscoder, firing, latents, data.held_out, data.contexts, pair, evidence)
     return ReportData(
         name_a=pair.a.name,

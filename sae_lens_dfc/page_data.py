@@ -10,6 +10,7 @@ from typing import Any
 
 from sae_lens_dfc.findings import Finding, SteeringSample
 from sae_lens_dfc.latents import ContextView, LatentCard
+from sae_lens_dfc.metrics.claims import MAX_FALSE_DISCOVERIES, MIN_FIRINGS
 
 # Controls, and what changes the direction of text or cannot be seen. Joiners stay: scripts and emoji need them.
 HIDDEN = re.compile(
@@ -25,7 +26,7 @@ EVIDENCE = {
     ),
     "firings": (
         "Held-out firings",
-        "Pairs of held-out text on which it fires, as a function of {source} alone. Below 20 it is not judged.",
+        f"Pairs of held-out text on which it fires, as a function of {{source}} alone. Below {MIN_FIRINGS} it is not judged.",
     ),
     "nu_error": (
         "Latent scaling, error",
@@ -57,11 +58,11 @@ EVIDENCE = {
     ),
     "q": (
         "q",
-        "False discovery rate at which it would just be called exclusive. Called at 0.05 or below.",
+        f"False discovery rate at which it would just be called exclusive. Called at {MAX_FALSE_DISCOVERIES} or below.",
     ),
     "is_exclusive": (
         "Called exclusive",
-        "Both tests pass at a false discovery rate of 5 %. This is evidence from activations: steering has to confirm it.",
+        f"Both tests pass at a false discovery rate of {MAX_FALSE_DISCOVERIES:.0%}. This is evidence from activations: steering has to confirm it.",
     ),
 }
 """What each number of a latent's evidence is called and means."""

@@ -15,6 +15,7 @@ from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.findings import Finding, Screening
 from sae_lens_dfc.latents import LatentCard
 from sae_lens_dfc.measures import COLUMNS, GROUPS, cell, number
+from sae_lens_dfc.metrics.claims import MAX_FALSE_DISCOVERIES, MIN_FIRINGS
 from sae_lens_dfc.page_data import embedded, page_data, visible
 from sae_lens_dfc.summary import headlines, lead, warnings
 
@@ -77,6 +78,8 @@ def render_report(data: ReportData) -> str:
         bar_ticks=bar_ticks,
         clouds=dots,
         dot_ticks=dot_ticks,
+        min_firings=MIN_FIRINGS,
+        max_false=MAX_FALSE_DISCOVERIES,
         grid=GRID,
         auc_range=AUC_RANGE,
         number=number,

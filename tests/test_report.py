@@ -697,8 +697,11 @@ def test_paper_gets_the_first_rows_and_says_how_many_more(browser: Any, large: P
     page = opened(browser, large)
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.set_viewport_size({"width": 720, "height": 1000})
     rows = page.locator("#table tbody tr")
     assert rows.count() == 201
+    assert latents_in_view(page) == list(range(200))
+    assert page.evaluate("document.documentElement.scrollWidth") == 720
     assert rows.last.inner_text() == "and 1,800 more, on the page"
     assert page.locator("#controls").is_hidden() and page.locator("header nav").is_hidden()
     box = page.locator("#rows").bounding_box()

@@ -40,13 +40,17 @@ function openOverview() {
 
 // Paper does not scroll: it gets the first rows, whatever was in view.
 addEventListener("beforeprint", () => {
-  table.drawn = new Map();
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  table.onPaper = true;
   const rows = table.order.slice(0, PRINTED).map((_, at) => row(at));
   const more = table.order.length - rows.length;
   if (more > 0) rows.push(make("tr", {}, make("td", { colspan: COLUMNS.length, class: "text" }, `and ${more.toLocaleString("en")} more, on the page`)));
   find("table").tBodies[0].replaceChildren(...rows);
 });
-addEventListener("afterprint", () => draw(true));
+addEventListener("afterprint", () => {
+  table.onPaper = false;
+  draw(true);
+});
 addEventListener("hashchange", route);
 addEventListener("resize", () => draw());
 openTable();

@@ -83,7 +83,7 @@ function haystack(i) {
   return haystacks[i];
 }
 
-const table = { order: Array.from({ length: N }, (_, i) => i), column: 0, up: true, from: 0, drawn: new Map() };
+const table = { order: Array.from({ length: N }, (_, i) => i), column: 0, up: true, drawn: new Map(), onPaper: false };
 
 function refresh() {
   const words = find("search").value.trim().toLowerCase();
@@ -119,6 +119,7 @@ function sorted(kept) {
 }
 
 function draw(anew = false) {
+  if (table.onPaper) return;
   const rows = find("rows"), body = find("table").tBodies[0];
   const first = Math.max(0, Math.floor(rows.scrollTop / ROW) - BEYOND);
   const last = Math.min(table.order.length, first + Math.ceil(rows.clientHeight / ROW) + 2 * BEYOND);
