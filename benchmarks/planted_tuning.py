@@ -23,8 +23,8 @@ from sae_lens_dfc.benchmark.planted.score import MIN_AUC, R, fall, ranking
 from sae_lens_dfc.benchmark.planted.training import KNOBS, Training, trained
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.measures import text_table
 from sae_lens_dfc.metrics.exclusivity import decoder_differences
-from sae_lens_dfc.report import text_table
 
 SEED = 2
 ORGANISMS = ("refusal/weak", "secret_word/weak", "topic")

@@ -17,10 +17,10 @@ from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.tables import spread
 from sae_lens_dfc.demo import DemoConfig, demo_models, demo_run_config
 from sae_lens_dfc.measured_run import like, train_and_measure
+from sae_lens_dfc.measures import text_table
 from sae_lens_dfc.nulls import Case
 from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.recipes import TEST_AT
-from sae_lens_dfc.report import text_table
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
 

@@ -24,7 +24,7 @@ from sae_lens_dfc import (
 )
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.demo import DemoConfig, demo_models
-from sae_lens_dfc.report import text_table
+from sae_lens_dfc.measures import text_table
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 

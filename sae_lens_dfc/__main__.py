@@ -46,10 +46,10 @@ from sae_lens_dfc.generate import GenerateOptions, generate
 from sae_lens_dfc.held_out import EvaluateOptions, ReportOptions, evaluate_run, write_report
 from sae_lens_dfc.latent_list import LatentsOptions, list_latents
 from sae_lens_dfc.measured_run import REPORT_FILENAME
+from sae_lens_dfc.measures import measures_table, text_table
 from sae_lens_dfc.output import say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES
-from sae_lens_dfc.report import measures_table, text_table
 from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.steer import SteerOptions, steer_run
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text

@@ -13,8 +13,8 @@ from sae_lens.saes.sae import SAE
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.exporting import difference_tables
 from sae_lens_dfc.measured_run import METRICS_FILENAME
+from sae_lens_dfc.measures import measures_table
 from sae_lens_dfc.metrics.spread import SE
-from sae_lens_dfc.report import measures_table
 
 CROSSCODER_ID = "crosscoder"
 """Folder of the crosscoder in its repository."""

@@ -11,13 +11,13 @@ from simple_parsing import field
 
 from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.held_out import HeldOutOptions, opened_run, run_config
+from sae_lens_dfc.measures import text_table
 from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.spread import SE
 from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
 from sae_lens_dfc.output import all_or_nothing, check_output, is_made, os_errors, say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import MAX_FIT_PAIRS, regrouped
-from sae_lens_dfc.report import text_table
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
 

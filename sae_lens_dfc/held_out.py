@@ -25,13 +25,14 @@ from sae_lens_dfc.measured_run import (
     settings,
     write_results,
 )
+from sae_lens_dfc.measures import measures_table, spread, text_table
 from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.nulls import Case, check_nulls
 from sae_lens_dfc.output import all_or_nothing, check_output, is_made, say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData, regrouped
-from sae_lens_dfc.report import measures_table, render_report, spread, text_table
+from sae_lens_dfc.report import render_report
 from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText, open_pair

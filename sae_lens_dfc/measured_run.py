@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import Evaluation, evaluate_pca
 from sae_lens_dfc.gathering import gather
-from sae_lens_dfc.latents import latent_cards, strongest_latents
-from sae_lens_dfc.metrics.claims import LatentEvidence
-from sae_lens_dfc.metrics.exclusivity import relative_norm_histogram
+from sae_lens_dfc.latents import LatentCard, latent_cards, strongest_latents
+from sae_lens_dfc.metrics.claims import LatentEvidence, ranking, verdict
+from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms, relative_norm_histogram
 from sae_lens_dfc.metrics.pca import JointPCA
 from sae_lens_dfc.nulls import Case, null_case
 from sae_lens_dfc.output import all_or_nothing, check_output
@@ -35,6 +35,9 @@ LATENTS_FILENAME = "latents.csv"
 METRICS_FILENAME = "metrics.json"
 REPORT_FILENAME = "report.html"
 LATENTS_PER_PARTITION = 12
+"""Of the strongest in each partition, so many stand on the page with their contexts."""
+LATENTS_WITH_EVIDENCE = 60
+"""And so many of those with the most evidence of being exclusive."""
 
 
 def measured_run(
@@ -164,16 +167,51 @@ def report_data(
     crosscoder, (metrics, firing, evidence) = measured
     gathered = gather(crosscoder, data.held_out)
     latents = strongest_latents(firing, LATENTS_PER_PARTITION)
+    if evidence is not None:
+        most = ranking(evidence)[:LATENTS_WITH_EVIDENCE].tolist()
+        latents = list(dict.fromkeys([*most, *latents]))
     places = {latent: gathered.places(latent) for latent in latents}
     shown = {place.context for of_latent in places.values() for place in of_latent}
+    rows = data.held_out_of(shown)
+    cards = latent_cards(crosscoder, gathered, places, rows, pair, evidence)
     return ReportData(
         name_a=pair.a.name,
         name_b=pair.b.name,
         settings=shown_settings,
         metrics=metrics,
         histogram=relative_norm_histogram(crosscoder),
-        cards=latent_cards(crosscoder, gathered, places, data.held_out_of(shown), pair, evidence),
+        cards=all_cards(measured, cards),
     )
+
+
+def all_cards(measured: Measured, cards: Sequence[LatentCard]) -> list[LatentCard]:
+    """A card of every latent that fires, without contexts where none is given, the most evidence of being exclusive first."""
+    crosscoder, (_, firing, evidence) = measured
+    given = {card.latent: card for card in cards}
+    relative = relative_decoder_norms(crosscoder).tolist()
+    rates, means, maxima = firing.rates.tolist(), firing.means.tolist(), firing.maxima.tolist()
+    columns = {} if evidence is None else {k: v.tolist() for k, v in evidence._asdict().items()}
+    order = firing.sums.argsort(descending=True).tolist()
+    if evidence is not None:
+        order = [*ranking(evidence).tolist(), *order]
+    return [
+        given.get(i)
+        or LatentCard(
+            latent=i,
+            partition=crosscoder.partition.name_of(i),
+            firing_rate=rates[i],
+            mean_activation=means[i],
+            max_activation=maxima[i],
+            relative_decoder_norm=relative[i],
+            encoder_decoder_cosine={},
+            contexts=[],
+            logit_effects={},
+            evidence={name: values[i] for name, values in columns.items()},
+            verdict="" if evidence is None else verdict(evidence, i),
+        )
+        for i in dict.fromkeys(order)
+        if rates[i] > 0
+    ]
 
 
 def settings(cfg: CrosscoderRunnerConfig) -> dict[str, Any]:

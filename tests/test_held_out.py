@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,24 @@ def test_the_page_says_of_each_candidate_whether_it_is_called(evaluation: Path) 
     assert "not shown to be exclusive" in page or "with evidence" in page
 
 
+def test_the_table_of_the_page_has_every_latent_that_fires_and_contexts_of_the_first(
+    evaluation: Path,
+) -> None:
+    page = (evaluation / "report.html").read_text()
+    found = re.search(r'id="data">(.*?)</script>', page, re.S)
+    assert found is not None
+    data = json.loads(found[1])
+    with (evaluation / "latents.csv").open(encoding="utf-8") as file:
+        lines = {int(line["latent"]): line for line in csv.DictReader(file)}
+    alive = {latent for latent, line in lines.items() if float(line["firing_rate"]) > 0}
+    columns = data["columns"]
+    assert set(columns["latent"]) == alive and len(columns["latent"]) == len(alive)
+    first = columns["latent"][0]
+    assert columns["max"][0] == pytest.approx(float(lines[first]["max_activation"]), rel=1e-3)
+    assert data["evidence"]["auc"][0] == pytest.approx(float(lines[first]["auc"]), rel=1e-3)
+    assert str(first) in data["cards"]
+
+
 def test_it_is_the_same_again_and_other_folders_stay(
     run: Path, evaluation: Path, metrics: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,4 +193,4 @@ def test_a_page_made_anew_keeps_the_verdicts_and_the_nulls(
         main(["report", str(run), "--output", str(tmp_path / "few.html"), "--eval-pairs", "200"])
         == 0
     )
-    assert "null:" not in (tmp_path / "few.html").read_text()
+    assert "null: model" not in (tmp_path / "few.html").read_text()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_lens_dfc.report import spread
+from sae_lens_dfc.measures import spread
 
 Rows = Sequence[Mapping[str, Any]]
 
