@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_lens_dfc import load_crosscoder
 from sae_lens_dfc.__main__ import main
-from sae_lens_dfc.held_out import HeldOutOptions
+from sae_lens_dfc.held_out import HeldOutOptions, opened_run
 from sae_lens_dfc.texts import reference_pages
 from sae_lens_dfc.training.data import PairedText
 

@@ -74,6 +74,8 @@ LAYERS = [
     "metrics.shuffle",
     "metrics.directions",
     "metrics.outcomes",
+    "metrics.effects",
+    "metrics.verification",
     "metrics.behaviour",
     "metrics.judged",
     "evaluate",

@@ -1,0 +1,204 @@
+"""The causal test of a difference: without what a latent writes in one model alone, are the two models more alike?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_lens_dfc.activations import PairedRows, paired_activations
+from sae_lens_dfc.contexts import Context, ContextBatch, PairCounts
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.metrics.effects import Effect
+from sae_lens_dfc.metrics.exclusivity import moved_decoders
+from sae_lens_dfc.metrics.outcomes import (
+    Outcomes,
+    common_outcomes,
+    jensen_shannon,
+    outcome_probabilities,
+)
+from sae_lens_dfc.metrics.splicing import Reading, reading_of
+from sae_lens_dfc.metrics.stitching import Stitching
+from sae_lens_dfc.models import HookedModel
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.segments import Segments
+from sae_lens_dfc.steering import logits_at_end
+
+Source = Literal["a", "b"]
+MIN_TEXTS = 3
+
+
+class Own(NamedTuple):
+    """What one model writes for a latent beyond what the other does, per unit of activation."""
+
+    latent: int
+    source: Source
+    """The model that writes more."""
+    own: Float[Tensor, " d_source"]
+    """Its decoder less the other's, moved to it: all of it for an exclusive latent."""
+    moved: Float[Tensor, " d_target"]
+    """The same in the other model."""
+
+
+@torch.no_grad()
+def differences(
+    crosscoder: Crosscoder, stitching: Stitching | None
+) -> tuple[Float[Tensor, "d_sae d_a"], Float[Tensor, "d_sae d_b"]]:
+    """For each latent `d_a` less B's decoder moved to A, and `d_b` less A's moved to B, in raw units.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        stitching: How a direction moves; see `moved_decoders`.
+    """
+    in_a, in_b = (crosscoder.W_dec.float()[:, m] for m in crosscoder.partition.models.values())
+    to_b, to_a = moved_decoders(crosscoder, stitching) if stitching else (in_a, in_b)
+    return in_a - to_a, in_b - to_b
+
+
+def own_part(
+    of_a: Float[Tensor, "d_sae d_a"], of_b: Float[Tensor, "d_sae d_b"], latent: int, source: Source
+) -> Own:
+    """One latent of what `differences` gives. What B lacks is what would have to be added to it: the negative of its own."""
+    both = {"a": of_a[latent], "b": of_b[latent]}
+    other = "b" if source == "a" else "a"
+    return Own(latent, source, both[source], -both[other])
+
+
+class Texts(NamedTuple):
+    """Texts that end where a latent fires, as both models read them."""
+
+    rows: PairedRows
+    feature_acts: Float[Tensor, " n"]
+    """The latent's activation at each row."""
+    readings: Mapping[Source, Reading]
+    acts: Mapping[Source, Tensor]
+    """Each model's activations at its hook."""
+
+
+@torch.no_grad()
+def texts_of(
+    crosscoder: Crosscoder, pair: ModelPair, latent: int, windows: Sequence[Segments]
+) -> Texts:
+    """Read the windows, and keep those at whose end the latent fires; there may be none.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        pair: The two models, whole.
+        latent: The latent.
+        windows: Texts, each after the pair's beginning-of-sequence segment.
+    """
+    contexts = [Context(window, i, i) for i, window in enumerate(windows)]
+    batch = ContextBatch(contexts, {})
+    # What it fires on may be an outlier, and few texts say nothing of a median.
+    rows = next(iter(paired_activations(pair, [batch], PairCounts(), outlier_factor=float("inf"))))
+    feature_acts = crosscoder.encode(rows.acts.to(crosscoder.device))[:, latent].float().cpu()
+    ends = torch.tensor([len(window) - 1 for window in windows])
+    at_end = rows.segment == ends[rows.context]
+    fires = set(rows.context[at_end & (feature_acts > 0)].tolist())
+    here = torch.tensor([c in fires for c in rows.context.tolist()], dtype=torch.bool)
+    kept = tuple(c for c in contexts if c.number in fires)
+    on = here.to(rows.acts.device)
+    rows = PairedRows(rows.acts[on], rows.context[here], rows.segment[here], kept)
+    readings: dict[Source, Reading] = {}
+    acts: dict[Source, Tensor] = {}
+    if kept:
+        for m, model in _models(pair).items():
+            readings[m] = reading_of(model, m, rows)
+            acts[m] = model.activations(readings[m].ids, readings[m].mask).float()
+    return Texts(rows, feature_acts[here], readings, acts)
+
+
+class Verification(NamedTuple):
+    """By how much closer the two models' next-token probabilities get, in bits of Jensen-Shannon divergence."""
+
+    apart: float
+    """How far apart they are where nothing is changed, from 0 to 1; the most that an effect can be."""
+    taken: Effect
+    """When the latent's own part is taken from the model that has it."""
+    given: Effect
+    """When it is added to the model that has it not."""
+
+
+@torch.no_grad()
+def verify(
+    pair: ModelPair,
+    texts: Texts,
+    own: Own,
+    controls: Mapping[str, Mapping[Source, Float[Tensor, "_ _"]]],
+    outcomes: tuple[Outcomes, Outcomes] | None = None,
+) -> Verification:
+    """Whether the models are more alike without what a latent writes in one of them alone, and with it in both.
+
+    With `f` the latent's activation, at every paired position: `x_s - f own` in the source, or `x_t + f moved` in the other
+    model. What is compared are the probabilities of what both may say next, at the end of each text (`common_outcomes`), so
+    that two tokenizers do: `JS(p_a, p_b)` untouched less that with one of them changed. It is positive when the change
+    brings them together, and that both do is what a difference of the models, and no quirk of a direction, would do.
+
+    Args:
+        pair: The two models.
+        texts: Texts at whose end it fires.
+        own: What is the source's own.
+        controls: By kind, directions for each model; they are made as long as what they stand beside.
+        outcomes: What both may say; none finds out.
+
+    Raises:
+        ValueError: There are no texts.
+    """
+    if not texts.rows.contexts:
+        raise ValueError(f"Latent {own.latent} fires at the end of none of the texts. Give others.")
+    of_models = dict(zip(("a", "b"), outcomes or common_outcomes(pair.a, pair.b), strict=True))
+    models = _models(pair)
+    target: Source = "b" if own.source == "a" else "a"
+
+    def told(m: Source, direction: Tensor | None) -> Tensor:
+        acts = texts.acts[m]
+        if direction is not None:
+            reading = texts.readings[m]
+            acts = acts.clone()
+            where = reading.context.to(acts.device), reading.position.to(acts.device)
+            acts[where] += texts.feature_acts.to(acts)[:, None] * direction.to(acts)
+        reading = texts.readings[m]
+        found = logits_at_end(models[m], reading.ids, reading.mask, acts)
+        return outcome_probabilities(found, of_models[m]).cpu()
+
+    untouched = {m: told(m, None) for m in models}
+    apart = jensen_shannon(untouched["a"], untouched["b"])
+
+    def effect(m: Source, direction: Tensor) -> Effect:
+        other = untouched["b" if m == "a" else "a"]
+
+        def closer(one: Tensor) -> Tensor:
+            return apart - jensen_shannon(told(m, one), other)
+
+        beside = {
+            kind: torch.stack([closer(one) for one in _as_long(of_models[m], direction)])
+            for kind, of_models in controls.items()
+        }
+        return Effect(closer(direction), beside)
+
+    return Verification(
+        apart.mean().item(), effect(own.source, -own.own), effect(target, own.moved)
+    )
+
+
+def _as_long(directions: Float[Tensor, "k d"], like: Float[Tensor, " d"]) -> Float[Tensor, "k d"]:
+    return normalize(directions.float()) * like.float().norm()
+
+
+def _models(pair: ModelPair) -> dict[Source, HookedModel]:
+    return {"a": pair.a, "b": pair.b}
+
+
+def drawn_directions(
+    acts: Float[Tensor, "n d"], k: int, generator: torch.Generator
+) -> Float[Tensor, "k d"]:
+    """Random directions with the covariance of a model's activations: of those that it does use.
+
+    >>> rows = torch.tensor([[0.0, 5.0], [1.0, 5.0]])
+    >>> drawn_directions(rows, 3, torch.Generator().manual_seed(0))[:, 1]
+    tensor([0., 0., 0.])
+    """
+    drawn = torch.randn(k, len(acts), generator=generator).to(acts.device)
+    return (drawn @ (acts - acts.mean(dim=0)).float()).cpu()
