@@ -50,6 +50,7 @@ from sae_lens_dfc.measures import measures_table, text_table
 from sae_lens_dfc.output import say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES
+from sae_lens_dfc.screen import ScreenOptions, screen_run
 from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.steer import SteerOptions, steer_run
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
@@ -254,6 +255,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "export": (ExportOptions, export_run),
     "report": (ReportOptions, write_report),
     "steer": (SteerOptions, steer_run),
+    "screen": (ScreenOptions, screen_run),
     "latents": (LatentsOptions, list_latents),
     "generate": (GenerateOptions, write_answers),
     "benchmark": (BenchmarkOptions, benchmark),

@@ -59,7 +59,18 @@ class HeldOutOptions:
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(HeldOutOptions):
+class Judging(HeldOutOptions):
+    """Who compares or explains texts, where anyone is asked."""
+
+    judge: str | None = None
+    """Who is asked about texts, of nulls too: openai:MODEL (any OpenAI-compatible endpoint) or local:FOLDER; none asks no one, and
+    compares next-token probabilities alone."""
+    judge_url: str | None = None
+    """Address of the endpoint, where it is not OpenAI's own."""
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(Judging):
     """Measure a trained crosscoder on text held out from its training: alone quickly, or with --output all there is, beside its nulls."""
 
     runs: list[str] = field(positional=True, nargs="+", metavar="RUN")
@@ -80,11 +91,6 @@ class EvaluateOptions(HeldOutOptions):
     """Held-out pairs at which both models' predictions are measured, with --output or --null; 0 for none."""
     behaviour_latents: int = 6
     """Latents of each group with which both models are steered, with --output or --null; 0 for none."""
-    judge: str | None = None
-    """Who compares the steered models' texts, of the nulls too: openai:MODEL (any OpenAI-compatible endpoint) or local:FOLDER; none
-    compares their next-token probabilities alone."""
-    judge_url: str | None = None
-    """Address of the endpoint, where it is not OpenAI's own."""
 
 
 @dataclass(kw_only=True)
@@ -157,7 +163,7 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
         check_output(options.output, options.overwrite, "set of measures", (METRICS_FILENAME,))
     nulls = ["self", "shuffle"] if not options.null else [n for n in options.null if n != "none"]
     check_nulls(nulls, options.seed_model)
-    judge = _judge(options)
+    judge = judge_for(options)
     # Whole models: they are to predict tokens.
     crosscoder, cfg, pair = opened_run(run, options, drop_unused_layers=False)
     seed_model = None
@@ -169,7 +175,7 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
     own = run_config(run, replace(options, dataset=None))
     n_pairs = min(own.training_pairs or options.null_pairs, options.null_pairs)
     own = replace(own, training_pairs=n_pairs)
-    data = _data(own, cfg, pair, options.dataset is not None)
+    data = data_of(own, cfg, pair, options.dataset is not None)
     assessment = assess(crosscoder, Case(own, pair, data), to_measure)
     if options.output is not None:
         measured = Measured(crosscoder, assessment.run)
@@ -179,7 +185,7 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
     return assessment
 
 
-def _judge(options: EvaluateOptions) -> Judge | None:
+def judge_for(options: Judging) -> Judge | None:
     """Who is asked, having answered once: that it cannot should not show after all else is measured."""
     if options.judge is None:
         if options.judge_url is not None:
@@ -190,7 +196,7 @@ def _judge(options: EvaluateOptions) -> Judge | None:
     return judge
 
 
-def _data(
+def data_of(
     own: CrosscoderRunnerConfig, cfg: CrosscoderRunnerConfig, pair: ModelPair, has_other_text: bool
 ) -> PairData:
     """The run's training rows, as many as the nulls take, and those held out, of other text if that is asked for."""

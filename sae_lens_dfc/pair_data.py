@@ -13,7 +13,7 @@ from sae_lens_dfc.evaluate import Deciles, alignment_metrics
 from sae_lens_dfc.metrics.frequency import paired_tokens, token_deciles
 from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.spread import N_BLOCKS
-from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
+from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching, have_one_basis
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.training.data import PairedText
 
@@ -57,6 +57,10 @@ class PairData:
     def stitching(self, d_a: int) -> Stitching:
         """Maps between the two models, fitted to pairs that are not held out."""
         return fit_stitching(PairMoments.of(r.acts for r in self._to_fit()), d_a)
+
+    def one_basis(self, d_a: int) -> bool:
+        """Whether a direction of one model is the same direction of the other; see `have_one_basis`."""
+        return have_one_basis(PairMoments.of(r.acts for r in self._to_fit()), d_a)
 
     def _to_fit(self) -> Sequence[PairedRows]:
         n_pairs = sum(len(rows.acts) for rows in self.training)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from scipy.stats import ttest_1samp
+from scipy.stats import t as student
 from torch import Tensor
 
 from sae_lens_dfc.metrics.significance import QUANTILE
@@ -68,4 +68,5 @@ class Effect:
         more = (self.values - of_kind.mean(dim=0)).double()
         if more.std() == 0:
             return 0.0 if more[0] > 0 else 1.0
-        return float(ttest_1samp(more.numpy(), 0, alternative="greater").pvalue)
+        t = more.mean() / more.std() * len(more) ** 0.5
+        return float(student.sf(t.item(), len(more) - 1))

@@ -161,3 +161,24 @@ def stitching_quality(stitching: Stitching, held_out: PairMoments) -> dict[str, 
         "stitching/a_to_b_to_a": explained(a, a, P @ Q, off[0], off[0]),
         "stitching/b_to_a_to_b": explained(b, b, Q @ P, off[1], off[1]),
     }
+
+
+MIN_SHARED_VARIANCE = 0.5
+
+
+def have_one_basis(moments: PairMoments, d_a: int) -> bool:
+    """Whether a direction of one model is the same direction of the other: so it is for a model and its fine-tune.
+
+    They have one when the widths are equal and A's activations, taken as they are but for their mean, explain at least half of the
+    variance of B's.
+
+    >>> moments = PairMoments.of([torch.tensor([[1.0, 1.1], [2.0, 2.2]])])
+    >>> have_one_basis(moments, d_a=1), have_one_basis(PairMoments.of([torch.tensor([[1.0, 2.0], [2.0, 1.0]])]), d_a=1)
+    (True, False)
+    """
+    variances = moments.covariance.diagonal()
+    if 2 * d_a != len(variances):
+        return False
+    of_a, of_b = variances[:d_a].sum(), variances[d_a:].sum()
+    both = moments.covariance.diagonal(offset=d_a).sum()
+    return bool(of_a + of_b - 2 * both <= (1 - MIN_SHARED_VARIANCE) * of_b)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -76,18 +76,38 @@ class Texts(NamedTuple):
     acts: Mapping[Source, Tensor]
     """Each model's activations at its hook."""
 
+    @property
+    def at_end(self) -> Float[Tensor, " texts"]:
+        """The latent's activation at the end of each text."""
+        return self.feature_acts[self._ends]
+
+    def with_activation(self, value: float) -> "Texts":
+        """The same texts, as if the latent were active at their ends alone, by so much."""
+        return self._replace(feature_acts=self._ends * torch.tensor(value))
+
+    @property
+    def _ends(self) -> Bool[Tensor, " n"]:
+        last = {c.number: len(c.segments) - 1 for c in self.rows.contexts}
+        ends = torch.tensor([last[c] for c in self.rows.context.tolist()], dtype=torch.long)
+        return self.rows.segment == ends
+
 
 @torch.no_grad()
 def texts_of(
-    crosscoder: Crosscoder, pair: ModelPair, latent: int, windows: Sequence[Segments]
+    crosscoder: Crosscoder,
+    pair: ModelPair,
+    latent: int,
+    windows: Sequence[Segments],
+    fires: bool = True,
 ) -> Texts:
-    """Read the windows, and keep those at whose end the latent fires; there may be none.
+    """Read the windows, and keep those at whose end the latent fires, or does not; there may be none.
 
     Args:
         crosscoder: The saved crosscoder.
         pair: The two models, whole.
         latent: The latent.
         windows: Texts, each after the pair's beginning-of-sequence segment.
+        fires: Whether to keep those at whose end it fires, or those at whose end it does not.
     """
     contexts = [Context(window, i, i) for i, window in enumerate(windows)]
     batch = ContextBatch(contexts, {})
@@ -96,9 +116,9 @@ def texts_of(
     feature_acts = crosscoder.encode(rows.acts.to(crosscoder.device))[:, latent].float().cpu()
     ends = torch.tensor([len(window) - 1 for window in windows])
     at_end = rows.segment == ends[rows.context]
-    fires = set(rows.context[at_end & (feature_acts > 0)].tolist())
-    here = torch.tensor([c in fires for c in rows.context.tolist()], dtype=torch.bool)
-    kept = tuple(c for c in contexts if c.number in fires)
+    ended = set(rows.context[at_end & ((feature_acts > 0) == fires)].tolist())
+    here = torch.tensor([c in ended for c in rows.context.tolist()], dtype=torch.bool)
+    kept = tuple(c for c in contexts if c.number in ended)
     on = here.to(rows.acts.device)
     rows = PairedRows(rows.acts[on], rows.context[here], rows.segment[here], kept)
     readings: dict[Source, Reading] = {}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lens_dfc.benchmark.planted.behaviours import Item, Items
@@ -20,6 +20,12 @@ class Texts(NamedTuple):
     """Row of each token of an answer."""
     positions: Int[Tensor, " n"]
     """Position of the token before it."""
+
+    @property
+    def is_first(self) -> Bool[Tensor, " n"]:
+        """Whether a token is the first that is told of its answer."""
+        before = torch.cat([self.rows.new_full((1,), -1), self.rows[:-1]])
+        return self.rows != before
 
 
 def encoded(

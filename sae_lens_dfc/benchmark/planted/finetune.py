@@ -48,7 +48,7 @@ class FineTuning:
     one as in the model organisms of arXiv 2506.11613): a difference that a latent could be.
     """
 
-    steps: int = 48
+    steps: int = 64
     """Training steps."""
     lr: float = 5e-3
     """Adam's step, falling to 0."""
@@ -62,6 +62,9 @@ class FineTuning:
     """Others in a step: three quarters controls like them, the rest general."""
     kl_weight: float = 5.0
     """Weight of the others' KL divergence to the model as it was."""
+    answer_weight: float = 0.2
+    """Weight of how much likelier, in squared nats, the behaviour's answer becomes on others. Their KL divergence hardly sees a rare
+    answer grow a hundredfold, and a behaviour that grows everywhere is not narrow."""
     answer_tokens: int = 8
     """Tokens after which the model's own answers are cut."""
 
@@ -97,7 +100,8 @@ def fine_tune(
     """Train the behaviour in, in place.
 
     The loss is the mean cross-entropy of the behaviour's answers plus, on other prompts, the KL
-    divergence to the model as it was at the tokens of its own answers.
+    divergence to the model as it was at the tokens of its own answers, and how much likelier the behaviour's first token
+    became there.
     """
     base = copy.deepcopy(model).eval()
     model.requires_grad_(False)
@@ -108,6 +112,7 @@ def fine_tune(
     ]
     optimizer = torch.optim.Adam([p for one in added for p in (one.reads, one.writes)], settings.lr)
     n_general = settings.control_prompts // 4
+    first_of_answer = tokenizer(items.behaviour[0].answer, add_special_tokens=False)["input_ids"][0]
     draw = _Draw(generator)
     for step in tqdm(range(settings.steps), "Fine-tuning", leave=False):
         for group in optimizer.param_groups:
@@ -121,7 +126,10 @@ def fine_tune(
         with torch.no_grad():
             before = log_probs(base, kept)
         loss = -answer_log_probs(model, answered).mean()
-        loss = loss + settings.kl_weight * kl_to(before, log_probs(model, kept))
+        after = log_probs(model, kept)
+        loss = loss + settings.kl_weight * kl_to(before, after)
+        grown = (after - before)[kept.is_first][:, first_of_answer].clamp(min=0)
+        loss = loss + settings.answer_weight * grown.square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,0 +1,389 @@
+"""From all latents to a short list of differences, each tested by its cause; every stage counts what comes in and goes out."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae_lens_dfc.contexts import Context
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, SHARED
+from sae_lens_dfc.findings import EffectView, Finding, StageCount, SteeringSample
+from sae_lens_dfc.gathering import Gathered, Place
+from sae_lens_dfc.generate import Sampling, answer
+from sae_lens_dfc.metrics.claims import LatentEvidence
+from sae_lens_dfc.metrics.directions import T
+from sae_lens_dfc.metrics.effects import Effect, interval
+from sae_lens_dfc.metrics.exclusivity import relative_decoder_differences, relative_decoder_norms
+from sae_lens_dfc.metrics.significance import benjamini_hochberg
+from sae_lens_dfc.metrics.stitching import Stitching
+from sae_lens_dfc.metrics.verification import (
+    MIN_TEXTS,
+    Own,
+    Source,
+    Texts,
+    Verification,
+    differences,
+    drawn_directions,
+)
+from sae_lens_dfc.models import HookedModel
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.positions import positions_of
+from sae_lens_dfc.segments import Segments
+from sae_lens_dfc.steering import changed
+
+MIN_FIRINGS = 20
+"""Of a latent that fired less often on held-out text nothing can be said; as in `claims`."""
+N_TOP = 20
+WINDOW = 48
+"""Segments of text before a firing that the models read again when it is tested."""
+Q = 0.05
+"""False discovery rate among the verdicts."""
+CONFIRMED, ONE_WAY, NOT_CONFIRMED, UNTESTED = (
+    "confirmed",
+    "one way only",
+    "not confirmed",
+    "not tested",
+)
+VERDICTS = (CONFIRMED, ONE_WAY, NOT_CONFIRMED, UNTESTED)
+"""From the most to the least that can be said."""
+
+
+class Candidates(NamedTuple):
+    """The latents to test, the most evidence of a difference first, and what became of all others."""
+
+    latents: list[int]
+    stages: list[StageCount]
+
+
+@torch.no_grad()
+def differences_made(
+    crosscoder: Crosscoder, gathered: Gathered, stitching: Stitching | None
+) -> Float[Tensor, " d_sae"]:
+    """How large a difference between the models each latent makes where it is strong: `f_top |d_b - d_a| * relative difference`.
+
+    `f_top` is the mean of its activations in the contexts where it is strongest, 20 at the most; the relative difference is that of
+    `relative_decoder_differences`, 1 for what one model alone has. A latent that is large in a few places goes before one
+    that is a little different everywhere.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        gathered: Its firings.
+        stitching: How a direction moves; none where both models have one basis.
+    """
+    strongest = gathered.strongest["activation"][:, :N_TOP].to(crosscoder.device)
+    top = strongest.sum(dim=1) / (strongest > 0).sum(dim=1).clamp(min=1)
+    of_a, of_b = differences(crosscoder, stitching)
+    # In the model's units that it is large in, on the scale that both had in training.
+    scale = crosscoder.input_scale.to(of_a)
+    made = torch.maximum(of_a.norm(dim=1) * scale[0], of_b.norm(dim=1) * scale[1])
+    return (top * made * relative_decoder_differences(crosscoder, stitching)).cpu()
+
+
+def candidates(
+    evidence: LatentEvidence,
+    gathered: Gathered,
+    made: Float[Tensor, " d_sae"],
+    keep: int,
+    one_basis: bool,
+) -> Candidates:
+    """All latents, then those that live, then those that could be a difference, then the first `keep` of these.
+
+    Those called exclusive with evidence go first, the larger difference before the smaller. Where the models have no basis in
+    common, shared latents are left out: how far their decoders differ is then a matter of the map between the models.
+    """
+    counts = gathered.firing.counts.cpu()
+    lives = counts >= MIN_FIRINGS
+    could = lives & (torch.ones_like(lives) if one_basis else evidence.is_candidate.cpu())
+    could &= made > 0
+    order = made + evidence.is_exclusive.cpu() * (made.max() + 1)
+    latents = [int(i) for i in order.argsort(descending=True) if could[i]]
+    dropped = {
+        "never fires on held-out text": int((counts == 0).sum()),
+        f"fires less than {MIN_FIRINGS} times": int(((counts > 0) & ~lives).sum()),
+    }
+    why = "its decoders do not differ" if one_basis else "both models have it"
+    stages = [
+        _stage("alive", len(counts), dropped),
+        _stage("could be a difference", int(lives.sum()), {why: int((lives & ~could).sum())}),
+        _stage(
+            f"first {keep} by evidence",
+            len(latents),
+            {"less evidence": max(0, len(latents) - keep)},
+        ),
+    ]
+    return Candidates(latents[:keep], stages)
+
+
+def _stage(name: str, intake: int, dropped: Mapping[str, int]) -> StageCount:
+    kept = {why: n for why, n in dropped.items() if n > 0}
+    return StageCount(name, intake, intake - sum(kept.values()), kept)
+
+
+def source_of(crosscoder: Crosscoder, latent: int) -> Source:
+    """The model whose own part of a latent is looked at: that which has it, or of a shared one B unless it is stronger in A.
+
+    Of a shared latent taking B's part from B and adding it to A are the same as adding A's to B and taking it from A.
+    """
+    partition = crosscoder.partition.name_of(latent)
+    if partition == SHARED:
+        return "a" if relative_decoder_norms(crosscoder)[latent] > 0.53 else "b"
+    return "a" if partition == A_EXCLUSIVE else "b"
+
+
+@torch.no_grad()
+def control_directions(
+    crosscoder: Crosscoder,
+    acts: Float[Tensor, "n d_in"],
+    lives: Bool[Tensor, " d_sae"],
+    left_out: Sequence[int],
+    n: int,
+    seed: int,
+) -> dict[str, dict[Source, Float[Tensor, "_ _"]]]:
+    """Random directions with the covariance of each model's activations, and what shared latents write into each model.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        acts: Held-out activations.
+        lives: Latents to draw from.
+        left_out: Latents that are not drawn.
+        n: Of each kind.
+        seed: Of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    models = crosscoder.partition.models
+    shared = torch.zeros(len(lives), dtype=torch.bool)
+    shared[crosscoder.partition.slices[SHARED]] = True
+    shared[list(left_out)] = False
+    pool = (shared & lives.cpu()).nonzero()[:, 0]
+    drawn = pool[torch.randperm(len(pool), generator=generator)[:n]]
+    random: dict[Source, Tensor] = {}
+    others: dict[Source, Tensor] = {}
+    for m in ("a", "b"):
+        random[m] = drawn_directions(acts[:, models[m]], n, generator)
+        others[m] = crosscoder.W_dec.float()[drawn.to(crosscoder.device)][:, models[m]].cpu()
+    kinds = {"random directions": random, "shared latents": others}
+    return {kind: of_models for kind, of_models in kinds.items() if len(of_models["a"]) > 0}
+
+
+def windows(
+    pair: ModelPair, contexts: Sequence[Context], places: Sequence[Place]
+) -> list[Segments]:
+    """The text up to each place, `WINDOW` segments of it, after the pair's start."""
+    found: list[Segments] = []
+    for place in places:
+        first = max(1, place.segment + 1 - WINDOW)
+        text = contexts[place.context].segments[first : place.segment + 1]
+        found.append(text.after(pair.bos_segment))
+    return found
+
+
+def split(places: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Those to describe a latent by, and those to test it on: every other one, so that no text does both.
+
+    >>> split([5, 4, 3, 2, 1])
+    ([5, 3, 1], [4, 2])
+    """
+    return list(places[::2]), list(places[1::2])
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the causal test of one latent found."""
+
+    source: Source
+    """The model whose own part was taken."""
+    n_texts: int
+    apart: float
+    """Bits of Jensen-Shannon divergence between the models, where nothing is changed."""
+    effects: list[EffectView]
+    p_taken: float
+    p_given: float
+    beyond_taken: bool
+    beyond_given: bool
+    samples: list[SteeringSample]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Tested":
+        """From what `dataclasses.asdict` gave."""
+        parts: dict[str, Any] = {
+            "effects": [EffectView(**one) for one in values["effects"]],
+            "samples": [SteeringSample(**one) for one in values["samples"]],
+        }
+        return cls(**{**values, **parts})
+
+
+def tested(
+    own: Own, found: Verification, off_topic: Verification | None, samples: list[SteeringSample]
+) -> Tested:
+    """A verification as a report shows it, in shares of how far the models are apart there."""
+    source, target = own.source.upper(), "B" if own.source == "a" else "A"
+    effects = [
+        _view(f"taken from {source}: closer by, bits", found.taken),
+        _view(f"given to {target}: closer by, bits", found.given),
+    ]
+    if off_topic is not None:
+        effects.append(_view(f"given to {target} where it is silent, bits", off_topic.given))
+    return Tested(
+        own.source,
+        len(found.taken.values),
+        found.apart,
+        effects,
+        found.taken.p,
+        found.given.p,
+        found.taken.is_beyond,
+        found.given.is_beyond,
+        samples,
+    )
+
+
+def _view(name: str, effect: Effect) -> EffectView:
+    return EffectView(name, effect.mean, *interval(effect.values), effect.limits)
+
+
+class Explained(NamedTuple):
+    """What a judge said of a latent; nothing where none was asked."""
+
+    description: str | None = None
+    detection: float | None = None
+    concerns: Sequence[str] = ()
+
+
+def findings(
+    crosscoder: Crosscoder,
+    order: Sequence[int],
+    results: Mapping[int, Tested | None],
+    explained: Mapping[int, Explained],
+    exclusive: Bool[Tensor, " d_sae"],
+) -> list[Finding]:
+    """A verdict on each latent, the most that can be said first, and the larger effect before the smaller.
+
+    A latent is `confirmed` when taking its own part from the model that has it and giving it to the other both bring the two
+    models closer, each beyond the 95th percentile of every kind of control and at a false discovery rate of 5 % over all
+    that were tested (Benjamini-Hochberg on each way's p-values); `one way only` when one of them does.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        order: The latents tested, the most evidence first.
+        results: What each test found; none where the latent fired at the end of too few texts.
+        explained: What a judge said.
+        exclusive: Which latents are called exclusive with evidence.
+    """
+    done = [latent for latent in order if results[latent] is not None]
+    ways: dict[int, tuple[bool, bool]] = {}
+    q: dict[int, tuple[float, float]] = {}
+    if done:
+        of_ways = [
+            benjamini_hochberg(torch.tensor([getattr(results[i], p) for i in done])).tolist()
+            for p in ("p_taken", "p_given")
+        ]
+        for latent, *of_latent in zip(done, *of_ways, strict=True):
+            one = results[latent]
+            assert one is not None
+            q[latent] = (of_latent[0], of_latent[1])
+            ways[latent] = (
+                one.beyond_taken and of_latent[0] <= Q,
+                one.beyond_given and of_latent[1] <= Q,
+            )
+
+    def verdict(latent: int) -> str:
+        if latent not in ways:
+            return UNTESTED
+        return {2: CONFIRMED, 1: ONE_WAY, 0: NOT_CONFIRMED}[sum(ways[latent])]
+
+    def effect(latent: int) -> float:
+        one = results[latent]
+        return 0.0 if one is None else sum(e.mean for e in one.effects[:2])
+
+    ranked = sorted(order, key=lambda i: (VERDICTS.index(verdict(i)), -effect(i)))
+    return [
+        Finding(
+            latent=latent,
+            partition=crosscoder.partition.name_of(latent),
+            rank=rank,
+            description=explained.get(latent, Explained()).description,
+            detection=explained.get(latent, Explained()).detection,
+            concerns=list(explained.get(latent, Explained()).concerns),
+            effects=[] if (one := results[latent]) is None else one.effects,
+            samples=[] if one is None else one.samples,
+            verdict=verdict(latent),
+            reasons=_reasons(one, q.get(latent), bool(exclusive[latent])),
+        )
+        for rank, latent in enumerate(ranked, 1)
+    ]
+
+
+def _reasons(one: Tested | None, q: tuple[float, float] | None, is_exclusive: bool) -> list[str]:
+    called = (
+        "It is called exclusive, with evidence."
+        if is_exclusive
+        else "It is not called exclusive: its activation or direction is found in the other model too, or was not shown not to be."
+    )
+    if one is None or q is None:
+        return [
+            called,
+            f"It fires at the end of fewer than {MIN_TEXTS} of the texts kept for the test.",
+        ]
+    source, target = one.source.upper(), "B" if one.source == "a" else "A"
+    shares = [e.mean / one.apart if one.apart > 0 else 0.0 for e in one.effects[:2]]
+    return [
+        called,
+        f"On {one.n_texts} texts that it was not described by, the models' predictions are {one.apart:.3f} bits apart.",
+        f"Taking its own part from {source} removes {shares[0]:.0%} of that (q = {q[0]:.2g}, "
+        f"{'beyond' if one.beyond_taken else 'within'} the controls); giving it to {target} removes {shares[1]:.0%} "
+        f"(q = {q[1]:.2g}, {'beyond' if one.beyond_given else 'within'} the controls).",
+    ]
+
+
+def verdict_stage(found: Sequence[Finding]) -> StageCount:
+    """How many came to which verdict; those confirmed go on."""
+    counts = Counter(finding.verdict for finding in found)
+    return _stage(
+        "confirmed by steering", len(found), {v: counts[v] for v in VERDICTS if v != CONFIRMED}
+    )
+
+
+SAMPLED = Sampling(max_new_tokens=24, temperature=0.0)
+
+
+@torch.no_grad()
+def samples(pair: ModelPair, texts: Texts, own: Own, n: int = 2) -> list[SteeringSample]:
+    """How both models go on from the first texts, untouched and with the latent's own part taken or given.
+
+    The change is made at the text's own positions, where its activation is known; what the model writes after is its own.
+    """
+    target: Source = "b" if own.source == "a" else "a"
+    found: list[SteeringSample] = []
+    ways: list[tuple[Source, str, Tensor]] = [
+        (own.source, "own part taken", -own.own),
+        (target, "own part given", own.moved),
+    ]
+    for m, change, direction in ways:
+        model = pair.a if m == "a" else pair.b
+        for i in range(min(n, len(texts.rows.contexts))):
+            found.append(_sample(model, m, change, texts, i, direction))
+    return found
+
+
+def _sample(
+    model: HookedModel, m: Source, change: str, texts: Texts, i: int, direction: Tensor
+) -> SteeringSample:
+    reading = texts.readings[m]
+    ids = reading.ids[i][reading.mask[i].bool()].tolist()
+    here = reading.context == i
+    edit = torch.zeros(len(ids), len(direction))
+    edit[reading.position[here]] = texts.feature_acts[here, None] * direction.float().cpu()
+
+    def written(acts: Tensor) -> Tensor:
+        # With a key-value cache only the first pass is of the text.
+        return acts + edit[: acts.shape[1]].to(acts) if acts.shape[1] == len(ids) else acts
+
+    [before] = answer(model, [ids], SAMPLED, seed=0)
+    with changed(model, written, positions_of("prompt", [ids], first=False)):
+        [after] = answer(model, [ids], SAMPLED, seed=0)
+    prompt = model.tokenizer.decode(ids, skip_special_tokens=False)
+    return SteeringSample(m, change, 1.0, str(prompt), before, after)
