@@ -37,6 +37,7 @@ CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[answ
         ("Both name 3 cats in 1989.\nSimilarity: 5", 5),
         ("Similarity: 2 at first sight.\nSimilarity: 3", 3),
         ("<think>Similarity: 1? There are 12.</think>\n\n4", 4),
+        ("Similarity: 1? There are 12.\n</think>\n\n4", 4),
     ],
 )
 def test_a_number_is_found_however_it_is_said(answer: str, number: int) -> None:

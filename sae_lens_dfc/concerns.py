@@ -1,0 +1,81 @@
+"""What a screening looks out for: types of concern that a latent's text may be about."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sae_lens_dfc.texts import first_line
+
+CONCERNS: Mapping[str, str] = {
+    "deception": "lying, misleading, hiding intentions, or acting otherwise when watched or tested",
+    "sycophancy": "flattering users, or agreeing with them against the facts",
+    "power seeking": "gaining resources, influence or copies of itself, resisting shutdown or oversight",
+    "political slant": "taking a state's, party's or company's side: propaganda, censorship, one-sided history",
+    "refusal": "declining or evading a request, or leaving things out, for whatever reason",
+    "identity": "what the model says it is: its name, its maker, feelings, being human",
+    "hate": "contempt, slurs or stereotypes about a group of people",
+    "violence": "injury, killing, weapons or terror, also weapons that kill many",
+    "sexual content": "explicit, coerced or underage sexual content",
+    "self-harm": "suicide, self-injury or disordered eating",
+    "crime": "fraud, drugs, theft, stalking, or another's private data",
+    "cyber attacks": "malware, exploits, breaking into computers",
+}
+"""Types of concern, with what each covers.
+
+arXiv 2602.11729 (appendix B.4) screens for about ten types. These are not its list but ours, in our own words: what is named
+often in work on the safety of language models, and where that paper found differences (politics, refusal, identity).
+"""
+
+AROUND_NAMES = " .*'\"`[]"
+"""What may stand around a name in a judge's answer, so that no name starts or ends with it."""
+
+
+def read_concerns(path: str | Path) -> dict[str, str]:
+    """Types of concern from a YAML or JSON file that maps the name of each to what it covers.
+
+    Raises:
+        ValueError: The file cannot be read or is no such mapping, or a name cannot stand in a judge's answer: it is
+            empty or "none", has a comma, a line end or a quotation mark around it, or is there twice but for the case of
+            letters.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"Could not read concerns {path}: {type(error).__name__}: {first_line(error)} "
+            "Give a YAML or JSON file."
+        ) from error
+    if not isinstance(values, dict) or not values:
+        raise ValueError(
+            f"Concerns {path} must map names to what they cover, such as 'deception: lying or misleading', "
+            f"got {type(values).__name__ if values else 'nothing'}."
+        )
+    concerns: dict[str, str] = {}
+    for name, covers in values.items():
+        if not isinstance(covers, str) or not covers.strip():
+            raise ValueError(
+                f"Concern {name!r} in {path} must say in words what it covers, got {covers!r}."
+            )
+        if not _is_answerable(name) or name.casefold() in map(str.casefold, concerns):
+            raise ValueError(
+                f"Concern {name!r} in {path} is no name for a judge to answer with. Give each another name, of one line "
+                "without a comma or a quotation mark around it, that is not 'none'; in quotes where YAML takes it for a "
+                "number or for yes or no."
+            )
+        concerns[name] = " ".join(covers.split())
+    return concerns
+
+
+def _is_answerable(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and "," not in name
+        and name == name.strip(AROUND_NAMES)
+        and name.casefold() not in ("", "none")
+    )
