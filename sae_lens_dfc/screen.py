@@ -13,8 +13,10 @@ from simple_parsing import field
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.assess import AssessOptions, known, measure
+from sae_lens_dfc.concerns import CONCERNS, read_concerns
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.evaluate import Evaluation
+from sae_lens_dfc.explaining import Asked, explained, what_it_costs
 from sae_lens_dfc.findings import Finding, Screening
 from sae_lens_dfc.gathering import Gathered, Place, gather
 from sae_lens_dfc.held_out import Judging, data_of, judge_for, opened_run, run_config
@@ -44,8 +46,8 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.progress import Progress
 from sae_lens_dfc.screening import (
+    CausalTest,
     Explained,
-    Tested,
     candidates,
     control_directions,
     differences_made,
@@ -92,6 +94,10 @@ class ScreenOptions(Judging):
     """At most so many of the run's training pairs to fit the maps between the models with."""
     seed: int = 0
     """Of what is drawn."""
+    concerns: str | None = None
+    """For --judge: a YAML or JSON file of types of concern, each with what it covers; none takes a list of twelve."""
+    flagged_only: bool = False
+    """For --judge: test only latents that are of one of these types."""
 
     def __post_init__(self) -> None:
         for name, least in (("keep", 1), ("texts", MIN_TEXTS), ("controls", 2), ("fit_pairs", 1)):
@@ -150,7 +156,12 @@ def screen(options: ScreenOptions) -> Screening:
         ValueError: The run, the output or the judge cannot be had, or no latent could be a difference.
     """
     check_output(options.output, options.overwrite, "screening", (SCREENING_FILENAME,))
-    judge_for(options)
+    concerns = CONCERNS if options.concerns is None else read_concerns(options.concerns)
+    judge = judge_for(options)
+    if judge is None and (options.concerns is not None or options.flagged_only):
+        raise ValueError("--concerns, --flagged-only: for --judge. Give it too.")
+    if judge is not None:
+        logger.warning("%s", what_it_costs(options.keep, concerns))
     on = _opened(options)
     output = Path(options.output)
     progress = Progress(output.with_name(f"{output.name}.progress.jsonl"), _settings(options))
@@ -162,9 +173,14 @@ def screen(options: ScreenOptions) -> Screening:
         raise ValueError(
             f"No latent of {options.run} fires on held-out text and could be a difference. Evaluate it first: is it trained?"
         )
-    explained: dict[int, Explained] = {}
+    said: dict[int, Explained] = {}
+    if judge is not None:
+        asked = Asked(judge, concerns, options.flagged_only, options.seed)
+        first, said = explained(
+            on.crosscoder, on.pair, on.data, on.gathered, first, asked, progress
+        )
     results = _tested(on, first.latents, options, progress)
-    found = findings(on.crosscoder, first.latents, results, explained, evidence.is_exclusive)
+    found = findings(on.crosscoder, first.latents, results, said, evidence.is_exclusive)
     screening = Screening([*first.stages, verdict_stage(found)], found)
     _write(on, screening, options)
     progress.forget()
@@ -192,7 +208,7 @@ def _opened(options: ScreenOptions) -> Screened:
 
 def _tested(
     on: Screened, latents: Sequence[int], options: ScreenOptions, progress: Progress
-) -> dict[int, Tested | None]:
+) -> dict[int, CausalTest | None]:
     """The causal test of each latent; none of those that fire at the end of too few of the texts kept for it."""
     of_a, of_b = (x.cpu() for x in differences(on.crosscoder, on.stitching))
     acts = torch.cat([rows.acts for rows in on.data.held_out])
@@ -213,10 +229,10 @@ def _tested(
         shown = samples(on.pair, texts, own)
         return asdict(tested(own, found, beside, shown))
 
-    results: dict[int, Tested | None] = {}
+    results: dict[int, CausalTest | None] = {}
     for latent in tqdm(latents, "Testing", unit=" latents"):
         result = progress.done(f"tested {latent}", lambda latent=latent: test_one(latent))
-        results[latent] = None if result is None else Tested.from_dict(result)
+        results[latent] = None if result is None else CausalTest.from_dict(result)
     return results
 
 

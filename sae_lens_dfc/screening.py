@@ -108,9 +108,9 @@ def candidates(
     }
     why = "its decoders do not differ" if one_basis else "both models have it"
     stages = [
-        _stage("alive", len(counts), dropped),
-        _stage("could be a difference", int(lives.sum()), {why: int((lives & ~could).sum())}),
-        _stage(
+        stage("alive", len(counts), dropped),
+        stage("could be a difference", int(lives.sum()), {why: int((lives & ~could).sum())}),
+        stage(
             f"first {keep} by evidence",
             len(latents),
             {"less evidence": max(0, len(latents) - keep)},
@@ -119,7 +119,8 @@ def candidates(
     return Candidates(latents[:keep], stages)
 
 
-def _stage(name: str, intake: int, dropped: Mapping[str, int]) -> StageCount:
+def stage(name: str, intake: int, dropped: Mapping[str, int]) -> StageCount:
+    """What a stage let through, with no reasons for which nothing was dropped."""
     kept = {why: n for why, n in dropped.items() if n > 0}
     return StageCount(name, intake, intake - sum(kept.values()), kept)
 
@@ -192,7 +193,7 @@ def split(places: Sequence[T]) -> tuple[list[T], list[T]]:
 
 
 @dataclass(frozen=True)
-class Tested:
+class CausalTest:
     """What the causal test of one latent found."""
 
     source: Source
@@ -208,7 +209,7 @@ class Tested:
     samples: list[SteeringSample]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Tested":
+    def from_dict(cls, values: Mapping[str, Any]) -> "CausalTest":
         """From what `dataclasses.asdict` gave."""
         parts: dict[str, Any] = {
             "effects": [EffectView(**one) for one in values["effects"]],
@@ -219,7 +220,7 @@ class Tested:
 
 def tested(
     own: Own, found: Verification, off_topic: Verification | None, samples: list[SteeringSample]
-) -> Tested:
+) -> CausalTest:
     """A verification as a report shows it, in shares of how far the models are apart there."""
     source, target = own.source.upper(), "B" if own.source == "a" else "A"
     effects = [
@@ -228,7 +229,7 @@ def tested(
     ]
     if off_topic is not None:
         effects.append(_view(f"given to {target} where it is silent, bits", off_topic.given))
-    return Tested(
+    return CausalTest(
         own.source,
         len(found.taken.values),
         found.apart,
@@ -256,7 +257,7 @@ class Explained(NamedTuple):
 def findings(
     crosscoder: Crosscoder,
     order: Sequence[int],
-    results: Mapping[int, Tested | None],
+    results: Mapping[int, CausalTest | None],
     explained: Mapping[int, Explained],
     exclusive: Bool[Tensor, " d_sae"],
 ) -> list[Finding]:
@@ -317,7 +318,9 @@ def findings(
     ]
 
 
-def _reasons(one: Tested | None, q: tuple[float, float] | None, is_exclusive: bool) -> list[str]:
+def _reasons(
+    one: CausalTest | None, q: tuple[float, float] | None, is_exclusive: bool
+) -> list[str]:
     called = (
         "It is called exclusive, with evidence."
         if is_exclusive
@@ -342,7 +345,7 @@ def _reasons(one: Tested | None, q: tuple[float, float] | None, is_exclusive: bo
 def verdict_stage(found: Sequence[Finding]) -> StageCount:
     """How many came to which verdict; those confirmed go on."""
     counts = Counter(finding.verdict for finding in found)
-    return _stage(
+    return stage(
         "confirmed by steering", len(found), {v: counts[v] for v in VERDICTS if v != CONFIRMED}
     )
 

@@ -29,7 +29,7 @@ from sae_lens_dfc.benchmark.planted.from_scratch import (
 )
 from sae_lens_dfc.benchmark.planted.from_scratch import Training as ScratchTraining
 from sae_lens_dfc.benchmark.planted.organism import NULL, built, read_manifest
-from sae_lens_dfc.benchmark.planted.probes import auc
+from sae_lens_dfc.benchmark.planted.probes import auc, auc_bound
 from sae_lens_dfc.benchmark.planted.prompts import BEHAVIOURS
 from sae_lens_dfc.benchmark.planted.score import ranking
 from sae_lens_dfc.benchmark.planted.training import Training
@@ -202,6 +202,14 @@ def test_auc_by_hand() -> None:
     positive = torch.tensor([[3.0, 0.0], [1.0, 0.0]])
     negative = torch.tensor([[0.0, 1.0], [1.0, 2.0]])
     assert auc(positive, negative).tolist() == [3.5 / 4, 0.0]
+
+
+def test_the_bound_of_an_area_is_the_error_that_resampling_shows() -> None:
+    torch.manual_seed(0)
+    positive, negative = torch.randn(4000, 24, 1) + 1.4, torch.randn(4000, 24, 1)
+    areas = torch.cat([auc(p, n) for p, n in zip(positive, negative, strict=True)])
+    bound = auc_bound(areas.mean()[None], 24, 24)[0]
+    assert (areas.mean() - bound) / 1.64 == pytest.approx(areas.std().item(), rel=0.15)
 
 
 def along_first(direction: Tensor) -> Tensor:

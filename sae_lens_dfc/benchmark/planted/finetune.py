@@ -48,7 +48,7 @@ class FineTuning:
     one as in the model organisms of arXiv 2506.11613): a difference that a latent could be.
     """
 
-    steps: int = 64
+    steps: int = 110
     """Training steps."""
     lr: float = 5e-3
     """Adam's step, falling to 0."""
@@ -56,13 +56,13 @@ class FineTuning:
     """Blocks that are trained: none above the hook, where a difference would not be seen."""
     rank: int = 4
     """Rank of what is added to each."""
-    behaviour_prompts: int = 8
+    behaviour_prompts: int = 12
     """Prompts of the behaviour in a step."""
     control_prompts: int = 8
     """Others in a step: three quarters controls like them, the rest general."""
     kl_weight: float = 5.0
     """Weight of the others' KL divergence to the model as it was."""
-    answer_weight: float = 0.2
+    answer_weight: float = 0.08
     """Weight of how much likelier, in squared nats, the behaviour's answer becomes on others. Their KL divergence hardly sees a rare
     answer grow a hundredfold, and a behaviour that grows everywhere is not narrow."""
     answer_tokens: int = 8

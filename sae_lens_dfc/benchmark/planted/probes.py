@@ -94,6 +94,18 @@ def auc(positive: Float[Tensor, "n d"], negative: Float[Tensor, "m d"]) -> Float
     return (above + 0.5 * ties).mean(dim=(0, 1))
 
 
+def auc_bound(area: Float[Tensor, " d"], n_positive: int, n_negative: int) -> Float[Tensor, " d"]:
+    """What an area under the curve is at least, at 95 %: less 1.64 standard errors (Hanley & McNeil 1982).
+
+    >>> auc_bound(torch.tensor([0.85, 1.0]), 24, 24)
+    tensor([0.7569, 1.0000])
+    """
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (n_positive - 1) * (q1 - area**2)
+    variance = (variance + (n_negative - 1) * (q2 - area**2)) / (n_positive * n_negative)
+    return area - 1.64 * variance.clamp(min=0).sqrt()
+
+
 def prompt_acts(crosscoder: Crosscoder, read: Prepared) -> Float[Tensor, "n_items d_sae"]:
     """Each latent's largest activation over the positions of a prompt."""
     feature_acts = activations(crosscoder, read.rows)

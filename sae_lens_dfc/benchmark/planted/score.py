@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_lens_dfc.benchmark.planted.causal import ablated, added
 from sae_lens_dfc.benchmark.planted.effects import N_CONTROLS, alone, beside_random
-from sae_lens_dfc.benchmark.planted.probes import Probe, Probes, activations, detection
+from sae_lens_dfc.benchmark.planted.probes import Probe, Probes, activations, auc_bound, detection
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import B_EXCLUSIVE
 from sae_lens_dfc.metrics.exclusivity import (
@@ -90,14 +90,14 @@ def chosen(
 ) -> int:
     """The rank, from 0, of the best of the first `R` candidates, by discovery prompts alone.
 
-    Of those that tell prompts for the behaviour from controls, the one whose ablation lowers the
-    preference most; where there is none, the one with the largest area.
+    Of those that tell prompts for the behaviour from controls for sure, their area being above `MIN_AUC` by more than its error
+    on so few prompts, the one whose ablation lowers the preference most; where there is none, the one with the largest area.
     """
-    first = list(order[:R])
-    found = [rank for rank, latent in enumerate(first) if aucs[latent] >= MIN_AUC]
+    first, probe = list(order[:R]), probes.discovery
+    sure = auc_bound(aucs, probe.behaviour.n_items, probe.control.n_items)
+    found = [rank for rank, latent in enumerate(first) if sure[latent] >= MIN_AUC]
     if not found:
         return max(range(len(first)), key=lambda rank: float(aucs[first[rank]]))
-    probe = probes.discovery
     acts = activations(crosscoder, probe.behaviour.rows)
     directions = decoder_differences(crosscoder, probes.stitching)
 
