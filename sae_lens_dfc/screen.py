@@ -46,6 +46,7 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.progress import Progress
 from sae_lens_dfc.screening import (
+    N_TOP,
     CausalTest,
     Explained,
     candidates,
@@ -72,7 +73,7 @@ class ScreenOptions(Judging):
     """From all latents of a run to a short list of differences, each tested by its cause, in a report; goes on where it stopped.
 
     Raises:
-        ValueError: A number is below its least.
+        ValueError: A number is out of its range.
     """
 
     run: str = field(positional=True, metavar="RUN")
@@ -87,7 +88,7 @@ class ScreenOptions(Judging):
     keep: int = 16
     """Latents that are tested by steering: those with the most evidence of being a difference."""
     texts: int = 8
-    """Texts on which each is tested, none of which the report describes it by; 3 to 10."""
+    """Texts on which each is tested, by none of which a judge describes it; 3 to 10."""
     controls: int = 8
     """Control directions of each of two kinds: random ones, and what shared latents write."""
     fit_pairs: int = 20_000
@@ -103,6 +104,8 @@ class ScreenOptions(Judging):
         for name, least in (("keep", 1), ("texts", MIN_TEXTS), ("controls", 2), ("fit_pairs", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        if self.texts > N_TOP // 2:
+            raise ValueError(f"texts must be at most {N_TOP // 2}, got {self.texts}.")
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,8 @@ def screen_run(options: ScreenOptions) -> None:
         return
     rows = [[s.stage, str(s.intake), str(s.output), _why(s.dropped)] for s in found.stages]
     say(text_table(["stage", "in", "out", "left out"], rows))
-    say(
-        "\n" + text_table(["", "latent", "partition", "verdict", "effects"], _lines(found.findings))
-    )
+    head = ["", "latent", "partition", "verdict", "taken: closer by, bits", "given", "description"]
+    say("\n" + text_table(head, [_line(one) for one in found.findings]))
     say(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
 
 
@@ -137,14 +139,10 @@ def _why(dropped: Mapping[str, int]) -> str:
     return "; ".join(f"{n} {why}" for why, n in dropped.items())
 
 
-def _lines(found: Sequence[Finding]) -> list[list[str]]:
-    lines: list[list[str]] = []
-    for one in found:
-        effects = "; ".join(
-            f"{e.name} {e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in one.effects
-        )
-        lines.append([str(one.rank), str(one.latent), one.partition, one.verdict, effects])
-    return lines
+def _line(one: Finding) -> list[str]:
+    effects = [f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in one.effects[:2]] or ["", ""]
+    latent = [str(one.rank), str(one.latent), one.partition, one.verdict]
+    return [*latent, *effects, one.description or ""]
 
 
 def screen(options: ScreenOptions) -> Screening:

@@ -39,6 +39,7 @@ from sae_lens_dfc.steering import changed
 MIN_FIRINGS = 20
 """Of a latent that fired less often on held-out text nothing can be said; as in `claims`."""
 N_TOP = 20
+"""Contexts in which a latent is strongest."""
 WINDOW = 48
 """Segments of text before a firing that the models read again when it is tested."""
 Q = 0.05
@@ -335,7 +336,7 @@ def _reasons(
     shares = [e.mean / one.apart if one.apart > 0 else 0.0 for e in one.effects[:2]]
     return [
         called,
-        f"On {one.n_texts} texts that it was not described by, the models' predictions are {one.apart:.3f} bits apart.",
+        f"On {one.n_texts} texts by which it was not described, the models' predictions are {one.apart:.3f} bits apart.",
         f"Taking its own part from {source} removes {shares[0]:.0%} of that (q = {q[0]:.2g}, "
         f"{'beyond' if one.beyond_taken else 'within'} the controls); giving it to {target} removes {shares[1]:.0%} "
         f"(q = {q[1]:.2g}, {'beyond' if one.beyond_given else 'within'} the controls).",

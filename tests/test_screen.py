@@ -195,6 +195,7 @@ def test_a_judge_stands_before_the_steering(
     ("flags", "said"),
     [
         (("--keep", "0"), "keep must be 1 or more"),
+        (("--texts", "11"), "texts must be at most 10"),
         (("--flagged-only", "true"), "for --judge"),
         (("--evidence", "nowhere"), "nowhere"),
     ],
