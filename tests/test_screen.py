@@ -167,7 +167,7 @@ def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
 
 
 def test_a_judge_stands_before_the_steering(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[str] = []
 
@@ -188,7 +188,7 @@ def test_a_judge_stands_before_the_steering(
     assert stages["described"]["output"] == 4
     assert stages["told by its description"]["output"] == 0
     assert sum("Description:" in prompt for prompt in asked) == 4
-    assert "at most" in capsys.readouterr().err
+    assert "at most 12 questions" in caplog.text
 
 
 @pytest.mark.parametrize(
