@@ -17,7 +17,8 @@ from sae_lens_dfc.latents import ContextView, latent_cards
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.progress import Progress
-from sae_lens_dfc.screening import Candidates, Explained, split, stage
+from sae_lens_dfc.screening import Candidates, split, stage
+from sae_lens_dfc.verdicts import Explained
 
 MIN_DETECTION = 0.8
 """Share of texts that a description must tell (arXiv 2602.11729, appendix B.4)."""

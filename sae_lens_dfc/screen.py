@@ -47,21 +47,16 @@ from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.progress import Progress
 from sae_lens_dfc.screening import (
     N_TOP,
-    CausalTest,
-    Explained,
     candidates,
     control_directions,
     differences_made,
-    findings,
-    samples,
     source_of,
     split,
-    tested,
-    verdict_stage,
     windows,
 )
 from sae_lens_dfc.segments import Segments
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.verdicts import CausalTest, Explained, findings, samples, tested, verdict_stage
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,7 @@
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from sae_lens_dfc import (
     StandardTrainingCrosscoder,
     StandardTrainingCrosscoderConfig,
 )
+from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.contexts import Context, ContextBatch, ContextStream
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.inference import Crosscoder
@@ -27,7 +30,7 @@ from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segment, Segments
 from sae_lens_dfc.sources import Source, SourceConfig
-from sae_lens_dfc.texts import Rows
+from sae_lens_dfc.texts import Rows, reference_pages
 
 
 def source_of(texts: Sequence[Any], weight: float = 1.0, column: str = "text") -> Source:
@@ -165,3 +168,18 @@ def train_steps(crosscoder: T, acts: Tensor, n: int = 3, **optimizer: Any) -> T:
         adam.step()
         adam.zero_grad()
     return crosscoder
+
+
+def train_tiny(folder: Path, model_a: Path, model_b: Path, *flags: str, n_texts: int = 12) -> Path:
+    """A small DFC on Python's reference, trained by the command line, every fourth document held out; its folder."""
+    text = folder / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:n_texts]))
+    args = [
+        *("--model-a.model-name", str(model_a), "--model-b.model-name", str(model_b)),
+        *("--dataset-path", str(text), "--held-out-every", "4", "--context-size", "48"),
+        *("--training-tokens", "6400", "--train-batch-size-tokens", "64", "--lr", "3e-3"),
+        *("--n-batches-in-buffer", "8", "--sae.d-sae", "64", "--sae.k", "6"),
+        *("--sae.a-exclusive-fraction", "0.2", "--sae.b-exclusive-fraction", "0.2"),
+    ]
+    assert main(["train", *args, *flags, "--output-path", str(folder / "run")]) == 0
+    return folder / "run"

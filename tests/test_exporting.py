@@ -12,8 +12,8 @@ from torch import Tensor
 from sae_lens_dfc import load_crosscoder
 from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.held_out import HeldOutOptions, opened_run
-from sae_lens_dfc.texts import reference_pages
 from sae_lens_dfc.training.data import PairedText
+from tests.helpers import train_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -21,18 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("exporting")
-    text = folder / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:8]))
-    args = [
-        *("--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder)),
-        *("--dataset-path", str(text), "--held-out-every", "4", "--context-size", "48"),
-        *("--training-pairs", "2000", "--training-tokens", "6400"),
-        *("--train-batch-size-tokens", "64", "--n-batches-in-buffer", "8"),
-        *("--sae.d-sae", "64", "--sae.k", "6", "--sae.a-exclusive-fraction", "0.2", "--lr", "3e-3"),
-        *("--sae.b-exclusive-fraction", "0.2", "--output-path", str(folder / "run")),
-    ]
-    assert main(["train", *args]) == 0
-    return folder / "run"
+    return train_tiny(folder, llama_folder, gpt2_folder, "--training-pairs", "2000", n_texts=8)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import reference_pages
 from sae_lens_dfc.training.caching import CacheConfig
 from sae_lens_dfc.training.data import PairedText
-from tests.helpers import make_batchtopk
+from tests.helpers import make_batchtopk, train_tiny
 
 Listed = Callable[..., Any]
 
@@ -33,18 +33,8 @@ def write_texts(path: Path, texts: list[str]) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("latents")
-    text = write_texts(folder / "text.jsonl", reference_pages()[:12])
     write_texts(folder / "shouted.jsonl", [page.upper() for page in reference_pages()[12:16]])
-    args = [
-        *("--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder)),
-        *("--dataset-path", str(text), "--held-out-every", "4", "--context-size", "48"),
-        *("--training-tokens", "6400", "--eval-pairs", "1500", "--train-batch-size-tokens", "64"),
-        *("--n-batches-in-buffer", "8", "--sae.d-sae", "64", "--sae.k", "6", "--lr", "3e-3"),
-        *("--sae.a-exclusive-fraction", "0.2", "--sae.b-exclusive-fraction", "0.2"),
-        *("--output-path", str(folder / "run")),
-    ]
-    assert main(["train", *args]) == 0
-    return folder / "run"
+    return train_tiny(folder, llama_folder, gpt2_folder, "--eval-pairs", "1500")
 
 
 @pytest.fixture

@@ -262,13 +262,6 @@ def test_what_b_alone_writes_much_of_is_ranked_first() -> None:
     assert ranking(crosscoder, rows, None).tolist() == [0, 2, 1]
 
 
-def test_an_interval_holds_the_mean_and_narrows_with_more_prompts() -> None:
-    values = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    low, high = effects.interval(values)
-    assert 0 < low < 1.5 < high < 3
-    assert effects.interval(torch.ones(5)) == (1.0, 1.0)
-
-
 # --- results ---
 
 

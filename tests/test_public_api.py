@@ -110,6 +110,7 @@ LAYERS = [
     "latent_list",
     "progress",
     "screening",
+    "verdicts",
     "explaining",
     "screen",
     "exporting",

@@ -12,7 +12,8 @@ from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.findings import EffectView
 from sae_lens_dfc.gathering import Place
 from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.screening import (
+from sae_lens_dfc.screening import source_of, windows
+from sae_lens_dfc.verdicts import (
     CONFIRMED,
     NOT_CONFIRMED,
     ONE_WAY,
@@ -20,12 +21,9 @@ from sae_lens_dfc.screening import (
     CausalTest,
     Explained,
     findings,
-    source_of,
     verdict_stage,
-    windows,
 )
-from sae_lens_dfc.texts import reference_pages
-from tests.helpers import batches_of, make_firing_dfc
+from tests.helpers import batches_of, make_firing_dfc, train_tiny
 
 
 def result(
@@ -103,19 +101,7 @@ def test_a_window_ends_where_the_latent_fires(pair: ModelPair) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("screen")
-    lines = [json.dumps({"text": text}) for text in reference_pages()[:12]]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    args = [
-        *("--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder)),
-        *("--dataset-path", str(folder / "text.jsonl"), "--held-out-every", "4"),
-        *("--context-size", "48", "--training-tokens", "6400", "--eval-pairs", "1500"),
-        *("--train-batch-size-tokens", "64", "--n-batches-in-buffer", "8", "--lr", "3e-3"),
-        *("--sae.d-sae", "64", "--sae.k", "6"),
-        *("--sae.a-exclusive-fraction", "0.2", "--sae.b-exclusive-fraction", "0.2"),
-        *("--output-path", str(folder / "run")),
-    ]
-    assert main(["train", *args]) == 0
-    return folder / "run"
+    return train_tiny(folder, llama_folder, gpt2_folder, "--eval-pairs", "1500")
 
 
 FEW = ("--keep", "4", "--texts", "4", "--controls", "2")

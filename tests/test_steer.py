@@ -15,9 +15,9 @@ from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.prompts import prompt_ids, span_mask
 from sae_lens_dfc.steering import changed, logits
-from sae_lens_dfc.texts import reference_pages
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
+from tests.helpers import train_tiny
 
 PROMPT = "The cat sat on the mat"
 N_NEW = 5
@@ -26,18 +26,7 @@ N_NEW = 5
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("steer")
-    text = folder / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
-    args = [
-        *("--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder)),
-        *("--dataset-path", str(text), "--held-out-every", "4", "--context-size", "48"),
-        *("--training-tokens", "6400", "--train-batch-size-tokens", "64", "--lr", "3e-3"),
-        *("--n-batches-in-buffer", "8", "--eval-pairs", "600", "--sae.d-sae", "64", "--sae.k", "8"),
-        *("--sae.a-exclusive-fraction", "0.2", "--sae.b-exclusive-fraction", "0.2"),
-        *("--output-path", str(folder / "run")),
-    ]
-    assert main(["train", *args]) == 0
-    return folder / "run"
+    return train_tiny(folder, llama_folder, gpt2_folder, "--eval-pairs", "600", "--sae.k", "8")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_lens_dfc.activations import after_first_position
 from sae_lens_dfc.benchmark.planted.behaviours import Item
+from sae_lens_dfc.metrics.verification import drawn_directions
 from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair, padded
 from sae_lens_dfc.steering import logits_at_end
@@ -141,5 +142,5 @@ def random_directions(
     if kind == "isotropic":
         drawn = torch.randn(n, rows.shape[1], generator=generator)
     else:
-        drawn = torch.randn(n, len(rows), generator=generator) @ (rows - rows.mean(dim=0))
+        drawn = drawn_directions(rows, n, generator)
     return drawn / drawn.norm(dim=-1, keepdim=True) * norm

@@ -8,21 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_dfc.benchmark.planted.causal import KINDS, random_directions
+from sae_lens_dfc.metrics.effects import interval
+from sae_lens_dfc.metrics.significance import QUANTILE
 
 N_CONTROLS = 20
 """Random directions of each kind."""
-QUANTILE = 0.95
-N_RESAMPLES = 2000
 Effect = Callable[[Float[Tensor, " d"]], Float[Tensor, " n_items"]]
 """What a direction does, for each prompt."""
-
-
-def interval(values: Float[Tensor, " n"], seed: int = 0) -> tuple[float, float]:
-    """The mean's 95 % interval over prompts, by bootstrap (percentiles of 2,000 resamples)."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (N_RESAMPLES, len(values)), generator=generator)
-    low, high = values[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
 
 
 def alone(values: Float[Tensor, " n_items"]) -> dict[str, Any]:

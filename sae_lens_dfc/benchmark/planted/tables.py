@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from sae_lens_dfc.benchmark.planted.effects import QUANTILE
 from sae_lens_dfc.benchmark.planted.organism import NULL
 from sae_lens_dfc.benchmark.tables import Table
+from sae_lens_dfc.metrics.significance import QUANTILE
 
 
 def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
