@@ -14,6 +14,7 @@ from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.stitching import Stitching, have_one_basis
 from sae_lens_dfc.metrics.verification import (
     Own,
+    Source,
     Texts,
     differences,
     drawn_directions,
@@ -137,7 +138,8 @@ def test_without_its_own_part_the_changed_model_is_the_other_one(
 ) -> None:
     own = own_part(*differences(reader, None), 0, "b")
     generator = torch.Generator().manual_seed(0)
-    drawn = {m: torch.randn(6, twins.d_a, generator=generator) for m in ("a", "b")}
+    models: tuple[Source, ...] = ("a", "b")
+    drawn = {m: torch.randn(6, twins.d_a, generator=generator) for m in models}
     found = verify(twins, texts, own, {"random": drawn})
     assert found.apart > 5e-4
     for effect in (found.taken, found.given):
