@@ -23,6 +23,8 @@ from sae_lens_dfc.steering import changed
 
 Q = 0.05
 """False discovery rate among the verdicts."""
+MIN_EFFECT = 0.01
+"""Bits by which the models must come closer: where they say the same, a thousandth of one can be significant and means nothing."""
 CONFIRMED, ONE_WAY, NOT_CONFIRMED, UNTESTED = (
     "confirmed",
     "one way only",
@@ -105,7 +107,7 @@ def findings(
     """A verdict on each latent, the most that can be said first, and the larger effect before the smaller.
 
     A latent is `confirmed` when taking its own part from the model that has it and giving it to the other both bring the two
-    models closer, each beyond the 95th percentile of every kind of control and at a false discovery rate of 5 % over all
+    models closer by 0.01 bits or more, each beyond the 95th percentile of every kind of control and at a false discovery rate of 5 % over all
     that were tested (Benjamini-Hochberg on each way's p-values); `one way only` when one of them does.
 
     Args:
@@ -127,9 +129,10 @@ def findings(
             one = results[latent]
             assert one is not None
             q[latent] = (of_latent[0], of_latent[1])
+            taken, given = (effect.mean >= MIN_EFFECT for effect in one.effects[:2])
             ways[latent] = (
-                one.beyond_taken and of_latent[0] <= Q,
-                one.beyond_given and of_latent[1] <= Q,
+                taken and one.beyond_taken and of_latent[0] <= Q,
+                given and one.beyond_given and of_latent[1] <= Q,
             )
 
     def verdict(latent: int) -> str:

@@ -63,6 +63,11 @@ def test_a_verdict_needs_both_ways_beyond_their_controls() -> None:
     ]
 
 
+def test_a_difference_that_nobody_could_notice_is_not_confirmed() -> None:
+    assert verdicts({1: result(taken=0.001, given=0.001)}) == [(1, NOT_CONFIRMED)]
+    assert verdicts({1: result(taken=0.02, given=0.001)}) == [(1, ONE_WAY)]
+
+
 def test_p_values_are_corrected_for_how_many_were_tested() -> None:
     alone = verdicts({1: result(p=(0.04, 0.04))})
     among = verdicts({1: result(p=(0.04, 0.04)), **{i: result(p=(0.9, 0.9)) for i in range(2, 9)}})
