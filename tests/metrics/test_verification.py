@@ -138,15 +138,18 @@ def test_without_its_own_part_the_changed_model_is_the_other_one(
 ) -> None:
     own = own_part(*differences(reader, None), 0, "b")
     generator = torch.Generator().manual_seed(0)
-    models: tuple[Source, ...] = ("a", "b")
-    drawn = {m: torch.randn(6, twins.d_a, generator=generator) for m in models}
-    found = verify(twins, texts, own, {"random": drawn})
+    drawn: dict[Source, Tensor] = {
+        "a": torch.randn(6, twins.d_a, generator=generator),
+        "b": torch.randn(6, twins.d_b, generator=generator),
+    }
+    controls: dict[str, dict[Source, Tensor]] = {"random": drawn}
+    found = verify(twins, texts, own, controls)
     assert found.apart > 5e-4
     for effect in (found.taken, found.given):
         # The whole distance goes, text by text.
         assert effect.mean == pytest.approx(found.apart, rel=1e-2)
         assert effect.is_beyond and effect.limits["random"] < 0.9 * effect.mean
-    wrong = verify(twins, texts, Own(0, "b", -own.own, -own.moved), {"random": drawn})
+    wrong = verify(twins, texts, Own(0, "b", -own.own, -own.moved), controls)
     assert wrong.taken.mean < 0 and not wrong.taken.is_beyond
 
 
