@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,15 +10,13 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from simple_parsing import field
 
 from sae_lens_dfc.contexts import PairCounts
-from sae_lens_dfc.held_out import HeldOutOptions, opened_run, run_config
+from sae_lens_dfc.held_out import HeldOutOptions, held_out_text, opened_run, own_config
 from sae_lens_dfc.measures import text_table
 from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.spread import SE
 from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
 from sae_lens_dfc.output import all_or_nothing, check_output, is_made, os_errors, say
-from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import MAX_FIT_PAIRS, regrouped
-from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import PairedText
 
 OF_BOTH = {
@@ -63,14 +61,13 @@ def export_run(options: ExportOptions) -> None:
             f"--output {options.output} holds a run, which stays. Name another folder."
         )
     check_output(options.output, options.overwrite, "SAE", (SAE_CFG_FILENAME,))
-    crosscoder, cfg, pair = opened_run(options.run, options)
+    crosscoder, _, pair = opened_run(options.run, options)
     stitching = None
     if options.fit_pairs > 0:
-        stitching = _stitching(
-            run_config(options.run, replace(options, dataset=None)), pair, options
-        )
-    part = "held_out" if options.dataset is None else "all"
-    held_out = PairedText(cfg, pair).collect(part, "Held-out activations")
+        own = own_config(options.run, options, options.fit_pairs)
+        stitching = _stitching(PairedText(own, pair), pair.d_a)
+    text, part = held_out_text(options.run, options, pair)
+    held_out = text.collect(part, "Held-out activations")
     if held_out.counts.pairs == 0:
         raise ValueError(
             f"No pair is held out, of {held_out.counts.texts} documents. Give other text with --dataset."
@@ -88,12 +85,10 @@ def export_run(options: ExportOptions) -> None:
 
 
 @torch.no_grad()
-def _stitching(own: CrosscoderRunnerConfig, pair: ModelPair, options: ExportOptions) -> Stitching:
+def _stitching(text: PairedText, d_a: int) -> Stitching:
     """The maps between the models, fitted to the run's training text."""
-    n_pairs = min(own.training_pairs or options.fit_pairs, options.fit_pairs)
-    text = PairedText(replace(own, training_pairs=n_pairs), pair)
     rows = text.rows("training", PairCounts())
-    return fit_stitching(PairMoments.of(r.acts for r in rows), pair.d_a)
+    return fit_stitching(PairMoments.of(r.acts for r in rows), d_a)
 
 
 def difference_tables(

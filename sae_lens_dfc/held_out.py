@@ -172,9 +172,7 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
     to_measure = AssessOptions(
         nulls, seed_model, options.downstream_pairs, options.behaviour_latents, judge
     )
-    own = run_config(run, replace(options, dataset=None))
-    n_pairs = min(own.training_pairs or options.null_pairs, options.null_pairs)
-    own = replace(own, training_pairs=n_pairs)
+    own = own_config(run, options, options.null_pairs)
     data = data_of(own, cfg, pair, options.dataset is not None)
     assessment = assess(crosscoder, Case(own, pair, data), to_measure)
     if options.output is not None:
@@ -211,18 +209,23 @@ def data_of(
 def write_report(options: ReportOptions) -> None:
     """Write a trained crosscoder's page."""
     (crosscoder, evaluation), data, pair, cfg = _measure(options.run, options)
-    stored = Path(options.run) / METRICS_FILENAME
-    # The run's own baselines and null belong beside the fresh measures, on the same text.
-    same_text = options.dataset is None and options.eval_pairs is None and stored.is_file()
-    if same_text:
-        metrics = {**json.loads(stored.read_text()), **evaluation.metrics}
+    stored = stored_metrics(options.run, options)
+    if stored:
         evidence = read_evidence(Path(options.run) / LATENTS_FILENAME)
+        metrics = {**stored, **evaluation.metrics}
         evaluation = evaluation._replace(metrics=metrics, evidence=evidence)
     page = report_data(Measured(crosscoder, evaluation), data, pair, settings(cfg))
     target = Path(options.output or Path(options.run) / REPORT_FILENAME)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(render_report(page), encoding="utf-8")
     say(json.dumps({"report": str(target)}) if options.json else f"Report: {target}")
+
+
+def stored_metrics(folder: str, options: HeldOutOptions) -> dict[str, float]:
+    """What a folder's metrics.json says, baselines and nulls among it, to stand beside fresh measures; nothing where these are of another text."""
+    path = Path(folder) / METRICS_FILENAME
+    same_text = options.dataset is None and options.eval_pairs is None
+    return json.loads(path.read_text()) if same_text and path.is_file() else {}
 
 
 class _OnHeldOutText(NamedTuple):
@@ -296,6 +299,12 @@ def run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
         "model_b": _moved(cfg.model_b, options.model_b, options.device),
     }
     return replace(cfg, **{name: value for name, value in changes.items() if value is not None})
+
+
+def own_config(run: str, options: HeldOutOptions, n_pairs: int) -> CrosscoderRunnerConfig:
+    """A run's settings with its own text, whatever is measured, and at most so many pairs of it to train on or fit maps to."""
+    own = run_config(run, replace(options, dataset=None))
+    return replace(own, training_pairs=min(own.training_pairs or n_pairs, n_pairs))
 
 
 def held_out_text(run: str, options: HeldOutOptions, pair: ModelPair) -> tuple[PairedText, Part]:

@@ -62,6 +62,7 @@ def render_report(data: ReportData) -> str:
     )
     bars, bar_ticks = histograms(data.histogram)
     dots, dot_ticks = clouds(data.cards)
+    findings = _findings(data)
     return environment.get_template("report.html").render(
         data=data,
         lead=lead(data.metrics, data.screening),
@@ -70,9 +71,9 @@ def render_report(data: ReportData) -> str:
         titles=PARTITION_TITLES,
         groups=_measures(data.metrics),
         columns=_columns(data.metrics),
-        findings=_findings(data),
+        findings=findings,
         n_open=N_OPEN,
-        effect_scale=_effect_scale(_findings(data)),
+        effect_scale=_effect_scale(findings),
         effect_marks=effect_marks,
         histograms=bars,
         bar_ticks=bar_ticks,
@@ -88,7 +89,7 @@ def render_report(data: ReportData) -> str:
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        json=Markup(embedded(_carried(data))),
+        json=Markup(embedded(_carried(data, findings))),
     )
 
 
@@ -96,9 +97,8 @@ def _findings(data: ReportData) -> list[Finding]:
     return [] if data.screening is None else sorted(data.screening.findings, key=lambda f: f.rank)
 
 
-def _carried(data: ReportData) -> dict[str, Any]:
+def _carried(data: ReportData, findings: Sequence[Finding]) -> dict[str, Any]:
     """For the script: findings come first in the table, in their order."""
-    findings = _findings(data)
     ranks = {finding.latent: finding.rank for finding in findings}
     cards = sorted(data.cards, key=lambda card: ranks.get(card.latent, math.inf))
     names = {"a": visible(data.name_a), "b": visible(data.name_b)}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from simple_parsing import field
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.assess import AssessOptions, known, measure
@@ -19,10 +20,16 @@ from sae_lens_dfc.evaluate import Evaluation
 from sae_lens_dfc.explaining import Asked, explained, what_it_costs
 from sae_lens_dfc.findings import Finding, Screening
 from sae_lens_dfc.gathering import Gathered, Place, gather
-from sae_lens_dfc.held_out import Judging, data_of, judge_for, opened_run, run_config
+from sae_lens_dfc.held_out import (
+    Judging,
+    data_of,
+    judge_for,
+    opened_run,
+    own_config,
+    stored_metrics,
+)
 from sae_lens_dfc.latent_list import evidence_of
 from sae_lens_dfc.measured_run import (
-    METRICS_FILENAME,
     REPORT_FILENAME,
     Measured,
     report_data,
@@ -30,12 +37,12 @@ from sae_lens_dfc.measured_run import (
     write_results,
 )
 from sae_lens_dfc.measures import text_table
+from sae_lens_dfc.metrics.exclusivity import both_decoder_differences
 from sae_lens_dfc.metrics.outcomes import common_outcomes
 from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.metrics.verification import (
     MIN_TEXTS,
     Texts,
-    differences,
     own_part,
     texts_of,
     verify,
@@ -115,6 +122,8 @@ class Screened:
     gathered: Gathered
     stitching: Stitching | None
     """None where both models have one basis."""
+    own: tuple[Tensor, Tensor]
+    """Each latent's own part in A and in B, see `both_decoder_differences`."""
 
 
 def screen_run(options: ScreenOptions) -> None:
@@ -158,7 +167,7 @@ def screen(options: ScreenOptions) -> Screening:
     on = _opened(options)
     output = Path(options.output)
     progress = Progress(output.with_name(f"{output.name}.progress.jsonl"), _settings(options))
-    made = differences_made(on.crosscoder, on.gathered, on.stitching)
+    made = differences_made(on.crosscoder, on.gathered, on.own, on.stitching)
     evidence = on.evaluation.evidence
     assert evidence is not None  # `measure` maps the models
     first = candidates(evidence, on.gathered, made, options.keep, on.stitching is None)
@@ -184,9 +193,7 @@ def _opened(options: ScreenOptions) -> Screened:
     """The run's models, its text and what is measured of its latents."""
     # Whole models: they are to predict tokens.
     crosscoder, cfg, pair = opened_run(options.run, options, drop_unused_layers=False)
-    own = run_config(options.run, replace(options, dataset=None))
-    n_pairs = min(own.training_pairs or options.fit_pairs, options.fit_pairs)
-    own = replace(own, training_pairs=n_pairs)
+    own = own_config(options.run, options, options.fit_pairs)
     data = data_of(own, cfg, pair, options.dataset is not None)
     only_latents = AssessOptions(nulls=[], downstream_pairs=0, behaviour_latents=0)
     evaluation = measure(crosscoder, Case(own, pair, data), only_latents)
@@ -196,14 +203,15 @@ def _opened(options: ScreenOptions) -> Screened:
     d_a = crosscoder.cfg.d_a
     stitching = None if data.one_basis(d_a) else data.stitching(d_a).to(crosscoder.device)
     gathered = gather(crosscoder, data.held_out)
-    return Screened(crosscoder, cfg, pair, data, evaluation, gathered, stitching)
+    own_parts = both_decoder_differences(crosscoder, stitching)
+    return Screened(crosscoder, cfg, pair, data, evaluation, gathered, stitching, own_parts)
 
 
 def _tested(
     on: Screened, latents: Sequence[int], options: ScreenOptions, progress: Progress
 ) -> dict[int, CausalTest | None]:
     """The causal test of each latent; none of those that fire at the end of too few of the texts kept for it."""
-    of_a, of_b = (x.cpu() for x in differences(on.crosscoder, on.stitching))
+    of_a, of_b = (x.cpu() for x in on.own)
     acts = torch.cat([rows.acts for rows in on.data.held_out])
     lives = on.gathered.firing.counts > 0
     controls = control_directions(
@@ -258,11 +266,8 @@ def _settings(options: ScreenOptions) -> dict[str, Any]:
 
 
 def _write(on: Screened, screening: Screening, options: ScreenOptions) -> None:
-    metrics = on.evaluation.metrics
-    stored = Path(options.evidence or options.run) / METRICS_FILENAME
-    if options.dataset is None and options.eval_pairs is None and stored.is_file():
-        # Its nulls belong beside the measures, of the same text.
-        metrics = {**json.loads(stored.read_text()), **metrics}
+    stored = stored_metrics(options.evidence or options.run, options)
+    metrics = {**stored, **on.evaluation.metrics}
     measured = Measured(on.crosscoder, on.evaluation._replace(metrics=metrics))
     page = report_data(measured, on.data, on.pair, settings(on.cfg))
     page = replace(page, metrics=known(metrics), screening=screening)

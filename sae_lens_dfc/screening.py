@@ -1,7 +1,7 @@
 """From all latents to a short list of differences, each tested by its cause; every stage counts what comes in and goes out."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,16 +13,16 @@ from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, SHARED
 from sae_lens_dfc.findings import StageCount
 from sae_lens_dfc.gathering import Gathered, Place
 from sae_lens_dfc.metrics.claims import MIN_FIRINGS, LatentEvidence
-from sae_lens_dfc.metrics.directions import T
 from sae_lens_dfc.metrics.exclusivity import relative_decoder_differences, relative_decoder_norms
 from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.metrics.verification import (
     Source,
-    differences,
     drawn_directions,
 )
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segments
+
+T = TypeVar("T")
 
 N_TOP = 20
 """Contexts in which a latent is strongest."""
@@ -39,7 +39,10 @@ class Candidates(NamedTuple):
 
 @torch.no_grad()
 def differences_made(
-    crosscoder: Crosscoder, gathered: Gathered, stitching: Stitching | None
+    crosscoder: Crosscoder,
+    gathered: Gathered,
+    own: tuple[Float[Tensor, "d_sae d_a"], Float[Tensor, "d_sae d_b"]],
+    stitching: Stitching | None,
 ) -> Float[Tensor, " d_sae"]:
     """How large a difference between the models each latent makes where it is strong: `f_top |d_b - d_a| * relative difference`.
 
@@ -50,11 +53,12 @@ def differences_made(
     Args:
         crosscoder: The saved crosscoder.
         gathered: Its firings.
+        own: Each model's own part, as `both_decoder_differences` gives it.
         stitching: How a direction moves; none where both models have one basis.
     """
     strongest = gathered.strongest["activation"][:, :N_TOP].to(crosscoder.device)
     top = strongest.sum(dim=1) / (strongest > 0).sum(dim=1).clamp(min=1)
-    of_a, of_b = differences(crosscoder, stitching)
+    of_a, of_b = own
     # In the model's units that it is large in, on the scale that both had in training.
     scale = crosscoder.input_scale.to(of_a)
     made = torch.maximum(of_a.norm(dim=1) * scale[0], of_b.norm(dim=1) * scale[1])

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from simple_parsing import field
 from torch import Tensor
 
+from sae_lens_dfc.contexts import Part
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.generate import Sampling, answer
-from sae_lens_dfc.held_out import HeldOutOptions, opened_run
+from sae_lens_dfc.held_out import HeldOutOptions, held_out_text, opened_run
 from sae_lens_dfc.latent_acts import Model, explained_by
 from sae_lens_dfc.latent_steering import (
     CODE_READ,
@@ -123,12 +124,13 @@ def steer(options: SteerOptions) -> SteeredAnswer:
     operations = _operations(options)
     sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     # Whole models: they are to predict tokens.
-    crosscoder, cfg, pair = opened_run(options.run, options, drop_unused_layers=False)
+    crosscoder, _, pair = opened_run(options.run, options, drop_unused_layers=False)
     name = _model(options)
     model = pair.a if name == "a" else pair.b
     check_operations(crosscoder, name, operations, options.map)
     ids, positions = _prompt(model, options)
-    known = _known(crosscoder, PairedText(cfg, pair), options, untold(crosscoder, name, operations))
+    text = held_out_text(options.run, options, pair)
+    known = _known(crosscoder, *text, options, untold(crosscoder, name, operations))
     change = latent_change(
         crosscoder,
         name,
@@ -222,13 +224,16 @@ class _Known(NamedTuple):
 
 
 def _known(
-    crosscoder: Crosscoder, text: PairedText, options: SteerOptions, guessed: Sequence[int]
+    crosscoder: Crosscoder,
+    text: PairedText,
+    part: Part,
+    options: SteerOptions,
+    guessed: Sequence[int],
 ) -> _Known:
     maxima = _stored_maxima(crosscoder, options)
     needs_map = options.map or len(guessed) > 0
     if not needs_map and (maxima is not None or options.operation not in MAXIMUM_READ):
         return _Known(maxima)
-    part = "held_out" if options.dataset is None else "all"
     rows = text.collect(part, "Held-out activations").rows
     if sum(len(r.acts) for r in rows) == 0:
         raise ValueError("No pair of the run's text is held out. Give other text (--dataset).")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.findings import EffectView, Finding, StageCount, SteeringSample
@@ -117,23 +118,19 @@ def findings(
         explained: What a judge said.
         exclusive: Which latents are called exclusive with evidence.
     """
-    done = [latent for latent in order if results[latent] is not None]
+    done = {i: one for i in order if (one := results[i]) is not None}
+    of_ways = [
+        benjamini_hochberg(torch.tensor([getattr(one, p) for one in done.values()])).tolist()
+        for p in ("p_taken", "p_given")
+    ]
+    q: dict[int, tuple[float, float]] = dict(zip(done, zip(*of_ways, strict=True), strict=True))
     ways: dict[int, tuple[bool, bool]] = {}
-    q: dict[int, tuple[float, float]] = {}
-    if done:
-        of_ways = [
-            benjamini_hochberg(torch.tensor([getattr(results[i], p) for i in done])).tolist()
-            for p in ("p_taken", "p_given")
-        ]
-        for latent, *of_latent in zip(done, *of_ways, strict=True):
-            one = results[latent]
-            assert one is not None
-            q[latent] = (of_latent[0], of_latent[1])
-            taken, given = (effect.mean >= MIN_EFFECT for effect in one.effects[:2])
-            ways[latent] = (
-                taken and one.beyond_taken and of_latent[0] <= Q,
-                given and one.beyond_given and of_latent[1] <= Q,
-            )
+    for latent, one in done.items():
+        taken, given = (effect.mean >= MIN_EFFECT for effect in one.effects[:2])
+        ways[latent] = (
+            taken and one.beyond_taken and q[latent][0] <= Q,
+            given and one.beyond_given and q[latent][1] <= Q,
+        )
 
     def verdict(latent: int) -> str:
         if latent not in ways:
@@ -144,22 +141,23 @@ def findings(
         one = results[latent]
         return 0.0 if one is None else sum(e.mean for e in one.effects[:2])
 
-    ranked = sorted(order, key=lambda i: (VERDICTS.index(verdict(i)), -effect(i)))
-    return [
-        Finding(
+    def finding(latent: int, rank: int) -> Finding:
+        one, said = results[latent], explained.get(latent, Explained())
+        return Finding(
             latent=latent,
             partition=crosscoder.partition.name_of(latent),
             rank=rank,
-            description=explained.get(latent, Explained()).description,
-            detection=explained.get(latent, Explained()).detection,
-            concerns=list(explained.get(latent, Explained()).concerns),
-            effects=[] if (one := results[latent]) is None else one.effects,
+            description=said.description,
+            detection=said.detection,
+            concerns=list(said.concerns),
+            effects=[] if one is None else one.effects,
             samples=[] if one is None else one.samples,
             verdict=verdict(latent),
             reasons=_reasons(one, q.get(latent), bool(exclusive[latent])),
         )
-        for rank, latent in enumerate(ranked, 1)
-    ]
+
+    ranked = sorted(order, key=lambda i: (VERDICTS.index(verdict(i)), -effect(i)))
+    return [finding(latent, rank) for rank, latent in enumerate(ranked, 1)]
 
 
 def _reasons(
@@ -226,11 +224,11 @@ def _sample(
     edit[reading.position[here]] = texts.feature_acts[here, None] * direction.float().cpu()
 
     def written(acts: Tensor) -> Tensor:
-        # With a key-value cache only the first pass is of the text.
-        return acts + edit[: acts.shape[1]].to(acts) if acts.shape[1] == len(ids) else acts
+        # Without a key-value cache the passes grow by what was generated.
+        return acts + pad(edit, (0, 0, 0, acts.shape[1] - len(ids))).to(acts)
 
     [before] = answer(model, [ids], SAMPLED, seed=0)
-    with changed(model, written, positions_of("prompt", [ids], first=False)):
+    with changed(model, written, positions_of("prompt", [ids])):
         [after] = answer(model, [ids], SAMPLED, seed=0)
     prompt = model.tokenizer.decode(ids, skip_special_tokens=False)
     return SteeringSample(m, change, 1.0, str(prompt), before, after)

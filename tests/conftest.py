@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from sae_lens_dfc.benchmark.planted.from_scratch import BOS, byte_bpe
-from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.texts import reference_pages
 
@@ -165,3 +166,11 @@ def gpt2_config(gpt2_folder: Path) -> ModelConfig:
 def pair(llama_config: ModelConfig, gpt2_config: ModelConfig) -> ModelPair:
     """Llama of width 16 with byte-level BPE, GPT-2 of width 24 with SentencePiece-like BPE."""
     return ModelPair.load(llama_config, gpt2_config)
+
+
+@pytest.fixture(scope="module", params=["TransformerBridge", "HookedTransformer"])
+def model(request: pytest.FixtureRequest, llama_config: ModelConfig) -> HookedModel:
+    """In either of TransformerLens' classes, with a token to pad with, which generating wants."""
+    model = load_model(replace(llama_config, model_class_name=request.param))
+    model.tokenizer.pad_token = "<s>"
+    return model

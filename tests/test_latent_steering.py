@@ -1,4 +1,3 @@
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from sae_lens_dfc.generate import Sampling, answer
 from sae_lens_dfc.latent_acts import paired_feature_acts
 from sae_lens_dfc.latent_steering import LatentOperation, latent_change
 from sae_lens_dfc.metrics.stitching import Stitching
-from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
+from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.positions import positions_of
 from sae_lens_dfc.steering import Change, changed, logits
@@ -19,13 +18,6 @@ from tests.helpers import make_firing_dfc
 IDS = torch.tensor([[0, 5, 9, 40], [0, 7, 3, 3]])
 MASK = torch.ones_like(IDS)
 A, A2, B, SHARED = 1, 4, 7, 20  # of six A-exclusive, four B-exclusive and 14 shared latents
-
-
-@pytest.fixture(scope="module", params=["TransformerBridge", "HookedTransformer"])
-def model(request: pytest.FixtureRequest, llama_config: ModelConfig) -> HookedModel:
-    model = load_model(replace(llama_config, model_class_name=request.param))
-    model.tokenizer.pad_token = "<s>"
-    return model
 
 
 @pytest.fixture(scope="module")

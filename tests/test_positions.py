@@ -28,13 +28,6 @@ MASKS: dict[str, tuple[Positions, Callable[[int], bool]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["TransformerBridge", "HookedTransformer"])
-def model(request: pytest.FixtureRequest, llama_config: ModelConfig) -> HookedModel:
-    model = load_model(replace(llama_config, model_class_name=request.param))
-    model.tokenizer.pad_token = "<s>"
-    return model
-
-
 @pytest.fixture(scope="module")
 def vector(model: HookedModel) -> Tensor:
     return torch.randn(model.d_model, generator=torch.Generator().manual_seed(0)) * 2

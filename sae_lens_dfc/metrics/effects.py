@@ -21,6 +21,11 @@ def interval(values: Float[Tensor, " n"], seed: int = 0) -> tuple[float, float]:
     return low, high
 
 
+def limit(means: Float[Tensor, " k"]) -> float:
+    """The 95th percentile of the controls' means, above which an effect is none of theirs."""
+    return means.quantile(QUANTILE).item()
+
+
 @dataclass(frozen=True)
 class Effect:
     """What a direction does to each text, and what control directions of the same length do to the same texts."""
@@ -38,10 +43,7 @@ class Effect:
     @property
     def limits(self) -> dict[str, float]:
         """The 95th percentile of each kind's means over texts."""
-        return {
-            kind: of_kind.mean(dim=1).quantile(QUANTILE).item()
-            for kind, of_kind in self.controls.items()
-        }
+        return {kind: limit(of_kind.mean(dim=1)) for kind, of_kind in self.controls.items()}
 
     @property
     def is_beyond(self) -> bool:

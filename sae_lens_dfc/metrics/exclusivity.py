@@ -95,8 +95,26 @@ def decoder_differences(
     Of a latent of B alone it is its decoder, of one that both models have in one way it is 0. `f (d_b - d_a)`
     is what the latent explains of the difference of the two models' activations.
     """
-    in_a, in_b = decoders_in_b(crosscoder, stitching)
-    return in_b - in_a
+    return both_decoder_differences(crosscoder, stitching)[1]
+
+
+@torch.no_grad()
+def both_decoder_differences(
+    crosscoder: Crosscoder, stitching: Stitching | None = None
+) -> tuple[Float[Tensor, "d_sae d_a"], Float[Tensor, "d_sae d_b"]]:
+    """Of each latent `d_a` less B's decoder moved to A, and `d_b` less A's moved to B: each model's own part, in its raw units.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        stitching: How a direction moves; without one the decoders are taken as they are, their length too.
+
+    Raises:
+        ValueError: Without a map the two widths differ.
+    """
+    _check_widths(crosscoder, stitching)
+    in_a, in_b = (crosscoder.W_dec.float()[:, m] for m in crosscoder.partition.models.values())
+    to_b, to_a = moved_decoders(crosscoder, stitching) if stitching else (in_a, in_b)
+    return in_a - to_a, in_b - to_b
 
 
 @torch.no_grad()

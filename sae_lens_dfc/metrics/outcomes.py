@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_dfc.generate import stop_ids
+from sae_lens_dfc.metrics.logit_effects import n_tokens
 from sae_lens_dfc.models import HookedModel
 
 END = "\ue000end"
@@ -62,7 +63,7 @@ def token_texts(model: HookedModel) -> dict[int, str]:
     """
     tokenizer = model.tokenizer
     anchor: int = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"][-1]  # type: ignore[index]
-    n = min(len(tokenizer), int(model.model.cfg.d_vocab))
+    n = n_tokens(model)
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     start, *decoded = backend.decode_batch(
         [[anchor], *([anchor, i] for i in range(n))], skip_special_tokens=False

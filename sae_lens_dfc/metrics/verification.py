@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 from sae_lens_dfc.activations import PairedRows, paired_activations
 from sae_lens_dfc.contexts import Context, ContextBatch, PairCounts
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.latent_acts import latent_acts
 from sae_lens_dfc.metrics.effects import Effect
-from sae_lens_dfc.metrics.exclusivity import moved_decoders
 from sae_lens_dfc.metrics.outcomes import (
     Outcomes,
     common_outcomes,
@@ -20,7 +20,6 @@ from sae_lens_dfc.metrics.outcomes import (
     outcome_probabilities,
 )
 from sae_lens_dfc.metrics.splicing import Reading, reading_of
-from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segments
@@ -42,25 +41,10 @@ class Own(NamedTuple):
     """The same in the other model."""
 
 
-@torch.no_grad()
-def differences(
-    crosscoder: Crosscoder, stitching: Stitching | None
-) -> tuple[Float[Tensor, "d_sae d_a"], Float[Tensor, "d_sae d_b"]]:
-    """For each latent `d_a` less B's decoder moved to A, and `d_b` less A's moved to B, in raw units.
-
-    Args:
-        crosscoder: The saved crosscoder.
-        stitching: How a direction moves; see `moved_decoders`.
-    """
-    in_a, in_b = (crosscoder.W_dec.float()[:, m] for m in crosscoder.partition.models.values())
-    to_b, to_a = moved_decoders(crosscoder, stitching) if stitching else (in_a, in_b)
-    return in_a - to_a, in_b - to_b
-
-
 def own_part(
     of_a: Float[Tensor, "d_sae d_a"], of_b: Float[Tensor, "d_sae d_b"], latent: int, source: Source
 ) -> Own:
-    """One latent of what `differences` gives. What B lacks is what would have to be added to it: the negative of its own."""
+    """One latent of what `both_decoder_differences` gives. What B lacks is what would have to be added to it: the negative of its own."""
     both = {"a": of_a[latent], "b": of_b[latent]}
     other = "b" if source == "a" else "a"
     return Own(latent, source, both[source], -both[other])
@@ -113,7 +97,7 @@ def texts_of(
     batch = ContextBatch(contexts, {})
     # What it fires on may be an outlier, and few texts say nothing of a median.
     rows = next(iter(paired_activations(pair, [batch], PairCounts(), outlier_factor=float("inf"))))
-    feature_acts = crosscoder.encode(rows.acts.to(crosscoder.device))[:, latent].float().cpu()
+    feature_acts = latent_acts(crosscoder, rows.acts, [latent])[:, 0].float().cpu()
     ends = torch.tensor([len(window) - 1 for window in windows])
     at_end = rows.segment == ends[rows.context]
     ended = set(rows.context[at_end & ((feature_acts > 0) == fires)].tolist())

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.metrics.effects import Effect, interval
+from sae_lens_dfc.metrics.exclusivity import both_decoder_differences
 from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.stitching import Stitching, have_one_basis
 from sae_lens_dfc.metrics.verification import (
     Own,
     Source,
     Texts,
-    differences,
     drawn_directions,
     own_part,
     texts_of,
@@ -42,7 +42,9 @@ def crosscoder_of(w_dec: list[list[float]], d_a: int) -> Crosscoder:
 
 
 def test_what_is_bs_own_would_have_to_be_added_to_a() -> None:
-    of_a, of_b = differences(crosscoder_of([[1.0, 2, 1, 5], [0, 0, 3, 4]], d_a=2), None)
+    of_a, of_b = both_decoder_differences(
+        crosscoder_of([[1.0, 2, 1, 5], [0, 0, 3, 4]], d_a=2), None
+    )
     assert of_b.tolist() == [[0.0, 3.0], [3.0, 4.0]] and torch.equal(of_a, -of_b)
     own = own_part(of_a, of_b, 0, "b")
     assert own.own.tolist() == [0.0, 3.0] and own.moved.tolist() == [0.0, 3.0]
@@ -57,7 +59,7 @@ def test_an_exclusive_latents_own_part_is_its_decoder_and_moves_by_the_map() -> 
         a_to_b=torch.zeros(2, 3),
         b_to_a=torch.tensor([[0.0, 0], [0, 0.1], [0, 0]]),
     )
-    own = own_part(*differences(crosscoder, stitching), 0, "b")
+    own = own_part(*both_decoder_differences(crosscoder, stitching), 0, "b")
     assert own.own.tolist() == [3.0, 4.0, 0.0]
     # As long as it was, along what the map makes of it.
     torch.testing.assert_close(own.moved, torch.tensor([0.0, 5.0]))
@@ -136,7 +138,7 @@ def texts(reader: Crosscoder, twins: ModelPair, windows: list[Segments]) -> Text
 def test_without_its_own_part_the_changed_model_is_the_other_one(
     twins: ModelPair, reader: Crosscoder, texts: Texts
 ) -> None:
-    own = own_part(*differences(reader, None), 0, "b")
+    own = own_part(*both_decoder_differences(reader, None), 0, "b")
     generator = torch.Generator().manual_seed(0)
     drawn: dict[Source, Tensor] = {
         "a": torch.randn(6, twins.d_a, generator=generator),
@@ -163,7 +165,7 @@ def test_texts_are_those_at_whose_end_it_fires(
     none = texts_of(silent, twins, 0, windows)
     assert len(none.rows.contexts) == 0
     with pytest.raises(ValueError, match="fires at the end of none"):
-        verify(twins, none, own_part(*differences(silent, None), 0, "b"), {})
+        verify(twins, none, own_part(*both_decoder_differences(silent, None), 0, "b"), {})
     kept = texts_of(silent, twins, 0, windows, fires=False).with_activation(5.0)
     assert kept.at_end.tolist() == [5.0] * len(TEXTS)
     assert kept.feature_acts.sum() == 5.0 * len(TEXTS)

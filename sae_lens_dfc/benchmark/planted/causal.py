@@ -109,16 +109,9 @@ def ablated(
     prepared: Prepared, feature_acts: Float[Tensor, " n"], direction: Float[Tensor, " d_b"]
 ) -> Float[Tensor, "batch pos d_b"]:
     """Model B's activations without a latent's contribution: `x - f d` at each paired position."""
-    return prepared.b.acts - contribution(prepared, feature_acts[:, None], direction[None])
-
-
-def contribution(
-    prepared: Prepared, feature_acts: Float[Tensor, "n k"], directions: Float[Tensor, "k d_b"]
-) -> Float[Tensor, "batch pos d_b"]:
-    """What latents write into model B: `sum_j f_j d_j` at each paired position, zero elsewhere."""
-    result = torch.zeros_like(prepared.b.acts)
-    result[prepared.text, prepared.position_b] = feature_acts @ directions
-    return result
+    written = torch.zeros_like(prepared.b.acts)
+    written[prepared.text, prepared.position_b] = feature_acts[:, None] * direction
+    return prepared.b.acts - written
 
 
 def added(

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_dfc.benchmark.planted.causal import KINDS, random_directions
-from sae_lens_dfc.metrics.effects import interval
-from sae_lens_dfc.metrics.significance import QUANTILE
+from sae_lens_dfc.metrics.effects import interval, limit
 
 N_CONTROLS = 20
 """Random directions of each kind."""
@@ -66,5 +65,5 @@ def is_beyond(mean: float, controls: Mapping[str, list[float]]) -> bool:
     >>> is_beyond(1.0, {"isotropic": [0.0, 0.5]}), is_beyond(1.0, {"isotropic": [0.0, 2.0]}), is_beyond(1.0, {})
     (True, False, False)
     """
-    limits = [torch.tensor(values).quantile(QUANTILE) for values in controls.values()]
-    return bool(limits) and all(mean > limit for limit in limits)
+    limits = [limit(torch.tensor(values)) for values in controls.values()]
+    return bool(limits) and all(mean > one for one in limits)

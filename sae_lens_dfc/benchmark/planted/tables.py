@@ -7,7 +7,7 @@ import torch
 
 from sae_lens_dfc.benchmark.planted.organism import NULL
 from sae_lens_dfc.benchmark.tables import Table
-from sae_lens_dfc.metrics.significance import QUANTILE
+from sae_lens_dfc.metrics.effects import limit
 
 
 def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
@@ -53,10 +53,8 @@ def _effect(effect: Mapping[str, Any] | None) -> str:
     if effect is None:
         return "–"
     low, high = effect["interval"]
-    limits = [
-        float(torch.tensor(v).quantile(QUANTILE)) for v in effect.get("controls", {}).values()
-    ]
+    limits = [limit(torch.tensor(values)) for values in effect.get("controls", {}).values()]
     beside = f"; {max(limits):.2f}" if limits else ""
     if others := effect.get("other_latents"):
-        beside += f" / {float(torch.tensor(others).quantile(QUANTILE)):.2f}"
+        beside += f" / {limit(torch.tensor(others)):.2f}"
     return f"{effect['mean']:.2f} [{low:.2f}, {high:.2f}]{beside}"
