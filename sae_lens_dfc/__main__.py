@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,19 +28,10 @@ import sae_lens_dfc  # noqa: F401  (registers the architectures)
 from sae_lens_dfc import ranks
 from sae_lens_dfc.alignment import REASONS, Coverage, align
 from sae_lens_dfc.arguments import parsed_with_lists, with_files
-from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
-from sae_lens_dfc.benchmark.data import run_data_benchmark
-from sae_lens_dfc.benchmark.figures import figure_rows
 from sae_lens_dfc.benchmark.planted.folder import OrganismOptions, write_organism
-from sae_lens_dfc.benchmark.planted.run import FILENAME as PLANTED_FILENAME
-from sae_lens_dfc.benchmark.planted.run import run_planted_benchmark
-from sae_lens_dfc.benchmark.planted.tables import planted_tables
-from sae_lens_dfc.benchmark.recovery import FILENAME, PRESETS, run_benchmark
-from sae_lens_dfc.benchmark.step import FILENAME as STEP_FILENAME
-from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark
-from sae_lens_dfc.benchmark.tables import plot, tables
+from sae_lens_dfc.benchmark.suite import BenchmarkOptions, benchmark
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
-from sae_lens_dfc.demo import DemoConfig, demo_models, run_demo
+from sae_lens_dfc.demo import DemoConfig, run_demo
 from sae_lens_dfc.exporting import ExportOptions, export_run
 from sae_lens_dfc.generate import GenerateOptions, generate
 from sae_lens_dfc.held_out import EvaluateOptions, ReportOptions, evaluate_run, write_report
@@ -48,7 +39,6 @@ from sae_lens_dfc.latent_list import LatentsOptions, list_latents
 from sae_lens_dfc.measured_run import REPORT_FILENAME
 from sae_lens_dfc.measures import measures_table, text_table
 from sae_lens_dfc.output import say
-from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.recipes import RECIPES
 from sae_lens_dfc.screen import ScreenOptions, screen_run
 from sae_lens_dfc.sources import MAX_CHARS
@@ -103,26 +93,6 @@ class AlignOptions:
     """Column that holds the text."""
     json: bool = field(default=False, action="store_true")
     """Print JSON."""
-
-
-@dataclass
-class BenchmarkOptions(StepConfig):
-    """Measure what crosscoders find of known differences (recovery, planted), what the data's way costs (data), or a step
-    (step)."""
-
-    name: str = field(positional=True, choices=["recovery", "data", "step", "planted"])
-    """recovery: five architectures, the recipe dfc-tested and variants of both, over dictionary sizes, seeds, wrong
-    pairs and a null. data: harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided. step:
-    one training step of a DFC, beside its encoder's product alone and beside other trainers' steps. planted: five architectures on real
-    models whose difference was put there, by detection, ablation and addition."""
-    preset: str = field(default="small", choices=list(PRESETS))
-    """small: a minute or two on two cores. full: what benchmarks/README.md reports, an hour (recovery, five seeds) or ten
-    minutes (data). For recovery, data and planted."""
-    output: str | None = None
-    """Folder for the results; of recovery and planted, those that are there are not computed again. None takes runs/benchmark/ and the
-    preset's name, or step."""
-    jobs: int = os.cpu_count() or 1
-    """Crosscoders trained at a time, one thread each; for recovery."""
 
 
 def demo(options: DemoConfig) -> None:
@@ -206,47 +176,7 @@ def write_answers(options: GenerateOptions) -> None:
     say(f"Answers to {n_rows} prompts: {options.output}")
 
 
-def benchmark(options: BenchmarkOptions) -> None:
-    """Run what is missing, then write and print the tables."""
-    if options.jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {options.jobs}.")
-    given = [f.name for f in fields(StepConfig) if getattr(options, f.name) != f.default]
-    if options.name != "step" and given:
-        raise ValueError(
-            f"{', '.join(given)}: for `benchmark step`, not for {options.name}. Leave them out."
-        )
-    kind = "step" if options.name == "step" else options.preset
-    folder = Path(options.output or f"runs/benchmark/{kind}")
-    if options.name == "data":
-        pair = ModelPair.load(*demo_models(DemoConfig()))
-        results = run_data_benchmark(options.preset, pair, folder)
-        _say_figures(results, folder / DATA_FILENAME)
-        return
-    if options.name == "step":
-        _say_figures(run_step_benchmark(options, folder), folder / STEP_FILENAME)
-        return
-    if options.name == "planted":
-        planted = run_planted_benchmark(options.preset, folder)
-        for table in planted_tables(planted):
-            say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
-        say(f"Results: {folder / PLANTED_FILENAME}")
-        return
-    path = folder / FILENAME
-    rows = run_benchmark(options.preset, path, options.jobs)
-    results = list(tables(rows))
-    path.with_suffix(".md").write_text("\n\n".join(t.markdown() for t in results) + "\n")
-    plot(rows, path.with_suffix(".svg"))
-    for table in results:
-        say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
-    say(f"Results: {path}")
-
-
-def _say_figures(results: Mapping[str, Any], path: Path) -> None:
-    say(text_table(["figure", "median", "range", "asked for"], figure_rows(results)))
-    say(f"\nResults: {path}")
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "demo": (DemoConfig, demo),
     "train": (TrainOptions, train),
     "cache": (CacheOptions, cache),
@@ -307,14 +237,13 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         arguments = with_files(sys.argv[1:] if args is None else args, TAKE_RECIPES)
         parsed = parsed_with_lists(arguments, lambda flags: _parser().parse_args(flags))
-        COMMANDS[parsed.command][1](parsed.options)
+        return COMMANDS[parsed.command][1](parsed.options) or 0
     except (ValueError, OSError) as error:
         sys.stderr.write(f"sae-lens-dfc: error: {' '.join(str(error).split())}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("sae-lens-dfc: stopped\n")
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ def test_every_figure_is_written_and_printed_with_its_range(
     assert "<=" not in out and written["targets"] == {}
     assert {"commit", "machine", "versions", "settings"} <= set(written)
     assert written["sizes"] == {"d_a": 8, "d_b": 8, "d_sae": 64, "k": 4, "batch": 32}
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["step.json"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["step.json", "step.md", "step.svg"]
+    assert len(written["rounds"]) == 2 and set(written["rounds"][0]) == set(written["spread"])
 
 
 def test_of_one_round_each_ratio_is_the_quotient_of_two_figures(

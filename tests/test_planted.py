@@ -32,6 +32,7 @@ from sae_lens_dfc.benchmark.planted.organism import NULL, built, read_manifest
 from sae_lens_dfc.benchmark.planted.probes import auc, auc_bound
 from sae_lens_dfc.benchmark.planted.prompts import BEHAVIOURS
 from sae_lens_dfc.benchmark.planted.score import ranking
+from sae_lens_dfc.benchmark.planted.tables import planted_tables
 from sae_lens_dfc.benchmark.planted.training import Training
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.models import ModelConfig
@@ -272,6 +273,7 @@ def fake_results(made: list[run.Run]) -> Callable[..., Any]:
         score = {"rank": 1, "exclusive": "partition", "auc": 1.0, "found": True, "confirmed": True}
         score |= {"ablation": effect, "addition_b": effect, "addition_a": effect}
         shared = {"organism": one.organism, "seed": one.seed, "settings": run.settings(one, cfg)}
+        shared["shown"] = {"behaviour": 0.69}
         return [
             {**shared, "architecture": "dfc", "score": score},
             {**shared, "architecture": "delta_crosscoder", "score": None},
@@ -291,8 +293,9 @@ def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_text(json.dumps([row for row in rows if row["organism"] != "b/strong"]))
     run.run_planted_benchmark("small", tmp_path)
     assert made[4:] == [run.Run("b/strong", 0), run.Run("b/strong", 1)]
-    table = (tmp_path / "planted.md").read_text()
-    assert "| dfc | 4 / 4 | 4 / 4 | 2 / 2 | 2 / 2 |" in table and "not applicable" in table
+    counts, each = (table.markdown() for table in planted_tables(rows))
+    assert "| dfc | 4 / 4 | 4 / 4 | 2 / 2 | 2 / 2 |" in counts and "not applicable" in counts
+    assert "| a/weak | 0 | 69% | dfc | 1 | partition | 1.00 |" in each
 
 
 def test_results_of_other_settings_are_kept_and_refused(tmp_path: Path) -> None:
@@ -310,8 +313,7 @@ def test_a_null_counts_in_its_own_column_alone(
     monkeypatch.setattr(run, "results", fake_results([]))
     monkeypatch.setattr(run, "organism_key", lambda one: one.organism)
     monkeypatch.setitem(run.PRESETS, "small", run.Preset(("a/weak", NULL), 2))
-    run.run_planted_benchmark("small", tmp_path)
-    table = (tmp_path / "planted.md").read_text()
+    table, _ = (t.markdown() for t in planted_tables(run.run_planted_benchmark("small", tmp_path)))
     assert "| confirmed | found | a/weak | null |" in table
     assert "| dfc | 2 / 2 | 2 / 2 | 2 / 2 | 2 / 2 |" in table
 

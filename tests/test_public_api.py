@@ -140,6 +140,11 @@ LAYERS = [
     "benchmark.planted.tables",
     "benchmark.planted.run",
     "benchmark.planted.folder",
+    "benchmark.evaluate",
+    "benchmark.compare",
+    "benchmark.comparable",
+    "benchmark.plots",
+    "benchmark.suite",
     "arguments",
     "__main__",
 ]

@@ -70,7 +70,7 @@ DATA_PRESETS = {
 def run_data_benchmark(preset: str, pair: ModelPair, folder: Path) -> dict[str, Any]:
     """Measure, and write `data.json` into `folder`.
 
-    Each figure is a ratio of two times measured one after the other, the median over rounds; `spread` has the
+    Each figure is a ratio of two times measured one after the other, the median over `rounds`; `spread` has the
     lowest and highest round.
 
     Args:
@@ -99,6 +99,7 @@ def run_data_benchmark(preset: str, pair: ModelPair, folder: Path) -> dict[str, 
         **{f"order/{name}": value for name, value in order.items()},
         **{f"written_gb_per_s/{name}": value for name, value in formats.items()},
         "spread": ranges(rounds),
+        "rounds": rounds,
         "targets": TARGETS,
         "preset": preset,
         "models": [pair.a.name, pair.b.name],

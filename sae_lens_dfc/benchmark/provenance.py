@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 PACKAGE = Path(__file__).parent.parent
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def provenance() -> dict[str, Any]:
@@ -18,8 +19,17 @@ def provenance() -> dict[str, Any]:
     return {
         "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run",
+        "cpu": cpu(),
         "versions": {name: version(name) for name in ("sae-lens-dfc", "sae-lens", "torch")},
     }
+
+
+def cpu() -> str | None:
+    """The processor's name; none where the system does not tell it."""
+    if not CPU_INFO.exists():
+        return None
+    names = [line for line in CPU_INFO.read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else None
 
 
 def commit(folder: Path = PACKAGE) -> str | None:

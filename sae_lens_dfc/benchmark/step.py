@@ -87,16 +87,17 @@ class StepConfig:
         return self.d_a + self.d_b
 
 
-def run_step_benchmark(cfg: StepConfig, folder: Path) -> dict[str, Any]:
-    """Measure, and write `step.json` into `folder`.
+def run_step_benchmark(cfg: StepConfig, folder: Path, filename: str = FILENAME) -> dict[str, Any]:
+    """Measure, and write the results into `folder`.
 
     In each round everything is timed, one thing after the other and on the same batches, so that a
-    ratio is of two times of one round. A figure is the median over rounds; `spread` has the lowest
+    ratio is of two times of one round. A figure is the median over `rounds`; `spread` has the lowest
     and highest round.
 
     Args:
         cfg: What to measure.
         folder: Takes the results.
+        filename: Their name there.
 
     Raises:
         ValueError: Sizes do not fit, the device is not there, the reference is not one, or takes no two widths.
@@ -113,6 +114,7 @@ def run_step_benchmark(cfg: StepConfig, folder: Path) -> dict[str, Any]:
         "peak_memory_ratio": None if peak is None else peak / least_memory(cfg),
         "peak_memory_bytes": peak,
         "spread": ranges(rounds),
+        "rounds": rounds,
         "targets": targets(cfg),
         "sizes": {name: getattr(cfg, name) for name in ("d_a", "d_b", "d_sae", "k", "batch")},
         "settings": {
@@ -129,7 +131,7 @@ def run_step_benchmark(cfg: StepConfig, folder: Path) -> dict[str, Any]:
         "reference_commit": _reference_commit(cfg),
         **provenance(),
     }
-    write_results(results, folder / FILENAME)
+    write_results(results, folder / filename)
     return results
 
 

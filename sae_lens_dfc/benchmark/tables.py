@@ -1,11 +1,12 @@
-"""Results of the recovery benchmark as tables and as a picture: means and standard deviations over seeds."""
+"""Results of the benchmarks as tables: means and standard deviations over seeds, medians and ranges over rounds."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_lens_dfc.measures import spread
+from sae_lens_dfc.benchmark.figures import figure_rows
+from sae_lens_dfc.measures import ROWS, number, spread
+from sae_lens_dfc.nulls import NULLS
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -123,45 +124,124 @@ def _values(rows: Rows, name: str, column: str) -> list[float]:
     return [float(value) for value in values if value is not None]
 
 
-def plot(rows: Rows, path: Path) -> None:
-    """Exclusive recall and false exclusive rate against dictionary size and against pairing noise."""
-    # Half a second that every other command need not wait.
-    from matplotlib.figure import Figure
+def case_of(row: Mapping[str, Any]) -> str:
+    """What a crosscoder of the recovery benchmark was trained on.
 
-    true = [row for row in rows if not row["null"]]
-    clean = [row for row in true if row["pairing_noise"] == 0]
-    noisy = [row for row in true if row["d_sae_per_feature"] == 1]
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharey="row", squeeze=False)
-    for i, column in enumerate(("exclusive_recall", "false_exclusive_rate")):
-        _lines(axes[i][0], clean, "d_sae_per_feature", column)
-        _lines(axes[i][1], noisy, "pairing_noise", column)
-        axes[i][0].set_ylabel(COLUMNS[column])
-        axes[i][0].set_ylim(-0.03, 1.03)
-    axes[1][0].set_xlabel("latents per feature")
-    axes[1][1].set_xlabel("share of wrong pairs (one latent per feature)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path)
+    >>> case_of({"null": False, "pairing_noise": 0.3, "d_sae_per_feature": 1.0})
+    '30% of the pairs wrong'
+    """
+    if row["null"]:
+        return "null"
+    if row["pairing_noise"] > 0:
+        return f"{row['pairing_noise']:.0%} of the pairs wrong"
+    return f"{row['d_sae_per_feature']:g} latents a feature"
 
 
-def _lines(axes: Any, rows: Rows, x_name: str, column: str) -> None:
-    names = list(dict.fromkeys(row["architecture"] for row in rows))
-    for i, name in enumerate(names):
-        xs = sorted({row[x_name] for row in rows})
-        groups = [[r for r in rows if r[x_name] == x] for x in xs]
-        values = [_values(group, name, column) for group in groups]
-        known = [(x, v) for x, v in zip(xs, values, strict=True) if v]
-        # Marks side by side: several architectures lie on one another at 0 and at 1.
-        shift = (i - len(names) / 2) * 0.006 * (max(xs) - min(xs) or 1)
-        axes.errorbar(
-            [x + shift for x, _ in known],
-            [statistics.mean(v) for _, v in known],
-            yerr=[statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in known],
-            label=name,
-            color=f"C{i}",
-            marker="o",
-            markersize=4,
-            capsize=2,
-        )
-    axes.grid(alpha=0.3)
+# --- step and data ---
+
+STEP_TIMES = {
+    "encoder_product_ms": "product alone, float32",
+    "step_ms": "step",
+    "step_ms_tenth_dead": "a tenth dead",
+}
+STEP_RATIOS = {
+    "ratio_to_encoder_product": ("step / product", 2),
+    "speedup_over_saelens": ("SAELens / step", 1),
+    "speedup_over_reference": ("reference / step", 1),
+    "speedup_over_dictionary_learning": ("dictionary-learning / step", 1),
+}
+
+
+def step_name(row: Mapping[str, Any]) -> str:
+    """What tells one configuration of a step from another.
+
+    >>> step_name({"sizes": {"d_sae": 8192}, "settings": {"dtype": "bfloat16"}})
+    '8,192 latents, bfloat16 product'
+    """
+    return f"{row['sizes']['d_sae']:,} latents, {row['settings']['dtype']} product"
+
+
+def in_order(rows: Rows) -> Rows:
+    """The configurations of a step, the exact product and the smaller dictionary first."""
+    return sorted(rows, key=lambda r: (r["settings"]["dtype"] != "float32", r["sizes"]["d_sae"]))
+
+
+def step_tables(rows: Rows) -> Iterator[Table]:
+    """All configurations side by side, the median and range over rounds; and every figure of each."""
+    rows = in_order(rows)
+    ratios = {name: said for name, said in STEP_RATIOS.items() if any(r.get(name) for r in rows)}
+    head = ["", *STEP_TIMES.values(), *(title for title, _ in ratios.values()), "memory"]
+    body = [
+        [
+            step_name(row),
+            *(f"{row[name]:.0f} ms" for name in STEP_TIMES),
+            *(_median_and_range(row, name, digits) for name, (_, digits) in ratios.items()),
+            _digits(row["peak_memory_ratio"], 2),
+        ]
+        for row in rows
+    ]
+    yield Table("A training step, median and range over rounds", [head, *body])
+    for row in rows:
+        yield Table(step_name(row), [FIGURES_HEAD, *figure_rows(row)])
+
+
+def data_tables(rows: Rows) -> Iterator[Table]:
+    """The figures of rounds with their ranges, and those that were measured once."""
+    for row in rows:
+        figures = figure_rows(row)
+        head = ["figure", "median", "range over rounds", "asked for"]
+        yield Table("The data's way", [head, *(cells for cells in figures if cells[2])])
+        once = [cells[:2] for cells in figures if not cells[2]]
+        yield Table("Measured once", [["figure", "value"], *once])
+
+
+FIGURES_HEAD = ["figure", "median", "range", "asked for"]
+
+
+def _median_and_range(row: Mapping[str, Any], name: str, digits: int) -> str:
+    if row.get(name) is None:
+        return "–"
+    low, high = (_digits(end, digits) for end in row["spread"][name])
+    return f"{_digits(row[name], digits)} ({low} to {high})"
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+# --- evaluate ---
+
+EVALUATE_TITLES = {
+    **dict(ROWS),
+    "exclusive/called_share": "Share of the latents called exclusive, with evidence",
+    "training_seconds": "Training, seconds",
+    "evaluating_seconds": "Measuring activations, seconds",
+    "ratio_to_encoder_product": "... over one encoder product of the same pairs",
+    "downstream_seconds": "Measuring predictions, seconds",
+    "evaluating_peak_bytes": "Memory that measuring activations takes, bytes",
+}
+
+
+def evaluate_tables(rows: Rows) -> Iterator[Table]:
+    """Mean and standard deviation over seeds, each architecture on two models and beside its nulls."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        case = f"null: {NULLS[row['case']]}" if row["case"] in NULLS else row["case"]
+        groups.setdefault(f"{row['architecture']}, {case}", []).append(row)
+    ordered = dict(sorted(groups.items(), key=lambda group: "null" in group[0]))
+    body = [
+        [title, *(_over_seeds(own, name) for own in ordered.values())]
+        for name, title in EVALUATE_TITLES.items()
+        if any(row.get(name) is not None for row in rows)
+    ]
+    yield Table(
+        "What evaluating measures, mean ± standard deviation over seeds", [["", *ordered], *body]
+    )
+
+
+def _over_seeds(rows: Rows, name: str) -> str:
+    known = [row[name] for row in rows if row.get(name) is not None]
+    if not known:
+        return "–"
+    mean = number(statistics.mean(known))
+    return mean if len(known) == 1 else f"{mean} ± {number(statistics.stdev(known))}"

@@ -15,7 +15,6 @@ from sae_lens_dfc.benchmark.planted.harvest import harvest, joined
 from sae_lens_dfc.benchmark.planted.organism import NULL, Organism, key
 from sae_lens_dfc.benchmark.planted.probes import Probes
 from sae_lens_dfc.benchmark.planted.score import score
-from sae_lens_dfc.benchmark.planted.tables import planted_tables
 from sae_lens_dfc.benchmark.planted.training import Training, trained
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.recovery import write
@@ -138,7 +137,7 @@ def run_planted_benchmark(preset: str, output_folder: Path) -> list[dict[str, An
 
     Args:
         preset: Name in `PRESETS`.
-        output_folder: Takes planted.json and planted.md.
+        output_folder: Takes planted.json.
 
     Raises:
         ValueError: The folder's planted.json holds results of other settings, or something else.
@@ -155,8 +154,6 @@ def run_planted_benchmark(preset: str, output_folder: Path) -> list[dict[str, An
         # All of a run's rows or none: they share one training.
         rows += list(results(run, chosen.training))
         write(rows, path)
-    text = "\n\n".join(table.markdown() for table in planted_tables(rows))
-    path.with_suffix(".md").write_text(text + "\n")
     return rows
 
 

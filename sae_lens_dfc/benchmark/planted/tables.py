@@ -22,7 +22,7 @@ def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
         planted = [row for row in own if row["organism"] != NULL]
         overview.append([name, _confirmed(planted), _counted(planted, "found"), *cells])
     yield Table("Runs in which the planted difference is confirmed", overview)
-    head = ["organism", "seed", "architecture", "rank", "exclusive", "AUC"]
+    head = ["organism", "seed", "shown", "architecture", "rank", "exclusive", "AUC"]
     cells = [[*head, "ablation", "addition to B", "addition to A", "confirmed"]]
     yield Table(
         "Each run; effects in nats [95 % interval]; the 95th percentile of random directions / of other latents'",
@@ -40,7 +40,9 @@ def _counted(rows: Sequence[Mapping[str, Any]], what: str) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    start = [row["organism"], str(row["seed"]), row["architecture"]]
+    # How often the organism shows the behaviour, on the held-out prompts for it.
+    shown = f"{row['shown']['behaviour']:.0%}"
+    start = [row["organism"], str(row["seed"]), shown, row["architecture"]]
     score = row["score"]
     if score is None:
         return [*start, *["–"] * 6, "not applicable"]

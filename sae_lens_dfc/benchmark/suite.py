@@ -1,0 +1,298 @@
+"""The benchmarks as one suite: run, written as tables and pictures, and compared with what was."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simple_parsing import field
+
+from sae_lens_dfc.benchmark.comparable import (
+    data_figures,
+    evaluate_figures,
+    planted_figures,
+    recovery_figures,
+    step_figures,
+)
+from sae_lens_dfc.benchmark.compare import Figure, compare, comparison_table
+from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
+from sae_lens_dfc.benchmark.data import run_data_benchmark
+from sae_lens_dfc.benchmark.evaluate import run_evaluate_benchmark
+from sae_lens_dfc.benchmark.planted.run import run_planted_benchmark
+from sae_lens_dfc.benchmark.planted.tables import planted_tables
+from sae_lens_dfc.benchmark.plots import (
+    data_plot,
+    evaluate_plot,
+    planted_plot,
+    recovery_plot,
+    step_plot,
+)
+from sae_lens_dfc.benchmark.recovery import FILENAME as RECOVERY_FILENAME
+from sae_lens_dfc.benchmark.recovery import PRESETS, run_benchmark
+from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark
+from sae_lens_dfc.benchmark.tables import (
+    Rows,
+    Table,
+    data_tables,
+    evaluate_tables,
+    step_tables,
+    tables,
+)
+from sae_lens_dfc.demo import DemoConfig, demo_models
+from sae_lens_dfc.measures import text_table
+from sae_lens_dfc.output import say
+from sae_lens_dfc.pair import ModelPair
+
+logger = logging.getLogger(__name__)
+
+STEPS: Mapping[str, list[dict[str, Any]]] = {
+    "small": [{"rounds": 3}],
+    "full": [
+        {"dtype": dtype, "d_sae": d_sae}
+        for dtype in ("float32", "bfloat16")
+        for d_sae in (8192, 32768)
+    ],
+}
+"""What `all` measures of a step."""
+
+
+@dataclass
+class BenchmarkOptions(StepConfig):
+    """Measure what crosscoders find of known differences (recovery, planted) and of two real models (evaluate), what a step
+    (step) or the data's way costs (data), all of these (all); or compare two sets of results (compare)."""
+
+    name: str = field(
+        positional=True,
+        choices=["recovery", "planted", "step", "data", "evaluate", "all", "compare"],
+    )
+    """recovery: five architectures, the recipe dfc-tested and variants of both, over dictionary sizes, seeds, wrong
+    pairs and a null. planted: five architectures on real models whose difference was put there, by detection, ablation and
+    addition. step: one training step of a DFC, beside its encoder's product alone and beside other trainers' steps. data:
+    harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided. evaluate: a DFC and a BatchTopK
+    crosscoder on the demo's models, over seeds, beside nulls. all: each of these, one after the other. compare: what got worse
+    from one folder or file of results to another; exit status 1 where anything did."""
+    paths: list[str] = field(positional=True, nargs="*", default_factory=list, metavar="OLD NEW")
+    """Folders or JSON files; for compare."""
+    preset: str = field(default="small", choices=list(PRESETS))
+    """small: a minute or two each on two cores, ten for all. full: what benchmarks/README.md reports, hours. For all but step."""
+    output: str | None = None
+    """Folder for the results; of recovery, planted and evaluate, and in all of step and data too, those that are there are not computed
+    again. None takes runs/benchmark/ and the preset's name, or step."""
+    jobs: int = os.cpu_count() or 1
+    """Crosscoders trained at a time, one thread each; for recovery."""
+    json: bool = field(default=False, action="store_true")
+    """Print JSON; for compare."""
+
+
+class Benchmark(NamedTuple):
+    """One benchmark of the suite. Its results are rows, however many files they come from."""
+
+    run: Callable[[BenchmarkOptions, Path], object]
+    """Writes its results into a folder, as NAME.json or NAME-PART.json."""
+    tables: Callable[[Rows], Iterator[Table]]
+    """The first is the overview."""
+    figures: Callable[[Rows], Iterator[Figure]]
+    """What is compared."""
+    plot: Callable[[Rows, Path], None]
+    mark: str
+    """A field that its rows alone have."""
+
+
+def _step(options: BenchmarkOptions, folder: Path) -> None:
+    if options.name == "step":
+        run_step_benchmark(options, folder)
+        return
+    for changes in STEPS[options.preset]:
+        cfg = StepConfig(reference=options.reference, **changes)
+        name = f"step-{cfg.dtype}-{cfg.d_sae}.json"
+        if _is_there(folder / name, {"rounds": cfg.rounds, "dtype": cfg.dtype}, "settings"):
+            continue
+        run_step_benchmark(cfg, folder, name)
+
+
+def _data(options: BenchmarkOptions, folder: Path) -> None:
+    if options.name == "all" and _is_there(folder / DATA_FILENAME, {"preset": options.preset}):
+        return
+    run_data_benchmark(options.preset, ModelPair.load(*demo_models(DemoConfig())), folder)
+
+
+def _is_there(path: Path, wanted: Mapping[str, Any], part: str | None = None) -> bool:
+    """Whether a file holds results with these settings.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    if not path.exists():
+        return False
+    (row,) = read_rows(path)
+    settings = row if part is None else row.get(part, {})
+    differs = {name: settings.get(name) for name in wanted if settings.get(name) != wanted[name]}
+    if differs:
+        raise ValueError(
+            f"{path} holds results of other settings: {differs}, wanted {dict(wanted)}. Name another --output, or delete it."
+        )
+    return True
+
+
+SUITE: dict[str, Benchmark] = {
+    # First what is timed, when nothing else has run in the process.
+    "step": Benchmark(_step, step_tables, step_figures, step_plot, "speedup_over_saelens"),
+    "data": Benchmark(_data, data_tables, data_figures, data_plot, "harvest_ratio"),
+    "evaluate": Benchmark(
+        lambda options, folder: run_evaluate_benchmark(options.preset, folder),
+        evaluate_tables,
+        evaluate_figures,
+        evaluate_plot,
+        "case",
+    ),
+    "planted": Benchmark(
+        lambda options, folder: run_planted_benchmark(options.preset, folder),
+        planted_tables,
+        planted_figures,
+        planted_plot,
+        "organism",
+    ),
+    "recovery": Benchmark(
+        lambda options, folder: run_benchmark(
+            options.preset, folder / RECOVERY_FILENAME, options.jobs
+        ),
+        tables,
+        recovery_figures,
+        recovery_plot,
+        "d_sae_per_feature",
+    ),
+}
+
+
+def benchmark(options: BenchmarkOptions) -> int:
+    """Run what is missing, then write and print tables and pictures; or compare. The exit status."""
+    _check(options)
+    if options.name == "compare":
+        return compare_results(*map(Path, options.paths), as_json=options.json)
+    kind = "step" if options.name == "step" else options.preset
+    folder = Path(options.output or f"runs/benchmark/{kind}")
+    if options.name != "all":
+        SUITE[options.name].run(options, folder)
+        _say(present(folder, options.name), folder / options.name)
+        return 0
+    failed = run_all(options, folder)
+    say(f"Results: {folder}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+def _check(options: BenchmarkOptions) -> None:
+    if options.jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {options.jobs}.")
+    given = [f.name for f in fields(StepConfig) if getattr(options, f.name) != f.default]
+    if options.name == "all":
+        given = [name for name in given if name != "reference"]
+    if options.name != "step" and given:
+        raise ValueError(
+            f"{', '.join(given)}: for `benchmark step`, not for {options.name}. Leave them out."
+        )
+    n_paths = 2 if options.name == "compare" else 0
+    if len(options.paths) != n_paths:
+        raise ValueError(
+            f"`benchmark {options.name}` takes {n_paths or 'no'} folders or files, got {len(options.paths)}: "
+            f"{' '.join(options.paths)}. Results are compared by `benchmark compare OLD NEW`."
+        )
+
+
+def run_all(options: BenchmarkOptions, folder: Path) -> list[str]:
+    """Run the suite; the names of the benchmarks that failed, which do not stop the others."""
+    failed: list[str] = []
+    for name, one in SUITE.items():
+        logger.info("Benchmark %s, preset %s", name, options.preset)
+        try:
+            one.run(options, folder)
+            _say(present(folder, name)[:1], folder / name)
+        except Exception:
+            logger.exception("Benchmark %s failed", name)
+            failed.append(name)
+    return failed
+
+
+def _say(found: Iterable[Table], path: Path) -> None:
+    for table in found:
+        say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
+    say(f"Results: {path}*.json; tables: {path}.md; picture: {path}.svg")
+
+
+def present(folder: Path, name: str) -> list[Table]:
+    """Write a folder's results of one benchmark as tables (NAME.md) and picture (NAME.svg); the tables."""
+    one, rows = SUITE[name], results_in(folder)[name]
+    found = list(one.tables(rows))
+    text = "\n\n".join(table.markdown() for table in found)
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    one.plot(rows, folder / f"{name}.svg")
+    return found
+
+
+def results_in(path: Path) -> dict[str, Rows]:
+    """The rows of each benchmark that a folder, or a file, has results of.
+
+    Raises:
+        ValueError: It has none, or a file is not JSON.
+    """
+    if path.is_dir():
+        files = {
+            name: sorted([*path.glob(f"{name}.json"), *path.glob(f"{name}-*.json")])
+            for name in SUITE
+        }
+        found = {
+            name: [row for p in paths for row in read_rows(p)] for name, paths in files.items()
+        }
+    else:
+        rows = read_rows(path)
+        found = {name: rows for name, one in SUITE.items() if all(one.mark in row for row in rows)}
+    found: dict[str, Rows] = {name: rows for name, rows in found.items() if rows}
+    if not found:
+        raise ValueError(
+            f"{path} has no results of {', '.join(SUITE)}. Give a folder that `benchmark` wrote, or one of its JSON files."
+        )
+    return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results, or the one that it is.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a file of results: {error}.") from error
+    return content if isinstance(content, list) else [content]
+
+
+def compare_results(old: Path, new: Path, as_json: bool = False) -> int:
+    """Print what differs between two sets of results beyond the noise; 1 where anything is worse, else 0.
+
+    Raises:
+        ValueError: One has no results.
+    """
+    comparisons = compare(figures_of(old), figures_of(new))
+    if as_json:
+        say(json.dumps([comparison._asdict() for comparison in comparisons]))
+    else:
+        head, *rows = comparison_table(comparisons)
+        say(text_table(head, rows))
+        counts = {
+            flag: sum(c.flag == flag for c in comparisons)
+            for flag in dict.fromkeys(c.flag for c in comparisons)
+        }
+        say("\n" + ", ".join(f"{n} {flag}" for flag, n in counts.items()))
+    return int(any(comparison.flag == "worse" for comparison in comparisons))
+
+
+def figures_of(path: Path) -> list[Figure]:
+    """The figures of all results of a folder or file, each under its benchmark's name."""
+    return [
+        replace(figure, name=f"{name}: {figure.name}")
+        for name, rows in results_in(path).items()
+        for figure in SUITE[name].figures(rows)
+    ]
