@@ -8,6 +8,7 @@ A block begins with `<!-- NAME -->` and ends with `<!-- end -->`; all else is wr
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ README = HERE / "README.md"
 BLOCK = re.compile(r"(<!-- ([\w:-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def overview(name: str) -> Callable[[], Table]:
-    """The first table of a benchmark."""
-    return lambda: next(SUITE[name].tables(results_in(RESULTS)[name]))
+def overview(name: str) -> str:
+    """The first table of a benchmark and its picture."""
+    rows = results_in(RESULTS).get(name)
+    if rows is None:
+        command = f"sae-lens-dfc benchmark {name} --preset full --output benchmarks/results"
+        return f"(No results are kept yet. `{command}` gives them.)"
+    table = next(SUITE[name].tables(rows))
+    return f"{table.markdown()}\n\n![{table.title}](results/{name}.svg)"
 
 
 EVIDENCE_COLUMNS = {
@@ -39,12 +45,12 @@ NULL_COLUMNS = {
 }
 
 
-def evidence(case: str) -> Table:
+def evidence(case: str) -> str:
     """What the calls with evidence find, on one kind of toy pair."""
     rows = [r for r in json.loads((RESULTS / "evidence.json").read_text()) if case_of(r) == case]
     columns = NULL_COLUMNS if case == "null" else EVIDENCE_COLUMNS
     title = "Null, where no feature is exclusive" if case == "null" else case
-    return Table(title, _over_seeds(rows, "architecture", columns))
+    return Table(title, _over_seeds(rows, "architecture", columns)).markdown()
 
 
 SELECTION_COLUMNS = {
@@ -57,7 +63,7 @@ SELECTION_COLUMNS = {
 }
 
 
-def selection() -> Table:
+def selection() -> str:
     """What each way of selection leaves, on two models and on the null."""
     rows = json.loads((RESULTS / "selection.json").read_text())["rows"]
     for row in rows:
@@ -66,7 +72,8 @@ def selection() -> Table:
             dead = row.get(f"dead_fraction/{model}_exclusive")
             row[f"alive/{model}_exclusive"] = None if dead is None else 1 - dead
     rows.sort(key=lambda row: row["pair"] == "null")
-    return Table("Ways of selection", _over_seeds(rows, "variant", SELECTION_COLUMNS, digits=3))
+    cells = _over_seeds(rows, "variant", SELECTION_COLUMNS, digits=3)
+    return Table("Ways of selection", cells).markdown()
 
 
 def _over_seeds(
@@ -84,8 +91,8 @@ def _known(rows: Rows, group: str, name: str, column: str) -> list[Any]:
     return [r[column] for r in rows if r[group] == name and r.get(column) is not None]
 
 
-BLOCKS: dict[str, Callable[[], Table]] = {
-    **{f"{name}:overview": overview(name) for name in SUITE},
+BLOCKS: dict[str, Callable[[], str]] = {
+    **{f"{name}:overview": partial(overview, name) for name in SUITE},
     "evidence:1": lambda: evidence("1 latents a feature"),
     "evidence:2": lambda: evidence("2 latents a feature"),
     "evidence:null": lambda: evidence("null"),
@@ -99,7 +106,7 @@ def filled(text: str) -> str:
     Raises:
         KeyError: There is no block of a name.
     """
-    return BLOCK.sub(lambda m: f"{m[1]}\n{BLOCKS[m[2]]().markdown()}\n\n{m[3]}", text)
+    return BLOCK.sub(lambda m: f"{m[1]}\n{BLOCKS[m[2]]()}\n\n{m[3]}", text)
 
 
 def main() -> None:

@@ -179,7 +179,8 @@ def step_plot(rows: Rows, path: Path) -> None:
         ):
             own = [(j, row) for j, row in enumerate(rows) if row.get(name) is not None]
             _ranges(axes, own, name, COLOURS[i])
-            axes.set_xlabel(STEP_RATIOS[name][0])
+            better = "lower" if name.startswith("ratio") else "higher"
+            axes.set_xlabel(f"{STEP_RATIOS[name][0]}\n({better} is better)")
             axes.axvline(1, color=INK, linestyle=":", linewidth=1)
             axes.set_xlim(left=0)
             axes.set_yticks(range(len(rows)), [step_name(row) for row in rows])

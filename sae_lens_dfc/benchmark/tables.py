@@ -114,8 +114,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _cells(rows: Rows) -> list[list[str]]:
     names = {row["architecture"]: None for row in rows}
-    return [["", *COLUMNS.values()]] + [
-        [name, *(spread(_values(rows, name, column)) for column in COLUMNS)] for name in names
+    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
+    return [["", *(COLUMNS[c] for c in columns)]] + [
+        [name, *(spread(_values(rows, name, column)) for column in columns)] for name in names
     ]
 
 
