@@ -33,6 +33,7 @@ def preset(
     return Preset(demo, seeds=1, nulls=("self",), downstream_pairs=200)
 
 
+@pytest.mark.slow
 def test_both_architectures_are_measured_on_two_models_and_on_the_null(
     preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,30 +232,48 @@ def _flag(difference: float, better: Better) -> Flag:
     return "better" if (difference > 0) == (better == "higher") else "worse"
 
 
+TOLD: tuple[Flag, ...] = ("worse", "changed", "better")
+HEAD = ["figure", "", "old", "new", "difference", "noise", "q", ""]
+
+
 def comparison_table(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    """Head and rows of what is told; figures that are not comparable, or within the noise, a row for each reason.
+    """Head and rows of what is told.
 
     >>> one = Comparison("step: ratio", 1.0, 2.0, 1.0, 0.1, 0.01, "worse", "")
     >>> comparison_table([one])[1]
-    ['worse', 'step: ratio', '1.000', '2.000', '+1.000', '0.100', '0.01', '']
+    ['step: ratio', 'worse', '1.000', '2.000', '+1.000', '0.100', '0.01', '']
     """
-    rows = [["", "figure", "old", "new", "difference", "noise", "q", "why"]]
-    others: dict[tuple[str, str, str], list[str]] = {}
+    return [HEAD] + [
+        [
+            c.figure,
+            c.flag,
+            *(number(c.old), number(c.new), _signed(c.difference), number(c.noise)),
+            "" if c.q is None else f"{c.q:.2g}",
+            c.why,
+        ]
+        for c in comparisons
+        if c.flag in TOLD
+    ]
+
+
+def other_lines(comparisons: Sequence[Comparison]) -> list[str]:
+    """How many figures of each benchmark are not told, and why; which, where they are not comparable.
+
+    >>> other_lines([Comparison("step: step_ms", 1.0, 2.0, None, None, None, "not comparable", "a raw time")])
+    ['not comparable: 1 of step, a raw time (step_ms)']
+    """
+    groups: dict[tuple[Flag, str, str], list[str]] = {}
     for c in comparisons:
-        if c.flag in ("worse", "better", "changed"):
-            q = "" if c.q is None else f"{c.q:.2g}"
-            values = number(c.old), number(c.new), _signed(c.difference), number(c.noise)
-            rows.append([c.flag, c.figure, *values, q, c.why])
-        else:
+        if c.flag not in TOLD:
             benchmark, _, figure = c.figure.partition(": ")
-            others.setdefault((c.flag, benchmark, c.why), []).append(figure)
-    for (flag, benchmark, why), figures in others.items():
-        shown = "; ".join(figures[:3]) + ("; ..." if len(figures) > 3 else "")
-        listed = f"{benchmark}: {len(figures)} figures"
+            groups.setdefault((c.flag, benchmark, c.why), []).append(figure)
+    lines: list[str] = []
+    for (flag, benchmark, why), figures in groups.items():
+        line = f"{flag}: {len(figures)} of {benchmark}" + (f", {why}" if why else "")
         if flag == "not comparable":
-            listed += f" ({shown})"
-        rows.append([flag, listed, *[""] * 5, why])
-    return rows
+            line += f" ({'; '.join(figures[:3])}{'; ...' if len(figures) > 3 else ''})"
+        lines.append(line)
+    return lines
 
 
 def _signed(value: float | None) -> str:

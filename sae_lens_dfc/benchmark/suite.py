@@ -17,7 +17,7 @@ from sae_lens_dfc.benchmark.comparable import (
     recovery_figures,
     step_figures,
 )
-from sae_lens_dfc.benchmark.compare import Figure, compare, comparison_table
+from sae_lens_dfc.benchmark.compare import Figure, compare, comparison_table, other_lines
 from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
 from sae_lens_dfc.benchmark.data import run_data_benchmark
 from sae_lens_dfc.benchmark.evaluate import run_evaluate_benchmark
@@ -280,12 +280,8 @@ def compare_results(old: Path, new: Path, as_json: bool = False) -> int:
         say(json.dumps([comparison._asdict() for comparison in comparisons]))
     else:
         head, *rows = comparison_table(comparisons)
-        say(text_table(head, rows))
-        counts = {
-            flag: sum(c.flag == flag for c in comparisons)
-            for flag in dict.fromkeys(c.flag for c in comparisons)
-        }
-        say("\n" + ", ".join(f"{n} {flag}" for flag, n in counts.items()))
+        say(text_table(head, rows) if rows else "Nothing is told apart.")
+        say("\n" + "\n".join(other_lines(comparisons)))
     return int(any(comparison.flag == "worse" for comparison in comparisons))
 
 

@@ -15,7 +15,7 @@ from sae_lens_dfc.benchmark.planted.harvest import harvest, joined
 from sae_lens_dfc.benchmark.planted.organism import NULL, Organism, key
 from sae_lens_dfc.benchmark.planted.probes import Probes
 from sae_lens_dfc.benchmark.planted.score import score
-from sae_lens_dfc.benchmark.planted.training import Training, trained
+from sae_lens_dfc.benchmark.planted.training import TUNED, Training, trained
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.recovery import write
 from sae_lens_dfc.demo import DEMO_A, unpack
@@ -47,8 +47,13 @@ class Preset:
     training: Training = Training()
 
 
+SMALL = ("batchtopk_crosscoder", "delta_crosscoder", "dfc")
 PRESETS = {
-    "small": Preset(("refusal/strong",), 1),
+    "small": Preset(
+        ("false_fact/strong",),
+        1,
+        Training(steps=200, n_texts=60, tuned={name: TUNED[name] for name in SMALL}),
+    ),
     "full": Preset(FULL, 2),
 }
 

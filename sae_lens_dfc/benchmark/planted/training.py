@@ -46,13 +46,13 @@ class Training:
     n_texts: int = 120
     """Stretches of ordinary text."""
     tuned: Mapping[str, float] = field(default_factory=lambda: dict(TUNED))
-    """Each architecture's own setting, as `KNOBS` names it."""
+    """Each architecture's own setting, as `KNOBS` names it; what has none is not trained."""
 
 
 def crosscoder_configs(
     cfg: Training, d_a: int, d_b: int
 ) -> dict[str, CrosscoderTrainingConfig | None]:
-    """The five architectures; none for the one that needs equal widths, where they differ."""
+    """The architectures that are tuned; none for the one that needs equal widths, where they differ."""
     # A run this short is over before an average of step 0.01 has followed the scores.
     top: dict[str, Any] = {"k": cfg.k, "topk_threshold_lr": 0.05}
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -74,13 +74,14 @@ def crosscoder_configs(
         if name == "delta_crosscoder" and d_a != d_b
         else kind(**{**sizes, **values, KNOBS[name][0]: cfg.tuned[name]})
         for name, (kind, values) in kinds.items()
+        if name in cfg.tuned
     }
 
 
 def trained(
     cfg: Training, pair: ModelPair, organism: Organism, rows: Any, seed: int
 ) -> dict[str, Crosscoder | None]:
-    """All architectures, trained on the same batches."""
+    """Every architecture that is tuned, trained on the same batches."""
     configs = crosscoder_configs(cfg, pair.d_a, pair.d_b)
     first, *others = (sae for sae in configs.values() if sae is not None)
     runner = CrosscoderTrainingRunner(
