@@ -22,6 +22,7 @@ SHOWN = ("benchmarks/README.md", "benchmarks/results/*", "tutorials/*.ipynb", "t
 
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1", flags=re.MULTILINE | re.DOTALL)
+PICTURE = re.compile(r'<img [^>]*src="(assets/the-datas-way\.svg)"[^>]*>')
 FROM_ELSEWHERE = re.compile(
     r"<script(?=[^>]*src=\"https?:)[^>]*>\s*</script>|<script type=\"module\">\s*import mermaid.*?</script>",
     flags=re.DOTALL,
@@ -68,7 +69,11 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Page, files: Files, **_: Any) -> str:
-    """mkdocs-jupyter leaves a notebook's links as they are, and loads two libraries from elsewhere that none of ours uses."""
+    """Our own pictures become part of the page, where its colours reach them; notebooks get the site's links.
+
+    mkdocs-jupyter leaves links as they are, and loads two libraries from elsewhere that none of our notebooks uses.
+    """
+    html = PICTURE.sub(lambda m: (ROOT / "docs" / m[1]).read_text(encoding="utf-8"), html)
     if not page.file.src_uri.endswith(".ipynb"):
         return html
 
