@@ -20,7 +20,9 @@ ELSEWHERE = {
 SHOWN = ("benchmarks/README.md", "benchmarks/results/*", "tutorials/*.ipynb", "tutorials/*.png")
 """Files of the repository that have the same path on the site."""
 
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(
+    r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)"
+)
 FENCE = re.compile(r"^(```|~~~).*?^\1", flags=re.MULTILINE | re.DOTALL)
 PICTURE = re.compile(r'<img [^>]*src="(assets/the-datas-way\.svg)"[^>]*>')
 FROM_ELSEWHERE = re.compile(
@@ -47,11 +49,14 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 # Before mkdocs-jupyter looks for notebooks.
 @event_priority(100)
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    outside = {repo: site for repo, site in ELSEWHERE.items() if site != "index.md"}
-    for pattern in SHOWN:
-        outside |= {p: p for p in (_repo_path(f) for f in ROOT.glob(pattern) if f.is_file())}
-    for repo, site in outside.items():
-        files.append(File.generated(config, site, abs_src_path=str(ROOT / repo)))
+    for repo, site in ELSEWHERE.items():
+        if site != "index.md":
+            files.append(File.generated(config, site, abs_src_path=str(ROOT / repo)))
+    shown = [f for pattern in SHOWN for f in sorted(ROOT.glob(pattern)) if f.is_file()]
+    for file in shown:
+        # Not generated: mkdocs-jupyter reads a file from its folder.
+        path = file.relative_to(ROOT).as_posix()
+        files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
@@ -106,7 +111,3 @@ def _site_path(src_uri: str, target: str) -> str | None:
     if not (ROOT / linked).exists():
         return None
     return ELSEWHERE.get(linked, linked.removeprefix("docs/"))
-
-
-def _repo_path(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()

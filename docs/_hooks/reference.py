@@ -33,7 +33,7 @@ def options_table(options: type, prefix: str = "") -> str:
         for name, default, text in flags(options, prefix)
     ]
     head = _prose(options) if not prefix else ""
-    return "\n".join([head, "", "| flag | default | |", "|---|---|---|", *rows])
+    return "\n".join([head, "", "| flag | default | what it is |", "|---|---|---|", *rows])
 
 
 def flags(options: type, prefix: str = "") -> list[tuple[str, Any, str]]:
@@ -69,7 +69,7 @@ def recipes_table() -> str:
 
 def names_table() -> str:
     """The names that `sae_lens_dfc` itself exports, with their first line."""
-    rows = ["| `from sae_lens_dfc import …` | |", "|---|---|"]
+    rows = ["| `from sae_lens_dfc import …` | what it is |", "|---|---|"]
     for name in sae_lens_dfc.__all__:
         value = getattr(sae_lens_dfc, name)
         rows.append(f"| [`{name}`][{value.__module__}.{name}] | {_prose(value)} |")
