@@ -17,6 +17,8 @@ MARK = re.compile(r"<!-- (command|architecture|recipes|names)(?: ([\w-]+))? -->"
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if not page.file.src_uri.startswith("reference/"):
         return markdown
+    # Who looks for a word wants a guide first.
+    page.meta["search"] = {"boost": 0.3}
     makers = {
         "command": lambda name: options_table(COMMANDS[name][0]),
         "architecture": lambda name: options_table(ARCHITECTURES[name], "sae."),
