@@ -98,9 +98,6 @@ model, tokens = hooked.model, hooked.model.to_tokens([Path("my-text.txt").read_t
         replace={
             "--training-pairs 1000000": "",
             "--sae.d-sae 16384": "--sae.d-sae 64",
-            # The tiny one's middle block is its last, above which nothing can be dropped.
-            "--model-b.drop-unused-layers true": "--model-b.drop-unused-layers true"
-            " --model-b.hook-name blocks.0.hook_resid_post",
         },
         not_run={
             "torchrun": "two 8B models on 8 GPUs; tests/training/test_torchrun.py runs it small"
