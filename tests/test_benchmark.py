@@ -139,6 +139,16 @@ def test_outside_a_repository_there_is_no_commit(monkeypatch: pytest.MonkeyPatch
     assert provenance()["commit"] is None
 
 
+def test_the_processor_is_named_where_the_system_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr("sae_lens_dfc.benchmark.provenance.CPU_INFO", info)
+    assert provenance()["cpu"] is None
+    info.write_text("processor\t: 0\nmodel name\t: Some CPU: 9 @ 2 GHz\nmodel name\t: Some\n")
+    assert provenance()["cpu"] == "Some CPU: 9 @ 2 GHz"
+
+
 def test_the_null_has_as_many_features_and_none_exclusive() -> None:
     (null,) = (r for r in runs("small") if r.null and r.name == "dfc")
     sizes = toy_config(null).features.sizes

@@ -269,6 +269,24 @@ def test_other_toy_pairs_and_other_organisms_are_not_compared(
     assert "d_a differs: 96 / 97" in {c["why"] for c in own}
 
 
+def test_with_one_seed_recovery_is_compared_over_its_cases(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in folders:
+        path = folder / "recovery.json"
+        rows = [row for row in json.loads(path.read_text()) if row["seed"] == 0]
+        path.write_text(json.dumps(rows))
+
+    def lose_features(row: Any) -> None:
+        if row["architecture"] == "dfc" and not row["null"]:
+            row["shared_recall"] -= 0.3 + 0.01 * row["d_sae_per_feature"]
+
+    changed(folders[1], "recovery", lose_features)
+    status, found = compared(*folders, capsys)
+    told = [c["figure"] for c in found if c["flag"] == "worse"]
+    assert status == 1 and told == ["recovery: dfc: shared_recall"]
+
+
 def test_rounds_are_used_where_both_have_them(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

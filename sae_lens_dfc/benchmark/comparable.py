@@ -66,8 +66,7 @@ def planted_figures(rows: Rows) -> Iterator[Figure]:
 
 
 def _planted(name: str, rows: Rows, null: bool) -> Iterator[Figure]:
-    where, verdicts = (", null", "lower") if null else ("", "higher")
-    better: Better = verdicts  # type: ignore[assignment]
+    where, better = _where(null)
     units = {f"{row['organism']}, seed {row['seed']}": row for row in rows}
     # An organism that was built otherwise is another question.
     subject = {unit: row["settings"]["organism"] for unit, row in units.items()}
@@ -80,6 +79,11 @@ def _planted(name: str, rows: Rows, null: bool) -> Iterator[Figure]:
         yield from _figure(f"{name}: auc", "higher", SHARE, aucs, subject=subject)
         falls = {unit: row["score"]["ablation"]["mean"] for unit, row in units.items()}
         yield from _figure(f"{name}: ablation, nats", "higher", 0.1, falls, subject=subject)
+
+
+def _where(null: bool) -> tuple[str, Better]:
+    # Of a pair with nothing planted a confirmation is a false one.
+    return (", null", "lower") if null else ("", "higher")
 
 
 EVALUATE: dict[str, tuple[Better, float]] = {
