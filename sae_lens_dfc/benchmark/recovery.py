@@ -19,6 +19,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lens_dfc.benchmark.peers import PEERS
 from sae_lens_dfc.benchmark.provenance import commit, provenance
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
@@ -98,7 +99,7 @@ class Run(NamedTuple):
 
     preset: str
     name: str
-    """Registry name of the architecture, or a recipe's."""
+    """Registry name of the architecture, or a recipe's or a peer's."""
     size: float
     seed: int
     pairing_noise: float
@@ -109,10 +110,10 @@ class Run(NamedTuple):
 def _crosscoders(
     preset: Preset,
 ) -> dict[str, tuple[type[CrosscoderTrainingConfig], dict[str, Any]]]:
-    """What is compared: the five architectures, our recipe, and variants of both.
+    """What is compared: the five architectures, our recipe, variants of both, and other libraries' dictionaries.
 
-    All have the same number of active latents, inputs scaled by variance, and our dead-latent loss;
-    none anneals k. Decoders are tied by a fitted map, since a toy pair has no common basis: the
+    All have the same number of active latents and inputs scaled by variance; none anneals k. Ours have our
+    dead-latent loss, the others their own, and the sizes of a BatchTopK crosscoder. Decoders are tied by a fitted map, since a toy pair has no common basis: the
     Delta-Crosscoder, which needs one, is here out of its element.
     """
     k: dict[str, Any] = {"k": preset.toy.active_features}
@@ -135,10 +136,11 @@ def _crosscoders(
             StandardTrainingCrosscoderConfig,
             {"l1_coefficient": penalty / 3, **warm_up},
         ),
+        **dict.fromkeys(PEERS, (BatchTopKTrainingCrosscoderConfig, k)),
     }
 
 
-CLEAN_ONLY = ("dfc-l2", "dfc-tested-l2", "standard-third")
+CLEAN_ONLY = ("dfc-l2", "dfc-tested-l2", "standard-third", "dictionary-learning-as-it-comes")
 """Variants that are trained at each size, but not on wrong pairs and not on the null."""
 
 
@@ -196,8 +198,10 @@ class Drawn(Iterator[Tensor]):
 
 
 def train(run: Run, batches: Iterator[Tensor]) -> Crosscoder:
-    """The crosscoder of a run, trained by SAELens' trainer."""
+    """The crosscoder of a run, trained by SAELens' trainer, or what another library's trainer made of the same pairs."""
     cfg = training_config(run)
+    if run.name in PEERS:
+        return PEERS[run.name].train(cfg, batches)
     torch.manual_seed(cfg.seed)
     crosscoder = get_sae_training_class(cfg.sae.architecture())[0](cfg.sae)
     assert isinstance(crosscoder, TrainingCrosscoder)
@@ -242,7 +246,7 @@ def row(run: Run) -> dict[str, Any]:
         "alive": (firing.counts > 0).double().mean().item(),
         "seconds": round(time.monotonic() - started, 1),
         "training_seconds": round(training_seconds, 2),
-        **provenance(),
+        **provenance(*(PEERS[run.name].packages if run.name in PEERS else ())),
         "settings": settings(run),
     }
 
@@ -268,11 +272,15 @@ def settings(run: Run) -> dict[str, Any]:
         "evaluation_pairs": PRESETS[run.preset].eval_batches * EVAL_BATCH_SIZE,
         "evaluation_seed": EVAL_SEED,
     }
+    if run.name in PEERS:
+        values |= PEERS[run.name].settings(cfg)
     return json.loads(json.dumps(values))
 
 
 def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
     """All runs of a preset, the results written after each; what is there already is not run again.
+
+    What needs a package that is not installed is left out, and it is said how to install it.
 
     Args:
         preset: Name in `PRESETS`.
@@ -287,11 +295,9 @@ def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
     others = {str(row["commit"]) for row in rows.values()} - {str(commit())}
     if others:
         logger.warning("%s has results of other commits, which are kept: %s", path, sorted(others))
-    todo = [i for i in range(len(wanted)) if i not in rows]
+    todo = _possible({i: run for i, run in enumerate(wanted) if i not in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
-    for i, result in tqdm(
-        _results({i: wanted[i] for i in todo}, jobs), "Crosscoders", len(todo), unit=" runs"
-    ):
+    for i, result in tqdm(_results(todo, jobs), "Crosscoders", len(todo), unit=" runs"):
         rows[i] = result
         write([rows[j] for j in sorted(rows)], path)
     return [rows[i] for i in sorted(rows)]
@@ -319,6 +325,14 @@ def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str,
         raise ValueError(
             f"{path} holds {len(known)} results of other settings. Name another --output, or delete it."
         )
+
+
+def _possible(todo: Mapping[int, Run]) -> dict[int, Run]:
+    peers = {run.name for run in todo.values()} & set(PEERS)
+    missing = {name: what for name in sorted(peers) if (what := PEERS[name].missing()) is not None}
+    for name, what_to_do in missing.items():
+        logger.warning("%s is left out: %s", name, what_to_do)
+    return {i: run for i, run in todo.items() if run.name not in missing}
 
 
 def _results(todo: Mapping[int, Run], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
