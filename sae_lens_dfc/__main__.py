@@ -111,8 +111,8 @@ class BenchmarkOptions(StepConfig):
     (step)."""
 
     name: str = field(positional=True, choices=["recovery", "data", "step", "planted"])
-    """recovery: five architectures, the recipe dfc-tested and variants of both, over dictionary sizes, seeds, wrong
-    pairs and a null. data: harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided. step:
+    """recovery: five architectures, the recipe dfc-tested, variants of both, and BatchTopK of SAELens and of dictionary-learning,
+    where that is installed, over dictionary sizes, seeds, wrong pairs and a null. data: harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided. step:
     one training step of a DFC, beside its encoder's product alone and beside other trainers' steps. planted: five architectures on real
     models whose difference was put there, by detection, ablation and addition."""
     preset: str = field(default="small", choices=list(PRESETS))

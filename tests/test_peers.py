@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,15 @@ from sae_lens_dfc import BatchTopKTrainingCrosscoder, BatchTopKTrainingCrosscode
 from sae_lens_dfc.benchmark import dictionary_learning, peers, recovery
 from sae_lens_dfc.benchmark.dictionary_learning import DictionaryLearning, load_dictionary_learning
 from sae_lens_dfc.benchmark.peers import PEERS, Normalization, as_crosscoder
-from sae_lens_dfc.benchmark.recovery import Run, row, run_benchmark, runs, toy_config, train
+from sae_lens_dfc.benchmark.recovery import (
+    PRESETS,
+    Run,
+    row,
+    run_benchmark,
+    runs,
+    toy_config,
+    train,
+)
 from sae_lens_dfc.metrics.recovery import Truth
 from sae_lens_dfc.metrics.recovery import recovery as recovered
 
@@ -137,8 +146,8 @@ def seen_by_dictionary_learning(monkeypatch: pytest.MonkeyPatch, name: str) -> l
 
     def train_sae(data: Any, configs: list[dict[str, Any]], steps: int, **kwargs: Any) -> None:
         trainer = configs[0]["trainer"](**configs[0])
-        # Of our window, a tenth of 200 steps, in pairs.
-        assert trainer.dead_feature_threshold == (20 * 256 if name == DICTIONARY_LEARNING else None)
+        # Of our window, a tenth of 20 steps, in pairs.
+        assert trainer.dead_feature_threshold == (2 * 256 if name == DICTIONARY_LEARNING else None)
         assert kwargs["normalize_activations"] == (name == DICTIONARY_LEARNING)
         seen.extend(islice(data, steps))
         d_in, d_sae = configs[0]["activation_dim"], configs[0]["dict_size"]
@@ -168,13 +177,14 @@ def seen_by_dictionary_learning(monkeypatch: pytest.MonkeyPatch, name: str) -> l
 def test_every_peer_gets_the_normalised_pairs_that_ours_gets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(PRESETS, "small", replace(PRESETS["small"], steps=20))
     ours = seen_by_saelens(monkeypatch, recovery, OURS)
     others = [
         seen_by_saelens(monkeypatch, peers, SAELENS),
         seen_by_dictionary_learning(monkeypatch, DICTIONARY_LEARNING),
         seen_by_dictionary_learning(monkeypatch, AS_IT_COMES),
     ]
-    assert len(ours) == 200 and ours[0].shape == (256, 48)
+    assert len(ours) == 20 and ours[0].shape == (256, 48)
     assert ours[0].std() > 1.5 * next(batches(small(OURS))).std()  # it is not what came in
     for theirs in others:
         assert len(theirs) == len(ours)
