@@ -28,12 +28,14 @@ from sae_lens_dfc.benchmark.recovery import (
     toy_config,
     train,
 )
-from sae_lens_dfc.metrics.recovery import Truth
+from sae_lens_dfc.benchmark.separate import match, recovery_of_matches
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.metrics.recovery import OF_CALLS, Truth
 from sae_lens_dfc.metrics.recovery import recovery as recovered
 
 NOT_INSTALLED = dictionary_learning.missing()
 needs_dictionary_learning = pytest.mark.skipif(NOT_INSTALLED is not None, reason=str(NOT_INSTALLED))
-SAELENS, DICTIONARY_LEARNING, AS_IT_COMES = PEERS
+SAELENS, DICTIONARY_LEARNING, AS_IT_COMES, SEPARATE = PEERS
 OURS = "batchtopk_crosscoder"
 
 
@@ -123,6 +125,59 @@ def replace_run(run: Run, **changed: Any) -> Run:
     return run._replace(**changed)
 
 
+# --- two dictionaries that are matched ---
+
+
+def hand_made(toy: ToyPair, raw: Tensor, shift: float) -> Crosscoder:
+    """Two dictionaries of the true features of each model, read off by least squares: B's in another order."""
+    a, b = toy.features.models.values()
+    in_a, in_b = (toy.directions[:, m] for m in (a, b))
+    in_b = in_b.flip(0)
+    own_a, own_b = in_a.norm(dim=-1) > 0, in_b.norm(dim=-1) > 0
+    rows = in_a[own_a], in_b[own_b]
+    normalization = Normalization(torch.zeros(raw.shape[1]), torch.ones(2), a.stop)
+    weights = {
+        "W_enc": torch.block_diag(*(torch.linalg.pinv(r) for r in rows)),
+        "b_enc": torch.zeros(sum(map(len, rows))),
+        "W_dec": torch.block_diag(*rows),
+        "b_dec": torch.zeros(raw.shape[1]),
+        "threshold": torch.tensor(shift),
+    }
+    return as_crosscoder(weights, normalization, (len(rows[0]), len(rows[1])))
+
+
+def test_matched_dictionaries_of_the_true_features_find_all_of_them_and_call_nothing_else() -> None:
+    few = replace(toy_config(small(OURS)), n_features=20, active_features=2, noise=0.0)
+    toy = ToyPair(few)
+    raw = next(toy.batches(8192))
+    crosscoder = hand_made(toy, raw, 0.05)
+    alive = (crosscoder.encode(raw) > 0).any(dim=0)
+    assert alive.all()
+    truth = Truth(toy.features, toy.directions, toy.frequencies)
+    matches = match(crosscoder, raw.split(2048), alive)
+    assert 0 < matches.limit < 0.3
+    assert len(matches.a) == len(matches.b) == toy.features.n_shared
+    score = recovery_of_matches(crosscoder, truth, alive, matches)
+    assert (score["exclusive_recall"], score["shared_recall"]) == (1, 1)
+    assert (score["false_exclusive_rate"], score["exclusive_called"]) == (0, 4)
+    # A dead latent has no counterpart, and is called nothing for it.
+    shared = int(matches.a[0])
+    alive[shared] = False
+    without = match(crosscoder, raw.split(2048), alive)
+    assert not without.is_alone[shared] and shared not in without.a
+    assert without.is_alone[matches.b[0]]  # the other half of it is alone now
+
+
+def test_a_row_of_two_dictionaries_has_no_evidence_and_every_other_figure() -> None:
+    theirs, mine = row(small(SEPARATE)), row(small(OURS))
+    assert theirs.keys() - mine.keys() == {"matching_limit"} and mine.keys() <= theirs.keys()
+    assert all(theirs[name] is None for name in OF_CALLS)
+    assert theirs["explained_variance/b"] == pytest.approx(mine["explained_variance/b"], abs=0.15)
+    # Five in each; SAELens' threshold rises from 0, and is low after so few steps.
+    assert 9 < theirs["l0"] < 14
+    assert set(theirs["settings"]["crosscoder"]) == {"a", "b"}
+
+
 # --- the input ---
 
 
@@ -179,7 +234,9 @@ def test_every_peer_gets_the_normalised_pairs_that_ours_gets(
 ) -> None:
     monkeypatch.setitem(PRESETS, "small", replace(PRESETS["small"], steps=20))
     ours = seen_by_saelens(monkeypatch, recovery, OURS)
+    separate = seen_by_saelens(monkeypatch, peers, SEPARATE)
     others = [
+        [torch.cat(both, dim=1) for both in zip(separate[::2], separate[1::2], strict=True)],
         seen_by_saelens(monkeypatch, peers, SAELENS),
         seen_by_dictionary_learning(monkeypatch, DICTIONARY_LEARNING),
         seen_by_dictionary_learning(monkeypatch, AS_IT_COMES),
@@ -223,8 +280,8 @@ def test_rows_that_are_there_are_kept_without_the_package(
     assert run_benchmark("small", path, jobs=1) == [old]
 
 
-def test_the_preset_holds_both_peers_at_every_size_noise_and_on_the_null() -> None:
-    for name in (SAELENS, DICTIONARY_LEARNING):
+def test_the_preset_holds_the_peers_at_every_size_noise_and_on_the_null() -> None:
+    for name in (SAELENS, DICTIONARY_LEARNING, SEPARATE):
         own = [r for r in runs("full") if r.name == name]
         ours = [r for r in runs("full") if r.name == OURS]
         assert [replace_run(r, name=OURS) for r in own] == ours

@@ -124,6 +124,7 @@ LAYERS = [
     "benchmark.reference",
     "benchmark.dictionary_learning",
     "benchmark.peers",
+    "benchmark.separate",
     "benchmark.recovery",
     "benchmark.data",
     "benchmark.step",

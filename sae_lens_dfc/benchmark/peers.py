@@ -1,4 +1,4 @@
-"""What a user would pick instead: one sparse autoencoder of another library on both models' activations, joined.
+"""What a user would pick instead: a sparse autoencoder of another library on both models' activations, joined, or one on each.
 
 They know no two models, so they are given what our crosscoders make of the raw activations for themselves, and what
 they learned is written as a crosscoder, which is then measured as ours are.
@@ -64,16 +64,31 @@ class Normalization:
         return (acts - self.mean) * self.scales
 
 
-def as_crosscoder(weights: Mapping[str, Tensor], normalization: Normalization) -> Crosscoder:
+def as_crosscoder(
+    weights: Mapping[str, Tensor],
+    normalization: Normalization,
+    n_exclusive: tuple[int, int] = (0, 0),
+) -> Crosscoder:
     """A sparse autoencoder of normalised activations, written as a crosscoder of raw ones, with the same latents.
 
     Args:
         weights: `W_enc`, `b_enc`, `W_dec`, `b_dec` and `threshold` as in SAELens' `JumpReLUSAE`.
         normalization: Of what it was trained on.
+        n_exclusive: How many latents, the first, are of model A alone, and how many after them of B alone.
     """
     d_in, d_sae = weights["W_enc"].shape
     d_a, scales = normalization.d_a, normalization.scales
-    crosscoder = Crosscoder(CrosscoderConfig(d_in=d_in, d_sae=d_sae, d_a=d_a, d_b=d_in - d_a))
+    n_a, n_b = n_exclusive
+    crosscoder = Crosscoder(
+        CrosscoderConfig(
+            d_in=d_in,
+            d_sae=d_sae,
+            d_a=d_a,
+            d_b=d_in - d_a,
+            n_a_exclusive=n_a,
+            n_b_exclusive=n_b,
+        )
+    )
     folded = {
         "W_enc": weights["W_enc"] * scales[:, None],
         "b_enc": weights["b_enc"],
@@ -126,16 +141,62 @@ def train_saelens(cfg: CrosscoderRunnerConfig, batches: Batches) -> Crosscoder:
     torch.manual_seed(cfg.seed)
     sae = BatchTopKTrainingSAE(_saelens_config(cfg))
     SAETrainer(cfg=cfg.to_sae_trainer_config(), sae=sae, data_provider=inputs).fit()
+    return as_crosscoder(_saved(sae), normalization)
+
+
+def _saved(sae: BatchTopKTrainingSAE) -> dict[str, Tensor]:
+    """The weights of the form in which SAELens saves it."""
     with TemporaryDirectory() as folder:
         sae.save_inference_model(folder)
-        saved = JumpReLUSAE.load_from_disk(folder)
-    return as_crosscoder(saved.state_dict(), normalization)
+        return JumpReLUSAE.load_from_disk(folder).state_dict()
+
+
+def train_separate(cfg: CrosscoderRunnerConfig, batches: Batches) -> Crosscoder:
+    """SAELens' BatchTopK on each model by itself, on the same pairs, as one crosscoder without a shared latent.
+
+    Each has the number of latents and the k of a crosscoder, so that both together have its number of weights.
+    """
+    normalization, inputs = normalized(cfg, batches)
+    torch.manual_seed(cfg.seed)
+    sizes, trainer_config = _sizes(cfg), cfg.to_sae_trainer_config()
+    trainers = {
+        model: SAETrainer(trainer_config, BatchTopKTrainingSAE(sae), iter(()))
+        for model, sae in _separate_configs(cfg).items()
+    }
+    for batch in islice(inputs, trainer_config.total_training_steps):
+        for model, trainer in trainers.items():
+            trainer.step(batch[:, sizes.partition.models[model]])
+            trainer.n_training_steps += 1
+    a, b = (_saved(trainer.sae) for trainer in trainers.values())
+    weights = {
+        "W_enc": torch.block_diag(a["W_enc"], b["W_enc"]),
+        "W_dec": torch.block_diag(a["W_dec"], b["W_dec"]),
+        **{name: torch.cat([a[name], b[name]]) for name in ("b_enc", "b_dec", "threshold")},
+    }
+    return as_crosscoder(weights, normalization, (sizes.d_sae, sizes.d_sae))
+
+
+def _separate_configs(cfg: CrosscoderRunnerConfig) -> dict[str, BatchTopKTrainingSAEConfig]:
+    sizes = _sizes(cfg)
+    widths = {"a": sizes.d_a, "b": sizes.d_b}
+    return {
+        model: BatchTopKTrainingSAEConfig(d_in=width, d_sae=sizes.d_sae, k=sizes.k)
+        for model, width in widths.items()
+    }
 
 
 def saelens_settings(cfg: CrosscoderRunnerConfig) -> dict[str, Any]:
     """All of SAELens' configuration."""
-    values = _saelens_config(cfg).to_dict()
-    return {"crosscoder": {name: value for name, value in values.items() if name != "metadata"}}
+    return {"crosscoder": _without_metadata(_saelens_config(cfg))}
+
+
+def separate_settings(cfg: CrosscoderRunnerConfig) -> dict[str, Any]:
+    """All of SAELens' configuration, of each model's."""
+    return {"crosscoder": {m: _without_metadata(sae) for m, sae in _separate_configs(cfg).items()}}
+
+
+def _without_metadata(sae: BatchTopKTrainingSAEConfig) -> dict[str, Any]:
+    return {name: value for name, value in sae.to_dict().items() if name != "metadata"}
 
 
 # --- dictionary-learning ---
@@ -226,9 +287,11 @@ def _dictionary_learning(is_adapted: bool) -> Peer:
     )
 
 
+SEPARATE = "two-saelens-batchtopk"
 PEERS = {
     "saelens-batchtopk": Peer(train_saelens, saelens_settings),
     "dictionary-learning-batchtopk": _dictionary_learning(is_adapted=True),
     "dictionary-learning-as-it-comes": _dictionary_learning(is_adapted=False),
+    SEPARATE: Peer(train_separate, separate_settings),
 }
 """By the name of their rows."""

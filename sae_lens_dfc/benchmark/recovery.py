@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Bool
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.benchmark.peers import PEERS
+from sae_lens_dfc.benchmark.peers import PEERS, SEPARATE
 from sae_lens_dfc.benchmark.provenance import commit, provenance
+from sae_lens_dfc.benchmark.separate import match, recovery_of_matches
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.delta import DeltaTrainingCrosscoderConfig
@@ -30,7 +32,7 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.standard import StandardTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import evaluate
 from sae_lens_dfc.metrics.moments import PairMoments
-from sae_lens_dfc.metrics.recovery import Truth, recovery, recovery_of_calls
+from sae_lens_dfc.metrics.recovery import OF_CALLS, Truth, recovery, recovery_of_calls
 from sae_lens_dfc.metrics.stitching import fit_stitching
 from sae_lens_dfc.recipes import TEST_AT
 from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
@@ -226,13 +228,23 @@ def row(run: Run) -> dict[str, Any]:
     # Whatever was trained on wrong pairs is measured on right ones.
     pair = ToyPair(replace(toy_config(run), pairing_noise=0.0))
     n_batches = PRESETS[run.preset].eval_batches
-    to_fit = PairMoments.of(islice(pair.batches(EVAL_BATCH_SIZE, FIT_SEED), n_batches))
+    to_match = islice(pair.batches(EVAL_BATCH_SIZE, FIT_SEED), n_batches)
     held_out = islice(pair.batches(EVAL_BATCH_SIZE, EVAL_SEED), n_batches)
-    metrics, firing, evidence = evaluate(crosscoder, held_out, fit_stitching(to_fit, pair.cfg.d_a))
-    assert evidence is not None  # the models are mapped
     truth = Truth(pair.features, pair.directions, pair.frequencies)
-    by: Literal["partition", "relative_norm"]
-    by = "partition" if isinstance(cfg.sae, DFCTrainingCrosscoderConfig) else "relative_norm"
+    if run.name == SEPARATE:
+        metrics, firing, _ = evaluate(crosscoder, held_out)
+        found = _found_by_matching(crosscoder, truth, firing.counts > 0, to_match)
+    else:
+        metrics, firing, evidence = evaluate(
+            crosscoder, held_out, fit_stitching(PairMoments.of(to_match), pair.cfg.d_a)
+        )
+        assert evidence is not None  # the models are mapped
+        by: Literal["partition", "relative_norm"]
+        by = "partition" if isinstance(cfg.sae, DFCTrainingCrosscoderConfig) else "relative_norm"
+        found = {
+            **recovery(crosscoder, truth, firing.counts > 0, by),
+            **recovery_of_calls(crosscoder, truth, evidence),
+        }
     return {
         "architecture": run.name,
         "d_sae": cfg.sae.d_sae,
@@ -240,8 +252,7 @@ def row(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "pairing_noise": run.pairing_noise,
         "null": run.null,
-        **recovery(crosscoder, truth, firing.counts > 0, by),
-        **recovery_of_calls(crosscoder, truth, evidence),
+        **found,
         **{name: metrics[name] for name in ("explained_variance/a", "explained_variance/b", "l0")},
         "alive": (firing.counts > 0).double().mean().item(),
         "seconds": round(time.monotonic() - started, 1),
@@ -249,6 +260,15 @@ def row(run: Run) -> dict[str, Any]:
         **provenance(*(PEERS[run.name].packages if run.name in PEERS else ())),
         "settings": settings(run),
     }
+
+
+def _found_by_matching(
+    crosscoder: Crosscoder, truth: Truth, alive: Bool[Tensor, " d_sae"], acts: Iterable[Tensor]
+) -> dict[str, Any]:
+    """The measures of two dictionaries that are matched; of evidence none, as no latent is there in both models to compare with."""
+    matches = match(crosscoder, acts, alive)
+    found = recovery_of_matches(crosscoder, truth, alive, matches)
+    return found | dict.fromkeys(OF_CALLS) | {"matching_limit": matches.limit}
 
 
 def settings(run: Run) -> dict[str, Any]:
