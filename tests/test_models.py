@@ -68,11 +68,13 @@ def test_the_forward_pass_stops_at_the_hook(llama: HookedModel) -> None:
         assert len(ran) == 1
 
 
+@pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("class_name", ["TransformerBridge", "HookedTransformer"])
 def test_layers_above_the_hook_are_dropped_when_asked(
-    llama_config: ModelConfig, class_name: Any
+    llama_config: ModelConfig, class_name: Any, layer: int
 ) -> None:
-    cfg = replace(llama_config, model_class_name=class_name, hook_name="blocks.0.hook_resid_post")
+    hook_name = f"blocks.{layer}.hook_resid_post"  # the last, and one before
+    cfg = replace(llama_config, model_class_name=class_name, hook_name=hook_name)
     whole, dropped = load_model(cfg), load_model(replace(cfg, drop_unused_layers=True))
     ids = torch.tensor([[0, 5, 9, 30]])
     mask = torch.ones_like(ids)
