@@ -13,6 +13,12 @@ import torch
 
 from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.benchmark import memory, step
+from sae_lens_dfc.benchmark.dictionary_learning import (
+    DictionaryLearning,
+    dictionary_learning_step,
+    load_dictionary_learning,
+    missing,
+)
 from sae_lens_dfc.benchmark.memory import with_peak_memory
 from sae_lens_dfc.benchmark.reference import load_reference, reference_step
 from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark, targets, with_ratios
@@ -22,6 +28,7 @@ RATIOS = {
     "ratio_to_encoder_product": ("step_ms", "encoder_product_ms"),
     "speedup_over_saelens": ("saelens_ms", "step_ms"),
     "speedup_over_reference": ("reference_ms", "step_ms"),
+    "speedup_over_dictionary_learning": ("dictionary_learning_ms", "step_ms"),
 }
 CPU = torch.device("cpu")
 
@@ -60,6 +67,27 @@ class BatchTopKCrossCoderTrainer:
 }
 
 
+class FakeTrainer:
+    """In the place of dictionary-learning's."""
+
+    def __init__(self, **settings: Any):
+        self.sizes = tuple(settings[name] for name in ("activation_dim", "dict_size", "k"))
+
+    def update(self, step: int, x: torch.Tensor) -> None:
+        assert step > 1000 and self.sizes == (16, 64, 4) and x.shape == (32, 16)
+        assert x.abs().sum() > 0
+        x.zero_()
+
+
+@pytest.fixture
+def dictionary_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package, as if it were installed."""
+    package = DictionaryLearning(lambda *_: None, FakeTrainer)
+    monkeypatch.setattr(step, "missing", lambda: None)
+    monkeypatch.setattr(step, "load_dictionary_learning", lambda: package)
+    monkeypatch.setattr(step, "DISTRIBUTION", "torch")  # of which there is a version
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     package = tmp_path / "checkout" / "dictionary_learning"
@@ -75,6 +103,7 @@ def run(output: Path, **extra: Any) -> int:
     return main(["benchmark", "step", *args, "--output", str(output)])
 
 
+@pytest.mark.usefixtures("dictionary_learning")
 def test_every_figure_is_written_and_printed_with_its_range(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +124,7 @@ def test_every_figure_is_written_and_printed_with_its_range(
     assert len(written["rounds"]) == 2 and set(written["rounds"][0]) == set(written["spread"])
 
 
+@pytest.mark.usefixtures("dictionary_learning")
 def test_of_one_round_each_ratio_is_the_quotient_of_two_figures(
     checkout: Path, tmp_path: Path
 ) -> None:
@@ -108,12 +138,18 @@ def test_of_one_round_each_ratio_is_the_quotient_of_two_figures(
         assert written["peak_memory_ratio"] == written["peak_memory_bytes"] / least
 
 
-def test_without_a_reference_its_figures_are_null_and_output_is_replaced(tmp_path: Path) -> None:
+def test_without_other_trainers_their_figures_are_null_and_output_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(step, "missing", lambda: "not installed: install it")
     (tmp_path / "step.json").write_text("of another run")
     assert run(tmp_path, rounds=1) == 0
     written = json.loads((tmp_path / "step.json").read_text())
     assert written["reference_ms"] is None and written["speedup_over_reference"] is None
     assert written["reference_commit"] is None and written["step_ms"] > 0
+    assert written["dictionary_learning_ms"] is None
+    assert written["speedup_over_dictionary_learning"] is None
+    assert "dictionary-learning is left out: not installed: install it" in caplog.text
 
 
 def test_the_references_commit_is_that_of_its_own_repository(
@@ -168,6 +204,16 @@ def test_what_is_asked_for_is_asked_at_the_sizes_it_was_set_for() -> None:
     asked = [targets(StepConfig(d_sae=d_sae, dtype="bfloat16")) for d_sae in (8192, 32768)]
     assert asked[0] == asked[1] and asked[0]["ratio_to_encoder_product"] == "<= 1.35"
     assert targets(StepConfig(batch=512)) == targets(StepConfig(d_sae=4096)) == {}
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_a_step_of_the_installed_package_trains_on_the_joined_input() -> None:
+    next_step = dictionary_learning_step(load_dictionary_learning(), 16, 64, 4, "cpu")
+    batch = torch.randn(32, 16)
+    losses = [next_step(batch.clone()) for _ in range(3)]
+    # Its learning rate rises from 0.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-5)
 
 
 def test_ratios_of_a_round_leave_out_the_reference_that_was_not_timed() -> None:

@@ -14,13 +14,19 @@ PACKAGE = Path(__file__).parent.parent
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def provenance() -> dict[str, Any]:
-    """Commit, machine and versions; the commit is none where the package is not in a repository."""
+def provenance(*others: str) -> dict[str, Any]:
+    """Commit, machine and versions; the commit is none where the package is not in a repository.
+
+    Args:
+        others: Distributions that took part besides, by name.
+    """
     return {
         "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run",
         "cpu": cpu(),
-        "versions": {name: version(name) for name in ("sae-lens-dfc", "sae-lens", "torch")},
+        "versions": {
+            name: version(name) for name in ("sae-lens-dfc", "sae-lens", "torch", *others)
+        },
     }
 
 

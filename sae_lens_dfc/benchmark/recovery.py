@@ -14,20 +14,25 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Bool
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lens_dfc.benchmark.peers import PEERS, SEPARATE
 from sae_lens_dfc.benchmark.provenance import commit, provenance
+from sae_lens_dfc.benchmark.separate import match, recovery_of_matches
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.delta import DeltaTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivity_tests
 from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.standard import StandardTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import evaluate
 from sae_lens_dfc.metrics.moments import PairMoments
-from sae_lens_dfc.metrics.recovery import Truth, recovery, recovery_of_calls
+from sae_lens_dfc.metrics.recovery import OF_CALLS, Truth, recovery, recovery_of_calls
 from sae_lens_dfc.metrics.stitching import fit_stitching
 from sae_lens_dfc.recipes import TEST_AT
 from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
@@ -96,7 +101,7 @@ class Run(NamedTuple):
 
     preset: str
     name: str
-    """Registry name of the architecture, or a recipe's."""
+    """Registry name of the architecture, or a recipe's or a peer's."""
     size: float
     seed: int
     pairing_noise: float
@@ -107,10 +112,10 @@ class Run(NamedTuple):
 def _crosscoders(
     preset: Preset,
 ) -> dict[str, tuple[type[CrosscoderTrainingConfig], dict[str, Any]]]:
-    """What is compared: the five architectures, our recipe, and variants of both.
+    """What is compared: the five architectures, our recipe, variants of both, and other libraries' dictionaries.
 
-    All have the same number of active latents, inputs scaled by variance, and our dead-latent loss;
-    none anneals k. Decoders are tied by a fitted map, since a toy pair has no common basis: the
+    All have the same number of active latents and inputs scaled by variance; none anneals k. Ours have our
+    dead-latent loss, the others their own, and the sizes of a BatchTopK crosscoder. Decoders are tied by a fitted map, since a toy pair has no common basis: the
     Delta-Crosscoder, which needs one, is here out of its element.
     """
     k: dict[str, Any] = {"k": preset.toy.active_features}
@@ -133,10 +138,11 @@ def _crosscoders(
             StandardTrainingCrosscoderConfig,
             {"l1_coefficient": penalty / 3, **warm_up},
         ),
+        **dict.fromkeys(PEERS, (BatchTopKTrainingCrosscoderConfig, k)),
     }
 
 
-CLEAN_ONLY = ("dfc-l2", "dfc-tested-l2", "standard-third")
+CLEAN_ONLY = ("dfc-l2", "dfc-tested-l2", "standard-third", "dictionary-learning-as-it-comes")
 """Variants that are trained at each size, but not on wrong pairs and not on the null."""
 
 
@@ -179,37 +185,66 @@ def training_config(run: Run) -> CrosscoderRunnerConfig:
     )
 
 
-def train(run: Run) -> TrainingCrosscoder[Any]:
-    """The crosscoder of a run, trained by SAELens' trainer on its toy pair."""
+class Drawn(Iterator[Tensor]):
+    """Batches of a toy pair, and the processor's seconds that drawing them took: no part of a training's."""
+
+    def __init__(self, batches: Iterator[Tensor]):
+        self.batches = batches
+        self.seconds = 0.0
+
+    def __next__(self) -> Tensor:
+        start = time.process_time()
+        batch = next(self.batches)
+        self.seconds += time.process_time() - start
+        return batch
+
+
+def train(run: Run, batches: Iterator[Tensor]) -> Crosscoder:
+    """The crosscoder of a run, trained by SAELens' trainer, or what another library's trainer made of the same pairs."""
     cfg = training_config(run)
-    batches = ToyPair(toy_config(run)).batches(cfg.train_batch_size_tokens, seed=run.seed)
+    if run.name in PEERS:
+        return PEERS[run.name].train(cfg, batches)
     torch.manual_seed(cfg.seed)
     crosscoder = get_sae_training_class(cfg.sae.architecture())[0](cfg.sae)
     assert isinstance(crosscoder, TrainingCrosscoder)
     crosscoder.fit_normalization(torch.cat(list(islice(batches, cfg.n_batches_for_norm_estimate))))
     SAETrainer(cfg=cfg.to_sae_trainer_config(), sae=crosscoder, data_provider=batches).fit()
-    return crosscoder.eval()
+    return crosscoder.eval().to_inference()
 
 
 def row(run: Run) -> dict[str, Any]:
     """Train a run's crosscoder and hold it against the truth.
 
     Returns:
-        The run, the measures of `recovery` and `recovery_of_calls`, explained variance and L0 on fresh pairs, all settings, and where it ran.
+        The run, the measures of `recovery` and `recovery_of_calls`, explained variance and L0 on fresh pairs, the seconds of
+        the whole and the processor's seconds of the training alone, all settings, and where it ran.
     """
     started = time.monotonic()
     cfg = training_config(run)
-    crosscoder = train(run).to_inference()
+    batches = Drawn(ToyPair(toy_config(run)).batches(cfg.train_batch_size_tokens, seed=run.seed))
+    start = time.process_time()
+    crosscoder = train(run, batches)
+    training_seconds = time.process_time() - start - batches.seconds
     # Whatever was trained on wrong pairs is measured on right ones.
     pair = ToyPair(replace(toy_config(run), pairing_noise=0.0))
     n_batches = PRESETS[run.preset].eval_batches
-    to_fit = PairMoments.of(islice(pair.batches(EVAL_BATCH_SIZE, FIT_SEED), n_batches))
+    to_match = islice(pair.batches(EVAL_BATCH_SIZE, FIT_SEED), n_batches)
     held_out = islice(pair.batches(EVAL_BATCH_SIZE, EVAL_SEED), n_batches)
-    metrics, firing, evidence = evaluate(crosscoder, held_out, fit_stitching(to_fit, pair.cfg.d_a))
-    assert evidence is not None  # the models are mapped
     truth = Truth(pair.features, pair.directions, pair.frequencies)
-    by: Literal["partition", "relative_norm"]
-    by = "partition" if isinstance(cfg.sae, DFCTrainingCrosscoderConfig) else "relative_norm"
+    if run.name == SEPARATE:
+        metrics, firing, _ = evaluate(crosscoder, held_out)
+        found = _found_by_matching(crosscoder, truth, firing.counts > 0, to_match)
+    else:
+        metrics, firing, evidence = evaluate(
+            crosscoder, held_out, fit_stitching(PairMoments.of(to_match), pair.cfg.d_a)
+        )
+        assert evidence is not None  # the models are mapped
+        by: Literal["partition", "relative_norm"]
+        by = "partition" if isinstance(cfg.sae, DFCTrainingCrosscoderConfig) else "relative_norm"
+        found = {
+            **recovery(crosscoder, truth, firing.counts > 0, by),
+            **recovery_of_calls(crosscoder, truth, evidence),
+        }
     return {
         "architecture": run.name,
         "d_sae": cfg.sae.d_sae,
@@ -217,14 +252,23 @@ def row(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "pairing_noise": run.pairing_noise,
         "null": run.null,
-        **recovery(crosscoder, truth, firing.counts > 0, by),
-        **recovery_of_calls(crosscoder, truth, evidence),
+        **found,
         **{name: metrics[name] for name in ("explained_variance/a", "explained_variance/b", "l0")},
         "alive": (firing.counts > 0).double().mean().item(),
         "seconds": round(time.monotonic() - started, 1),
-        **provenance(),
+        "training_seconds": round(training_seconds, 2),
+        **provenance(*(PEERS[run.name].packages if run.name in PEERS else ())),
         "settings": settings(run),
     }
+
+
+def _found_by_matching(
+    crosscoder: Crosscoder, truth: Truth, alive: Bool[Tensor, " d_sae"], acts: Iterable[Tensor]
+) -> dict[str, Any]:
+    """The measures of two dictionaries that are matched; of evidence none, as no latent is there in both models to compare with."""
+    matches = match(crosscoder, acts, alive)
+    found = recovery_of_matches(crosscoder, truth, alive, matches)
+    return found | dict.fromkeys(OF_CALLS) | {"matching_limit": matches.limit}
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -248,11 +292,15 @@ def settings(run: Run) -> dict[str, Any]:
         "evaluation_pairs": PRESETS[run.preset].eval_batches * EVAL_BATCH_SIZE,
         "evaluation_seed": EVAL_SEED,
     }
+    if run.name in PEERS:
+        values |= PEERS[run.name].settings(cfg)
     return json.loads(json.dumps(values))
 
 
 def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
     """All runs of a preset, the results written after each; what is there already is not run again.
+
+    What needs a package that is not installed is left out, and it is said how to install it.
 
     Args:
         preset: Name in `PRESETS`.
@@ -267,11 +315,9 @@ def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
     others = {str(row["commit"]) for row in rows.values()} - {str(commit())}
     if others:
         logger.warning("%s has results of other commits, which are kept: %s", path, sorted(others))
-    todo = [i for i in range(len(wanted)) if i not in rows]
+    todo = _possible({i: run for i, run in enumerate(wanted) if i not in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
-    for i, result in tqdm(
-        _results({i: wanted[i] for i in todo}, jobs), "Crosscoders", len(todo), unit=" runs"
-    ):
+    for i, result in tqdm(_results(todo, jobs), "Crosscoders", len(todo), unit=" runs"):
         rows[i] = result
         write([rows[j] for j in sorted(rows)], path)
     return [rows[i] for i in sorted(rows)]
@@ -299,6 +345,14 @@ def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str,
         raise ValueError(
             f"{path} holds {len(known)} results of other settings. Name another --output, or delete it."
         )
+
+
+def _possible(todo: Mapping[int, Run]) -> dict[int, Run]:
+    peers = {run.name for run in todo.values()} & set(PEERS)
+    missing = {name: what for name in sorted(peers) if (what := PEERS[name].missing()) is not None}
+    for name, what_to_do in missing.items():
+        logger.warning("%s is left out: %s", name, what_to_do)
+    return {i: run for i, run in todo.items() if run.name not in missing}
 
 
 def _results(todo: Mapping[int, Run], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,12 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lens_dfc.benchmark.dictionary_learning import (
+    DISTRIBUTION,
+    dictionary_learning_step,
+    load_dictionary_learning,
+    missing,
+)
 from sae_lens_dfc.benchmark.figures import medians, ranges, timed, write_results
 from sae_lens_dfc.benchmark.memory import with_peak_memory
 from sae_lens_dfc.benchmark.provenance import commit, provenance
@@ -43,7 +50,8 @@ TARGETS = {
         "peak_memory_ratio": "<= 1.25",
     },
 }
-OF_REFERENCE = ("reference_ms", "speedup_over_reference")
+# Other trainers, by the name of their figures. All but the first may not be there.
+OTHERS = ("saelens", "reference", "dictionary_learning")
 # A round's figure is the median over so many steps.
 STEPS_PER_ROUND = 5
 WARM_UP_STEPS = 2
@@ -55,6 +63,8 @@ TRAINING_STEPS = 100_000
 
 Seconds = Callable[[Tensor], float]
 """Trains on a batch, or multiplies it, and says how long it took."""
+NextStep = Callable[[Tensor], Any]
+"""Trains on a batch, which it may change."""
 
 
 @dataclass(kw_only=True)
@@ -104,13 +114,13 @@ def run_step_benchmark(cfg: StepConfig, folder: Path, filename: str = FILENAME) 
     """
     device = _checked_device(cfg)
     _crosscoder_config(cfg)  # raises when the sizes do not fit
-    reference = None if cfg.reference is None else load_reference(Path(cfg.reference))
+    other_steps = _other_steps(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with _current(device):
-        rounds, peak = _measured(cfg, device, reference)
+        rounds, peak = _measured(cfg, device, other_steps)
     results = {
         **medians(rounds),
-        **({} if reference else dict.fromkeys(OF_REFERENCE)),
+        **{name: None for name in _of_others() if name not in rounds[0]},
         "peak_memory_ratio": None if peak is None else peak / least_memory(cfg),
         "peak_memory_bytes": peak,
         "spread": ranges(rounds),
@@ -129,7 +139,7 @@ def run_step_benchmark(cfg: StepConfig, folder: Path, filename: str = FILENAME) 
             "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE"),
         },
         "reference_commit": _reference_commit(cfg),
-        **provenance(),
+        **provenance(*([DISTRIBUTION] if "dictionary_learning" in other_steps else [])),
     }
     write_results(results, folder / filename)
     return results
@@ -154,12 +164,17 @@ def with_ratios(ms: Mapping[str, float]) -> dict[str, float]:
     (1.5, 4.0)
     """
     step = ms["step_ms"]
-    others = [name for name in ("saelens", "reference") if f"{name}_ms" in ms]
+    others = [name for name in OTHERS if f"{name}_ms" in ms]
     return {
         **ms,
         "ratio_to_encoder_product": step / ms["encoder_product_ms"],
         **{f"speedup_over_{name}": ms[f"{name}_ms"] / step for name in others},
     }
+
+
+def _of_others() -> list[str]:
+    """Names of the figures of trainers that may not be there."""
+    return [figure for name in OTHERS[1:] for figure in (f"{name}_ms", f"speedup_over_{name}")]
 
 
 def least_memory(cfg: StepConfig) -> int:
@@ -262,6 +277,28 @@ def _built_and_stepped(cfg: StepConfig, batches: Sequence[Tensor]) -> SAETrainer
     return trainer
 
 
+def _other_steps(cfg: StepConfig) -> dict[str, Callable[[], NextStep]]:
+    """What makes the trainings of code that may not be there, by name, of what is."""
+    steps: dict[str, Callable[[], NextStep]] = {}
+    if cfg.reference is not None:
+        steps["reference"] = partial(_reference, cfg, load_reference(Path(cfg.reference)))
+    if (what_to_do := missing()) is None:
+        sizes = cfg.d_in, cfg.d_sae, cfg.k, cfg.device
+        steps["dictionary_learning"] = partial(
+            dictionary_learning_step, load_dictionary_learning(), *sizes
+        )
+    else:
+        logger.warning("A step of dictionary-learning is left out: %s", what_to_do)
+    return steps
+
+
+def _reference(cfg: StepConfig, reference: Reference) -> NextStep:
+    sae = _crosscoder_config(cfg)
+    exclusive = sae.a_exclusive_fraction, sae.b_exclusive_fraction
+    step = reference_step(reference, cfg.d_a, cfg.d_sae, cfg.k, exclusive, cfg.device)
+    return lambda batch: step(batch.view(len(batch), 2, -1))
+
+
 def _load_libraries(cfg: StepConfig) -> None:
     """Do once what takes memory that is not the crosscoder's: loading kernels, and the buffers of a product."""
     tiny = replace(cfg, d_a=8, d_b=8, d_sae=64, k=4, batch=8)
@@ -278,7 +315,7 @@ def _load_libraries(cfg: StepConfig) -> None:
 
 
 def _measured(
-    cfg: StepConfig, device: torch.device, reference: Reference | None
+    cfg: StepConfig, device: torch.device, other_steps: Mapping[str, Callable[[], NextStep]]
 ) -> tuple[list[dict[str, float]], int | None]:
     """Each round's figures, and the peak of our training's memory."""
     torch.manual_seed(0)
@@ -287,7 +324,7 @@ def _measured(
     _load_libraries(cfg)
     # Before the other trainers exist, so that what they freed is not taken up again unseen.
     ours, peak = with_peak_memory(lambda: _built_and_stepped(cfg, batches), device)
-    seconds = _seconds(cfg, ours, reference)
+    seconds = _seconds(cfg, ours, {name: made() for name, made in other_steps.items()})
     for take in seconds.values():
         for batch in batches[:WARM_UP_STEPS]:
             take(batch)
@@ -296,7 +333,7 @@ def _measured(
 
 
 def _seconds(
-    cfg: StepConfig, ours: SAETrainer[Any, Any], reference: Reference | None
+    cfg: StepConfig, ours: SAETrainer[Any, Any], others: Mapping[str, NextStep]
 ) -> dict[str, Seconds]:
     W_enc = torch.randn(cfg.d_in, cfg.d_sae, device=cfg.device)
     saelens = _saelens(cfg)
@@ -306,12 +343,7 @@ def _seconds(
         "step_ms_tenth_dead": lambda batch: _with_a_tenth_dead(ours, batch),
         "saelens_ms": lambda batch: timed(lambda: _step(saelens, batch)),
     }
-    if reference is not None:
-        sae = _crosscoder_config(cfg)
-        exclusive = sae.a_exclusive_fraction, sae.b_exclusive_fraction
-        step = reference_step(reference, cfg.d_a, cfg.d_sae, cfg.k, exclusive, cfg.device)
-        seconds["reference_ms"] = lambda batch: _of_reference(step, batch)
-    return seconds
+    return seconds | {f"{name}_ms": partial(_of_another, step) for name, step in others.items()}
 
 
 def _with_a_tenth_dead(trainer: SAETrainer[Any, Any], batch: Tensor) -> float:
@@ -322,10 +354,10 @@ def _with_a_tenth_dead(trainer: SAETrainer[Any, Any], batch: Tensor) -> float:
     return seconds
 
 
-def _of_reference(step: Callable[[Tensor], Any], batch: Tensor) -> float:
-    # It normalises in place.
-    pairs = batch.view(len(batch), 2, -1).clone()
-    return timed(lambda: step(pairs))
+def _of_another(step: NextStep, batch: Tensor) -> float:
+    # It may normalise in place.
+    own = batch.clone()
+    return timed(lambda: step(own))
 
 
 def _round(

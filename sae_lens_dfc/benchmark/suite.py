@@ -68,8 +68,8 @@ class BenchmarkOptions(StepConfig):
         positional=True,
         choices=["recovery", "planted", "step", "data", "evaluate", "all", "compare"],
     )
-    """recovery: five architectures, the recipe dfc-tested and variants of both, over dictionary sizes, seeds, wrong
-    pairs and a null. planted: five architectures on real models whose difference was put there, by detection, ablation and
+    """recovery: five architectures, the recipe dfc-tested, variants of both, and BatchTopK of SAELens and of dictionary-learning,
+    where that is installed, over dictionary sizes, seeds, wrong pairs and a null. planted: five architectures on real models whose difference was put there, by detection, ablation and
     addition. step: one training step of a DFC, beside its encoder's product alone and beside other trainers' steps. data:
     harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided. evaluate: a DFC and a BatchTopK
     crosscoder on the demo's models, over seeds, beside nulls. all: each of these, one after the other. compare: what got worse

@@ -23,8 +23,11 @@ COLUMNS = {
     "explained_variance/a": "EV A",
     "explained_variance/b": "EV B",
     "l0": "L0",
+    "training_time": "training time, in batchtopk_crosscoder's",
 }
 
+
+BASELINE = "batchtopk_crosscoder"
 
 FREQUENCY_COLUMNS = {"exclusive_recall": "exclusive recall", "shared_recall": "shared recall"}
 
@@ -42,6 +45,7 @@ class Table(NamedTuple):
 
 def tables(rows: Rows) -> Iterator[Table]:
     """An overview, and a table for each dictionary size, for frequencies, for each level of pairing noise and the null."""
+    rows = with_training_times(rows)
     clean = [row for row in rows if not row["null"] and row["pairing_noise"] == 0]
     noisy = [row for row in rows if row["pairing_noise"] > 0]
     null = [row for row in rows if row["null"]]
@@ -57,6 +61,36 @@ def tables(rows: Rows) -> Iterator[Table]:
     middle = _at(clean, "d_sae_per_feature", 1)
     yield Table("1 latents a feature, by the features' frequency", _cells_by_frequency(middle))
     yield Table("Null: no feature is exclusive", _cells(null))
+
+
+def with_training_times(rows: Rows) -> Rows:
+    """The rows, each with its `training_time` over that of the BatchTopK crosscoder of the same toy pair and size.
+
+    None where either is not known, or where they are not of one commit: a time is worth something beside those of one run.
+
+    >>> run = {"d_sae": 8, "seed": 0, "pairing_noise": 0.0, "null": False, "commit": "a"}
+    >>> times = {"batchtopk_crosscoder": 2.0, "dfc": 3.0}
+    >>> rows = [{**run, "architecture": name, "training_seconds": s} for name, s in times.items()]
+    >>> [row["training_time"] for row in with_training_times(rows)]
+    [1.0, 1.5]
+    """
+    ours = {
+        _case(row): row["training_seconds"]
+        for row in rows
+        if row["architecture"] == BASELINE and row.get("training_seconds")
+    }
+    return [
+        {**row, "training_time": _over(row.get("training_seconds"), ours.get(_case(row)))}
+        for row in rows
+    ]
+
+
+def _case(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("d_sae", "seed", "pairing_noise", "null", "commit"))
+
+
+def _over(seconds: float | None, ours: float | None) -> float | None:
+    return None if seconds is None or ours is None else seconds / ours
 
 
 def _at(rows: Rows, name: str, value: float) -> Rows:

@@ -1,5 +1,6 @@
 """What a crosscoder found of features that are known: the toy pairs' ground truth."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,9 @@ from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED,
 from sae_lens_dfc.metrics.claims import LatentEvidence
 from sae_lens_dfc.metrics.exclusivity import MIN_COSINE, ONE_SIDED, relative_decoder_norms
 from sae_lens_dfc.metrics.frequency import N_DECILES
+
+OF_CALLS = ("evidence_recall", "evidence_precision", "evidence_called", "evidence_called_share")
+"""The measures of `recovery_of_calls`."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,27 @@ def recovery(
     """
     alive = alive.cpu()
     called = called_exclusive(crosscoder, alive, by)
-    similarity = cosines(truth, crosscoder.W_dec.detach().float().cpu())
+    W_dec = crosscoder.W_dec.detach().float().cpu()
+    return recovery_by(W_dec, truth, called, living=alive.nonzero()[:, 0])
+
+
+def recovery_by(
+    W_dec: Float[Tensor, "latents d_in"],
+    truth: Truth,
+    called: Mapping[str, Int[Tensor, " _"]],
+    living: Int[Tensor, " _"],
+) -> dict[str, float | list[float | None] | None]:
+    """The measures of `recovery` of any decoder directions, whatever calls them exclusive.
+
+    Args:
+        W_dec: Directions in A and in B, joined on the last axis.
+        truth: The features.
+        called: Which of them are called A's own, B's own and shared, by partition name.
+        living: Which of them count where a feature is learned.
+    """
+    similarity = cosines(truth, W_dec)
     slices, n = truth.features.slices, truth.features.d_sae
     recalled, learned, leaked = (torch.zeros(n, dtype=torch.bool) for _ in range(3))
-    living = alive.nonzero()[:, 0]
     for name, model in ((A_EXCLUSIVE, "a"), (B_EXCLUSIVE, "b")):
         features = slices[name]
         recalled[features] = matched(similarity[model][features][:, called[name]])
