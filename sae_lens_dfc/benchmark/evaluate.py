@@ -71,7 +71,7 @@ class Preset:
 
 PRESETS = {
     "small": Preset(
-        DemoConfig(training_pairs=8000, training_tokens=51_200, eval_pairs=1500, d_sae=512),
+        DemoConfig(training_pairs=8000, training_tokens=51_200, eval_pairs=800, d_sae=512),
         seeds=1,
         nulls=("self",),
         downstream_pairs=1000,

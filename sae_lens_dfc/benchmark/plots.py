@@ -227,6 +227,7 @@ def _ranges(
 
 # --- evaluate ---
 
+CALLED = "share called exclusive, with evidence"
 PANELS: dict[str, dict[str, str]] = {
     "explained variance": {"explained_variance/a": "A", "explained_variance/b": "B"},
     "loss recovered from mean ablation": {
@@ -256,7 +257,7 @@ PANELS: dict[str, dict[str, str]] = {
         "dead_fraction/b_exclusive": "B's",
         "dead_fraction/shared": "shared",
     },
-    "share called exclusive, with evidence": {"exclusive/called_share": "all"},
+    CALLED: {"exclusive/called_share": "all"},
 }
 
 
@@ -277,6 +278,9 @@ def evaluate_plot(rows: Rows, path: Path) -> None:
             axes.set_xlim(-0.6, len(measures) - 0.4)
             axes.grid(axis="x", visible=False)
             axes.set_title(title, fontsize=9)
+            if title == CALLED:
+                # All are at 0 as a rule, around which an axis of its own choice would be laid.
+                axes.set_ylim(-0.002, max(0.05, axes.get_ylim()[1]))
         for architecture, case in groups:
             label = f"{architecture}, " + (f"null: {NULLS[case]}" if case in NULLS else case)
             color, marker = COLOURS[architectures.index(architecture)], MARKERS[cases.index(case)]

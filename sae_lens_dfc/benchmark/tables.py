@@ -253,7 +253,7 @@ EVALUATE_TITLES = {
     "evaluating_seconds": "Measuring activations, seconds",
     "ratio_to_encoder_product": "... over one encoder product of the same pairs",
     "downstream_seconds": "Measuring predictions, seconds",
-    "evaluating_peak_bytes": "Memory that measuring activations takes, bytes",
+    "evaluating_peak_bytes": "Memory that measuring activations takes, MB",
 }
 
 
@@ -275,7 +275,8 @@ def evaluate_tables(rows: Rows) -> Iterator[Table]:
 
 
 def _over_seeds(rows: Rows, name: str) -> str:
-    known = [row[name] for row in rows if row.get(name) is not None]
+    unit = 1e6 if name.endswith("_bytes") else 1
+    known = [row[name] / unit for row in rows if row.get(name) is not None]
     if not known:
         return "–"
     mean = number(statistics.mean(known))
