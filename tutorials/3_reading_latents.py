@@ -99,7 +99,8 @@ pd.DataFrame(
             "median firing rate, of those that fire": firing.rates[where][firing.counts[where] > 0].median().item(),
         }
         for name, where in crosscoder.partition.slices.items()
-    }
+    },
+    dtype=object,
 ).T
 
 # %% [markdown]
@@ -183,7 +184,8 @@ groups = {
 fig, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True)
 for ax, (name, title) in zip(axes, measures.items()):
     for group, (of, members, colour, style) in groups.items():
-        ax.ecdf(getattr(of, name)[members].numpy(), label=f"{group} ({int(members.sum())})", color=colour, linestyle=style)
+        values = getattr(of, name)[members].sort().values
+        ax.plot(values, np.linspace(0, 1, len(values)), color=colour, linestyle=style, label=f"{group} ({len(values)})")
     ax.set_xlabel(title)
 axes[0].set(ylabel="share of latents below", xlim=(-0.2, 1.2))
 axes[1].set_xlim(-1, 2)
@@ -193,8 +195,9 @@ axes[0].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# A latent that is one model's alone would be far to the left in all three panels. The null's exclusive latents (dashed) are at the right, where latents belong that both models have: the measures see that they are false.
-# The real pair's candidates lie between: their direction is less in the other model than shared latents' is, and their firing is told a little worse, **but it is told**.
+# A latent that is one model's alone would be at 0 in the first two panels and at 1/2 in the third. By latent scaling the real pair's candidates lie left of the shared latents and of most of the null's (dashed): their
+# direction is less in the other model. But in the third panel everything crowds at the right: **Gemma tells when SmolLM2's exclusive latents fire**, hardly worse than it tells shared ones. And note the dashed line of the first
+# panel: one in five of the null's latents, every one of them false, looks absent by that measure alone.
 #
 # As numbers, medians with the 5th and 95th percentile over latents:
 
@@ -236,7 +239,8 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# That is why nothing stands: **those that pass the one test are not those that pass the other**. Here are the candidates with the most evidence, with what is said of each and its text. Judge for yourself what Gemma should not know there.
+# Nothing stands: some of SmolLM2's pass transfer, as one in twenty shared latents does by definition, and **none passes latent scaling**, whose standard errors over so little text are wide. Here are the candidates with the most evidence, with what is said of each and its
+# text. Judge for yourself what Gemma should not know there.
 
 # %%
 most = ranking(evidence)[:n_shown].tolist()
@@ -246,7 +250,7 @@ for latent, card in zip(most, cards(most, evidence)):
 
 # %% [markdown]
 # What would change the picture: more text and a longer training, so that latents fire often enough to be judged; several seeds, since a latent that is in one seed only is not worth
-# a claim (`sae-lens-dfc evaluate RUN RUN`); or a test during training, after which false candidates become shared (`--recipe dfc-tested`).
+# a claim (`sae-lens-dfc evaluate` takes several runs); or a test during training, after which false candidates become shared (`--recipe dfc-tested`).
 # And what no figure on this page can say: that a model lacks a *concept*. The tests are linear. The next step is causal, in [tutorial 4](4_steering_one_model.ipynb) and [5](5_base_and_fine_tuned.ipynb).
 #
 # ## The page
