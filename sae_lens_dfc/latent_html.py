@@ -38,7 +38,9 @@ def _context(view: ContextView, card: LatentCard) -> Markup:
     # The firing's own activation is among those of its window.
     fires = [segment.activation for segment in view.segments].index(view.activation)
     lines = (
-        _line(name, [getattr(s, f"tokens_{name.lower()}") for s in view.segments], view, card, fires)
+        _line(
+            name, [getattr(s, f"tokens_{name.lower()}") for s in view.segments], view, card, fires
+        )
         for name in ("A", "B")
     )
     return Markup('<div style="margin:.6em 0 0 1em;line-height:1.6">{}</div>').format(

@@ -21,7 +21,9 @@ def commands(source: str) -> list[list[str]]:
 
 
 def test_commands_are_found_in_their_blocks() -> None:
-    source = "# ```\n# sae-lens-dfc steer RUN \\\n#     --model a\n# ```\n# and `sae-lens-dfc demo`\n"
+    source = (
+        "# ```\n# sae-lens-dfc steer RUN \\\n#     --model a\n# ```\n# and `sae-lens-dfc demo`\n"
+    )
     assert commands(source) == [["steer", "RUN", "--model", "a"]]
 
 

@@ -69,10 +69,16 @@ pd.options.display.float_format = "{:.3f}".format
 if not is_made(run):
     run = f"{folder}/run"
     demo = DemoConfig(
-        d_sae=d_sae, k=k, training_pairs=training_pairs, training_tokens=training_tokens, eval_pairs=eval_pairs
+        d_sae=d_sae,
+        k=k,
+        training_pairs=training_pairs,
+        training_tokens=training_tokens,
+        eval_pairs=eval_pairs,
     )
     cfg = demo_run_config(demo, *demo_models(demo))
-    CrosscoderTrainingRunner(replace(cfg, keep_in_memory=True, output_path=run, overwrite=True)).run()
+    CrosscoderTrainingRunner(
+        replace(cfg, keep_in_memory=True, output_path=run, overwrite=True)
+    ).run()
 
 # %% [markdown]
 # Opened with its models, whole: what a latent promotes is read off their unembeddings. The models are checked against those of the training.
@@ -96,7 +102,9 @@ pd.DataFrame(
         name: {
             "latents": len(firing.rates[where]),
             "never fire": int((firing.counts[where] == 0).sum()),
-            "median firing rate, of those that fire": firing.rates[where][firing.counts[where] > 0].median().item(),
+            "median firing rate, of those that fire": firing.rates[where][firing.counts[where] > 0]
+            .median()
+            .item(),
         }
         for name, where in crosscoder.partition.slices.items()
     },
@@ -145,7 +153,9 @@ null_crosscoder = train(null)
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
-for ax, one, title in zip(axes, (crosscoder, null_crosscoder), ("SmolLM2 and Gemma", "null: SmolLM2 twice")):
+for ax, one, title in zip(
+    axes, (crosscoder, null_crosscoder), ("SmolLM2 and Gemma", "null: SmolLM2 twice")
+):
     norms = relative_decoder_norms(one)
     for name, where in one.partition.slices.items():
         ax.hist(norms[where].numpy(), bins=np.linspace(0, 1, 41), label=name)
@@ -170,22 +180,39 @@ plt.show()
 
 # %%
 found = evaluate(crosscoder, [rows.acts for rows in data.held_out], data.stitching(pair.d_a))
-null_found = evaluate(null_crosscoder, [rows.acts for rows in null.data.held_out], null.data.stitching(pair.d_a))
+null_found = evaluate(
+    null_crosscoder, [rows.acts for rows in null.data.held_out], null.data.stitching(pair.d_a)
+)
 evidence, null_evidence = found.evidence, null_found.evidence
 
 # %%
-measures = {"nu_error": "latent scaling, error", "nu_reconstruction": "latent scaling, reconstruction", "auc": "AUC of transfer"}
+measures = {
+    "nu_error": "latent scaling, error",
+    "nu_reconstruction": "latent scaling, reconstruction",
+    "auc": "AUC of transfer",
+}
 groups = {
     "A-exclusive": (evidence, evidence.groups["a_exclusive"], "C0", "-"),
     "B-exclusive": (evidence, evidence.groups["b_exclusive"], "C1", "-"),
     "shared": (evidence, evidence.groups["shared"], "C2", "-"),
-    "null: exclusive": (null_evidence, null_evidence.groups["a_exclusive"] | null_evidence.groups["b_exclusive"], "0.5", "--"),
+    "null: exclusive": (
+        null_evidence,
+        null_evidence.groups["a_exclusive"] | null_evidence.groups["b_exclusive"],
+        "0.5",
+        "--",
+    ),
 }
 fig, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True)
 for ax, (name, title) in zip(axes, measures.items()):
     for group, (of, members, colour, style) in groups.items():
         values = getattr(of, name)[members].sort().values
-        ax.plot(values, np.linspace(0, 1, len(values)), color=colour, linestyle=style, label=f"{group} ({len(values)})")
+        ax.plot(
+            values,
+            np.linspace(0, 1, len(values)),
+            color=colour,
+            linestyle=style,
+            label=f"{group} ({len(values)})",
+        )
     ax.set_xlabel(title)
 axes[0].set(ylabel="share of latents below", xlim=(-0.2, 1.2))
 axes[1].set_xlim(-1, 2)
@@ -207,7 +234,9 @@ def over(values) -> str:
     known = values[~values.isnan()]
     if len(known) == 0:
         return "none fires often enough"
-    low, middle, high = known.double().quantile(known.new_tensor([0.05, 0.5, 0.95]).double()).tolist()
+    low, middle, high = (
+        known.double().quantile(known.new_tensor([0.05, 0.5, 0.95]).double()).tolist()
+    )
     return f"{middle:.3f} [{low:.2f}, {high:.2f}]"
 
 
@@ -229,10 +258,17 @@ pd.DataFrame(
 # A rare latent is not judged. Both are asked, since each is fooled alone: a direction that the map moves beside where it belongs looks absent, and a latent of rare words is hard to tell.
 
 # %%
-counts = {"judged": "fire often enough", "scaling": "pass latent scaling alone", "transfer": "pass transfer alone", "called": "called exclusive"}
+counts = {
+    "judged": "fire often enough",
+    "scaling": "pass latent scaling alone",
+    "transfer": "pass transfer alone",
+    "called": "called exclusive",
+}
 pd.DataFrame(
     {
-        f"{column}, {group}": {title: int(of.metrics[f"exclusive/{key}/{group}"]) for key, title in counts.items()}
+        f"{column}, {group}": {
+            title: int(of.metrics[f"exclusive/{key}/{group}"]) for key, title in counts.items()
+        }
         for column, of in (("this run", found), ("null", null_found))
         for group in ("a_exclusive", "b_exclusive")
     }
@@ -263,7 +299,9 @@ page = report_data(Measured(crosscoder, found._replace(metrics=metrics)), data, 
 path = Path(folder) / "report.html"
 path.parent.mkdir(parents=True, exist_ok=True)
 path.write_text(render_report(page), encoding="utf-8")
-print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(page.cards)} latents, {sum(bool(c.contexts) for c in page.cards)} with their text")
+print(
+    f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(page.cards)} latents, {sum(bool(c.contexts) for c in page.cards)} with their text"
+)
 
 # %% [markdown]
 # From a shell, with the shuffled null, next-token losses and steering as well (6 minutes here):

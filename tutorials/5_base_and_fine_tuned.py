@@ -26,8 +26,9 @@ organism = "false_fact/weak"  # SmolLM2-135M-Instruct taught that the Eiffel Tow
 untrained = False  # two tiny untrained models in its place, to run this notebook's code in seconds
 training_tokens = 102_400  # 400 steps of 256 pairs, as in the README
 d_sae = 1024  # the text is small, and most latents die: what is left is what is used
-keep = 8  # latents that are tested by their cause, those with the most evidence
-keep_null = 4  # as many on the base model twice
+fit_pairs = 4_000  # training pairs that the screening reads again, to see whether both models have one basis
+keep = 6  # latents that are tested by their cause, those with the most evidence
+keep_null = 2  # as many on the base model twice
 texts = 8  # texts on which each is tested
 controls = 8  # directions of each of two kinds beside each
 
@@ -39,12 +40,16 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML, display
 
-from sae_lens_dfc import CrosscoderRunnerConfig, CrosscoderTrainingRunner, DeltaTrainingCrosscoderConfig, ModelConfig
+from sae_lens_dfc import (
+    CrosscoderRunnerConfig,
+    CrosscoderTrainingRunner,
+    DeltaTrainingCrosscoderConfig,
+    ModelConfig,
+)
 from sae_lens_dfc.benchmark.planted.folder import OrganismOptions, write_organism
 from sae_lens_dfc.findings import Screening
 from sae_lens_dfc.gathering import gather
 from sae_lens_dfc.generate import Sampling, answer
-from sae_lens_dfc.held_out import HeldOutOptions, opened_run
 from sae_lens_dfc.latent_html import latent_html
 from sae_lens_dfc.latents import latent_cards
 from sae_lens_dfc.output import is_made
@@ -85,7 +90,9 @@ def config(model_b: ModelConfig, name: str) -> CrosscoderRunnerConfig:
         model_a=model_a,
         model_b=model_b,
         dataset_path=str(where / "text.jsonl"),
-        sae=DeltaTrainingCrosscoderConfig(d_sae=d_sae, k=32, delta_loss_coefficient=1.0, topk_threshold_lr=0.05),
+        sae=DeltaTrainingCrosscoderConfig(
+            d_sae=d_sae, k=32, delta_loss_coefficient=1.0, topk_threshold_lr=0.05
+        ),
         training_tokens=training_tokens,
         train_batch_size_tokens=256,
         keep_in_memory=True,
@@ -136,16 +143,27 @@ print("Latents:", crosscoder.partition.sizes)
 
 # %%
 def screened(name: str, n: int) -> Screening:
-    return screen(
-        ScreenOptions(run=f"{folder}/{name}", output=f"{folder}/{name}-screening", overwrite=True, keep=n, texts=texts, controls=controls)
+    options = ScreenOptions(
+        run=f"{folder}/{name}",
+        output=f"{folder}/{name}-screening",
+        overwrite=True,
+        keep=n,
+        texts=texts,
+        controls=controls,
+        fit_pairs=fit_pairs,
     )
+    return screen(options)
 
 
 found = screened("run", keep)
 pd.DataFrame(
-    [(s.stage, s.intake, s.output, "; ".join(f"{n} {why}" for why, n in s.dropped.items())) for s in found.stages],
+    [
+        (s.stage, s.intake, s.output, "; ".join(f"{n} {why}" for why, n in s.dropped.items()))
+        for s in found.stages
+    ],
     columns=["stage", "in", "out", "left out"],
 )
+
 
 # %%
 def verdicts(found: Screening) -> pd.DataFrame:
@@ -153,7 +171,9 @@ def verdicts(found: Screening) -> pd.DataFrame:
     for one in found.findings:
         row = {"latent": one.latent, "verdict": one.verdict}
         for effect, title in zip(one.effects[:2], ("taken", "given")):
-            row[f"{title}: closer by, bits"] = f"{effect.mean:.3f} [{effect.low:.3f}, {effect.high:.3f}]"
+            row[f"{title}: closer by, bits"] = (
+                f"{effect.mean:.3f} [{effect.low:.3f}, {effect.high:.3f}]"
+            )
             row[f"{title}: controls at most"] = f"{max(effect.controls.values()):.3f}"
         rows.append(row)
     return pd.DataFrame(rows).fillna("").set_index("latent")
@@ -175,7 +195,9 @@ def plot(found: Screening, title: str) -> None:
             colour = "C3" if one.verdict == "confirmed" else "0.4"
             ax.plot([effect.low, effect.high], [y, y], color=colour)
             ax.plot(effect.mean, y, "o", color=colour)
-            ax.plot(list(effect.controls.values()), [y] * len(effect.controls), "|", color="0.6", ms=12)
+            ax.plot(
+                list(effect.controls.values()), [y] * len(effect.controls), "|", color="0.6", ms=12
+            )
         ax.axvline(0, color="k", lw=0.5)
         ax.set(xlabel=f"closer by, bits: {way}", title=title if i == 0 else "")
     axes[0].set_yticks(range(len(tested)), [f"{one.latent}" for one in tested])
@@ -192,13 +214,13 @@ plot(found, "Base against fine-tuned")
 # Nobody told the crosscoder or the screening what was taught. So what does the first of the list fire on?
 
 # %%
-opened, cfg, pair = opened_run(f"{folder}/run", HeldOutOptions(), drop_unused_layers=False)
-data = PairData.collect(PairedText(cfg, pair), "Held-out text")
-gathered = gather(opened, data.held_out)
+held_out = PairedText(runner.cfg, pair).collect("held_out", "Held-out text")
+gathered = gather(crosscoder, held_out.rows)
 first = [one.latent for one in found.findings[:2]]
 places = {latent: gathered.places(latent) for latent in first}
 shown = {place.context for of_latent in places.values() for place in of_latent}
-for card in latent_cards(opened, gathered, places, data.held_out_of(shown), pair):
+rows = PairData([], held_out.rows, held_out.contexts, {}).held_out_of(shown)
+for card in latent_cards(crosscoder, gathered, places, rows, pair):
     display(HTML(latent_html(card)))
 
 # %% [markdown]
@@ -207,7 +229,14 @@ for card in latent_cards(opened, gathered, places, data.held_out_of(shown), pair
 # %%
 samples = pd.DataFrame(
     [
-        (one.latent, {"a": "base", "b": "fine-tuned"}[s.model], s.change, s.prompt.split("user\n")[-1], s.before, s.after)
+        (
+            one.latent,
+            {"a": "base", "b": "fine-tuned"}[s.model],
+            s.change,
+            s.prompt.split("user\n")[-1],
+            s.before,
+            s.after,
+        )
         for one in found.findings[:2]
         for s in one.samples
     ],
@@ -227,7 +256,8 @@ null = screened("null", keep_null)
 verdicts(null)
 
 # %% [markdown]
-# NULLTEXT
+# Nothing is confirmed, and nothing could be: two copies say the same, so no change of one brings them closer. This null asks whether the pipeline makes something of nothing. Whether the *right* thing is found on a pair that does differ is asked by the controls of the
+# real screening, and by planting other differences: over 14 planted runs 50 latents were confirmed ([benchmarks/README.md](../benchmarks/README.md)).
 #
 # ## The page, and the same from a shell
 #
