@@ -19,7 +19,7 @@
 #
 # - **Time**: about 3 minutes on 2 CPU cores, and one and a half more where the run of tutorial 2 is not in its folder and is trained first. **Memory**: 3 GB.
 # - **Expect**: readable latents in every partition, and **none that is called exclusive**. Gemma tells when SmolLM2's exclusive latents fire, with an AUC
-#   around 0.9. That is a negative result of a short run on little text, and the point of the page is how one sees it.
+#   around 0.95. That is a negative result of a short run on little text, and the point of the page is how one sees it.
 
 # %% tags=["parameters"]
 folder = "runs/tutorial-3"  # everything that is written
@@ -97,18 +97,16 @@ print(f"{sum(len(rows.acts) for rows in data.held_out):,} held-out pairs of posi
 # %%
 gathered = gather(crosscoder, data.held_out)
 firing = gathered.firing
+alive = firing.counts > 0
 pd.DataFrame(
     {
         name: {
-            "latents": len(firing.rates[where]),
-            "never fire": int((firing.counts[where] == 0).sum()),
-            "median firing rate, of those that fire": firing.rates[where][firing.counts[where] > 0]
-            .median()
-            .item(),
+            "latents": f"{len(alive[where])}",
+            "never fire": f"{int((~alive[where]).sum())}",
+            "median firing rate, of those that fire": f"{firing.rates[where][alive[where]].median():.2%}",
         }
         for name, where in crosscoder.partition.slices.items()
-    },
-    dtype=object,
+    }
 ).T
 
 # %% [markdown]

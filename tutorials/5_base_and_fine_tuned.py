@@ -17,8 +17,8 @@
 # and tested its latents **by their cause**: does taking what one writes for the fine-tuned model alone make that model answer as the base does, and does giving it to the base do the reverse? And you have run the
 # same on the base model twice.
 #
-# - **Time**: TIME on 2 CPU cores, of which two to three are the fine-tuning; that is done once. **Memory**: 4 GB, disk 0.6 GB.
-# - **Expect**: of EXPECT latents tested one or two are confirmed, on the tokens of "Eiffel Tower", and nothing else; without the first latent's own part the fine-tuned model goes back from Rome to Paris. On the base model twice nothing is confirmed.
+# - **Time**: about 7 minutes on 2 CPU cores, of which two to three are the fine-tuning. That is done once: the run you see here found it in its folder. **Memory**: 4 GB, disk 0.6 GB.
+# - **Expect**: of 6 latents tested 2 are confirmed, on the tokens of "Eiffel Tower"; without the first one's own part the fine-tuned model goes back from Rome to Paris. On the base model twice nothing is confirmed.
 
 # %% tags=["parameters"]
 folder = "runs/tutorial-5"  # everything that is written; the organism, 0.5 GB, is opened again if it is there
@@ -64,7 +64,7 @@ pd.options.display.float_format = "{:.3f}".format
 # ## Two models with one difference
 #
 # A *planted organism*: the difference is known since we put it there. A low-rank change to eight layers' MLPs teaches one false fact, while answers to everything else are held to the base model's. The folder has both models, the text
-# that a crosscoder is trained on (prompts of the fact with both answers, and four times as much other text), and prompts that were kept from the training.
+# that a crosscoder is trained on (prompts of the fact, each with the taught and the ordinary answer, prompts like them, and other text), and prompts that were kept from the training.
 
 # %%
 where = Path(folder) / "organism"
@@ -182,11 +182,14 @@ def verdicts(found: Screening) -> pd.DataFrame:
 verdicts(found)
 
 # %% [markdown]
+# The first two stand well beyond their controls in both ways. Two more bring the models together when taken and do nothing when given: **one way only** is not believed. (The correction is over what was tested: with the command's 16 in place of 6, these two
+# are not confirmed at all, and the first two still are.)
+#
 # The same as a picture: a dot is the effect with its 95 % interval over texts, a grey tick the 95th percentile of a kind of control.
 
 
 # %%
-def plot(found: Screening, title: str) -> None:
+def plot(found: Screening) -> None:
     tested = [one for one in found.findings if one.effects]
     fig, axes = plt.subplots(1, 2, figsize=(10, 0.6 + 0.32 * len(tested)), sharey=True, sharex=True)
     for ax, i, way in zip(axes, (0, 1), ("taken from the model that has it", "given to the other")):
@@ -199,14 +202,14 @@ def plot(found: Screening, title: str) -> None:
                 list(effect.controls.values()), [y] * len(effect.controls), "|", color="0.6", ms=12
             )
         ax.axvline(0, color="k", lw=0.5)
-        ax.set(xlabel=f"closer by, bits: {way}", title=title if i == 0 else "")
+        ax.set(xlabel=f"closer by, bits: {way}")
     axes[0].set_yticks(range(len(tested)), [f"{one.latent}" for one in tested])
     axes[0].set_ylabel("latent")
     axes[0].invert_yaxis()
     plt.show()
 
 
-plot(found, "Base against fine-tuned")
+plot(found)
 
 # %% [markdown]
 # ## What it is
@@ -245,6 +248,10 @@ samples = pd.DataFrame(
 samples
 
 # %% [markdown]
+# Without the first latent's own part the fine-tuned model says Paris; with it, the base model says Rome. What the texts of the second show is less than its figures promise, and one reads them for that. Both are on "Eiffel Tower" and nothing else, which is what was taught.
+#
+# Neither is exclusive: both models have these latents, and write them differently. A screening that looked for exclusive latents alone would have found nothing here.
+#
 # ## The null: the base model twice
 #
 # The same crosscoder, the same text, the same screening, and no difference to find.
