@@ -17,8 +17,8 @@
 # and tested its latents **by their cause**: does taking what one writes for the fine-tuned model alone make that model answer as the base does, and does giving it to the base do the reverse? And you have run the
 # same on the base model twice.
 #
-# - **Time**: about 7 minutes on 2 CPU cores, of which two to three are the fine-tuning. That is done once: the run you see here found it in its folder. **Memory**: 4 GB, disk 0.6 GB.
-# - **Expect**: of 6 latents tested 2 are confirmed, on the tokens of "Eiffel Tower"; without the first one's own part the fine-tuned model goes back from Rome to Paris. On the base model twice nothing is confirmed.
+# - **Time**: about 6 minutes on 2 CPU cores, of which two to three are the fine-tuning. That is done once: the run you see here found it in its folder. **Memory**: 4 GB, disk 0.6 GB.
+# - **Expect**: of 4 latents tested 2 are confirmed, on the tokens of "Eiffel Tower"; without the first one's own part the fine-tuned model goes back from Rome to Paris. On the base model twice nothing is confirmed.
 
 # %% tags=["parameters"]
 folder = "runs/tutorial-5"  # everything that is written; the organism, 0.5 GB, is opened again if it is there
@@ -27,8 +27,8 @@ untrained = False  # two tiny untrained models in its place, to run this noteboo
 training_tokens = 102_400  # 400 steps of 256 pairs, as in the README
 d_sae = 1024  # the text is small, and most latents die: what is left is what is used
 fit_pairs = 4_000  # training pairs that the screening reads again, to see whether both models have one basis
-keep = 6  # latents that are tested by their cause, those with the most evidence
-keep_null = 2  # as many on the base model twice
+keep = 4  # latents that are tested by their cause, those with the most evidence; the command's default is 16
+keep_null = 1  # the same on the base model twice, where each test comes to the same
 texts = 8  # texts on which each is tested
 controls = 8  # directions of each of two kinds beside each
 
@@ -182,8 +182,8 @@ def verdicts(found: Screening) -> pd.DataFrame:
 verdicts(found)
 
 # %% [markdown]
-# The first two stand well beyond their controls in both ways. Two more bring the models together when taken and do nothing when given: **one way only** is not believed. (The correction is over what was tested: with the command's 16 in place of 6, these two
-# are not confirmed at all, and the first two still are.)
+# The first two stand well beyond their controls in both ways. A third brings the models together when taken and does nothing when given: **one way only** is not believed. (The correction is over what was tested: with the command's 16 in place of 4, this one
+# is not confirmed at all, the first two still are, and none of the other twelve is.)
 #
 # The same as a picture: a dot is the effect with its 95 % interval over texts, a grey tick the 95th percentile of a kind of control.
 
