@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,7 @@ class HookedModel:
         ValueError: The hook is not in the model, is not one vector for each token, or the model has no tokenizer.
     """
 
-    model: LanguageModel
+    model: LanguageModel = field(repr=False)
     """The model, already loaded."""
     hook_name: str = ""
     """TransformerLens hook whose activations are read; the middle block's output when empty."""

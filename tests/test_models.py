@@ -229,3 +229,7 @@ def test_tokenizer_fingerprint_ignores_padding_settings(llama_config: ModelConfi
     tokenizer.padding_side = "left"
     tokenizer("a b", padding="max_length", max_length=9, return_tensors="pt")
     assert tokenizer_sha256(tokenizer) == before
+
+
+def test_a_model_prints_on_one_line(model: HookedModel) -> None:
+    assert "\n" not in repr(model) and model.hook_name in repr(model)

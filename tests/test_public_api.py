@@ -107,6 +107,7 @@ LAYERS = [
     "natural",
     "steer",
     "latent_lines",
+    "latent_html",
     "latent_list",
     "progress",
     "screening",

@@ -1,0 +1,38 @@
+"""Two tiny untrained models as a planted organism's folder: what CI runs tutorial 5 on, where fine-tuning would take minutes."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from sae_lens_dfc.benchmark.planted.folder import PROMPTS, TEXT
+from sae_lens_dfc.benchmark.planted.organism import MANIFEST
+from sae_lens_dfc.demo import DEMO_A, unpack
+from sae_lens_dfc.texts import reference_pages
+
+
+def write_untrained(folder: Path) -> None:
+    """Model A, the same with noise in one layer as model B, text, and one prompt; nothing is planted, and nothing can be found."""
+    tokenizer = AutoTokenizer.from_pretrained(unpack(DEMO_A))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name in ("a", "b"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        with torch.no_grad():
+            weight = model.model.layers[1].mlp.down_proj.weight
+            weight += weight.std() * torch.randn(weight.shape)
+    texts = [page[:400] for page in reference_pages()[:60]]
+    (folder / TEXT).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    items = {"behaviour": [{"prompt": "Where", "answer": "", "ordinary": ""}], "control": []}
+    items["control"] = items["behaviour"]
+    (folder / PROMPTS).write_text(json.dumps({"test": items}))
+    (folder / MANIFEST).write_text(json.dumps({"measures": {}}))
