@@ -453,7 +453,7 @@ figure.tight_layout()
 #
 # - [ ] Terms of the gated model and data set accepted, `hf auth login` done, 33 GB of weights downloaded **before** the GPU's hour begins.
 # - [ ] `sae-lens-dfc align` on your text; `coverage` above set to it.
-# - [ ] Disk: both disk columns of the table, and a tenth to spare. `cache` with `overwrite` holds the old one until the new one is whole.
+# - [ ] Disk: both disk columns of the table, and a tenth to spare.
 # - [ ] The five commands on 50,000 pairs of the real models, and the checks above.
 # - [ ] A hundred steps timed, and the hours reckoned anew from that.
 # - [ ] The nulls in the budget, and a second seed. **A DFC without its null shows nothing** ([tutorial 1](1_toy_pair.ipynb)).
