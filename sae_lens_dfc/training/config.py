@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.registry import get_sae_training_class
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
@@ -29,7 +29,13 @@ def _or(value: int | None, default: int) -> int:
 
 
 def _sae_from_dict(values: dict[str, Any]) -> CrosscoderTrainingConfig:
-    return get_sae_training_class(values["architecture"])[1].from_dict(values)  # type: ignore[return-value]
+    name = values["architecture"]
+    if name not in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"The run's architecture {name!r} is not registered with SAELens here. If it is your own, import the module that "
+            "registers it first (tutorials/6_your_own_architecture.ipynb shows a command that does)."
+        )
+    return SAE_TRAINING_CLASS_REGISTRY[name][1].from_dict(values)  # type: ignore[return-value]
 
 
 def _no_wandb() -> LoggingConfig:

@@ -294,6 +294,15 @@ def test_settings_survive_json(cfg: CrosscoderRunnerConfig) -> None:
     assert again.to_dict() == cfg.to_dict()
 
 
+def test_settings_of_an_architecture_that_nobody_registered_name_it(
+    cfg: CrosscoderRunnerConfig,
+) -> None:
+    values = cfg.to_dict()
+    values["sae"]["architecture"] = "my_crosscoder"
+    with pytest.raises(ValueError, match="'my_crosscoder' is not registered"):
+        CrosscoderRunnerConfig.from_dict(values)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
