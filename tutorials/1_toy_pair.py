@@ -265,52 +265,35 @@ of_one_seed.iloc[:3].round(2)
 #
 # A latent is *called exclusive* only if both hold, at a false discovery rate of 5 % over all candidates.
 
+
 # %%
+def draw_evidence(axis, which):
+    evidence, kinds = results["DFC", which].evidence, truth_of(trained["DFC", which], pairs[which])
+    judged = evidence.firings >= MIN_FIRINGS
+    candidates = (evidence.is_candidate & judged).nonzero()[:, 0].tolist()
+
+    def points(latents, **style):
+        axis.scatter(evidence.nu_error[latents], evidence.auc[latents], **style)
+
+    points(evidence.is_two_sided & judged, s=8, color="#dddddd", label="both models' latents")
+    for kind, colour in COLOURS.items():
+        of_kind = [i for i in candidates if kinds[i] == kind]
+        points(of_kind, s=28, color=colour, edgecolor="black", label=f"candidate: {kind}")
+    ring = {"s": 90, "facecolor": "none", "edgecolor": "black"}
+    points(evidence.is_exclusive, **ring, label="called exclusive")
+    axis.set(title=f"DFC, {which}", xlabel="latent scaling in the other model's error")
+
+
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharex=True, sharey=True)
 for axis, which in zip(axes, pairs):
-    evidence = results["DFC", which].evidence
-    kinds = truth_of(trained["DFC", which], pairs[which])
-    judged = evidence.firings >= MIN_FIRINGS
-    groups = {"two-sided, for comparison": evidence.is_two_sided & judged}
-    axis.scatter(
-        evidence.nu_error[groups["two-sided, for comparison"]],
-        evidence.auc[groups["two-sided, for comparison"]],
-        s=8,
-        color="#dddddd",
-        label="both models' latents",
-    )
-    for kind, colour in COLOURS.items():
-        points = [
-            i for i in (evidence.is_candidate & judged).nonzero()[:, 0].tolist() if kinds[i] == kind
-        ]
-        axis.scatter(
-            evidence.nu_error[points],
-            evidence.auc[points],
-            s=28,
-            color=colour,
-            edgecolor="black",
-            linewidth=0.4,
-            label=f"candidate: {kind}",
-        )
-    called = evidence.is_exclusive
-    axis.scatter(
-        evidence.nu_error[called],
-        evidence.auc[called],
-        s=90,
-        facecolor="none",
-        edgecolor="black",
-        label="called exclusive",
-    )
-    axis.set(
-        title=f"DFC, {which}", xlabel="latent scaling in the other model's error", xlim=(-0.3, 1.3)
-    )
-axes[0].set_ylabel("the other model tells its firing (AUC)")
+    draw_evidence(axis, which)
+axes[0].set(xlim=(-0.3, 1.3), ylabel="the other model tells its firing (AUC)")
 axes[1].legend(fontsize=7, loc="lower right")
 figure.tight_layout()
 
 # %% [markdown]
 # True exclusive latents lie at the lower left: the other model has neither the direction nor the timing. The grey candidates are told by the other model as
-# well as any latent that both have, in the null all of them. Neither measure would do alone: of some halves of shared features the other model's *error* has
+# well, or nearly as well, as latents that both have; in the null all are. Neither measure would do alone: of some halves of shared features the other model's *error* has
 # nothing (left edge, top), since its reconstruction has it all, by another latent; their timing gives them away. The calls (rings) are made without a look
 # at the colours.
 #
@@ -349,43 +332,23 @@ mean, deviation = groups.mean().astype(float), groups.std().astype(float)
 over_seeds = mean.map("{:.2f}".format) + " ± " + deviation.map("{:.2f}".format)
 over_seeds.where(mean.notna(), "–").T
 
+
 # %%
+def draw_seeds(axis, which, columns):
+    for dx, (column, colour) in zip((-0.12, 0.12), columns.items()):
+        for x, name in enumerate(CONFIGS):
+            values = runs.loc[(runs.pair == which) & (runs.crosscoder == name), column]
+            axis.scatter([x + dx] * len(values), values, color=colour, alpha=0.7)
+        axis.scatter([], [], color=colour, label=column)
+    axis.set(xticks=range(len(CONFIGS)), xticklabels=CONFIGS, xlim=(-0.5, 1.5))
+    axis.legend(fontsize=8)
+
+
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-positions = {("BatchTopK", "with differences"): 0, ("DFC", "with differences"): 1}
-for column, dx, colour in (("recall", -0.12, "#555555"), ("recall of the calls", 0.12, "#d1495b")):
-    for (name, which), x in positions.items():
-        values = runs[(runs.crosscoder == name) & (runs.pair == which)][column]
-        axes[0].scatter(
-            [x + dx] * len(values),
-            values,
-            color=colour,
-            alpha=0.7,
-            label=column if x == 0 else None,
-        )
-axes[0].set(
-    xticks=[0, 1],
-    xticklabels=["BatchTopK", "DFC"],
-    ylim=(0, 1.02),
-    title="exclusive features found",
-)
-axes[0].legend(fontsize=8)
-for column, dx, colour in (
-    ("called exclusive", -0.12, "#555555"),
-    ("called with evidence", 0.12, "#d1495b"),
-):
-    for x, name in enumerate(CONFIGS):
-        values = runs[(runs.crosscoder == name) & (runs.pair == "null")][column]
-        axes[1].scatter(
-            [x + dx] * len(values),
-            values,
-            color=colour,
-            alpha=0.7,
-            label={"called exclusive": "by partition or norm"}.get(column, column)
-            if x == 0
-            else None,
-        )
-axes[1].set(xticks=[0, 1], xticklabels=["BatchTopK", "DFC"], title="null: latents called exclusive")
-axes[1].legend(fontsize=8)
+draw_seeds(axes[0], "with differences", {"recall": "#555555", "recall of the calls": "#d1495b"})
+axes[0].set(title="share of the exclusive features found", ylim=(0, 1.02))
+draw_seeds(axes[1], "null", {"called exclusive": "#555555", "called with evidence": "#d1495b"})
+axes[1].set(title="null: number of latents")
 figure.suptitle("one dot for each seed", fontsize=9)
 figure.tight_layout()
 
@@ -393,11 +356,11 @@ figure.tight_layout()
 # The null is the point of it all, so the notebook insists:
 
 # %%
-null = runs[runs.pair == "null"]
-assert (
-    null[null.crosscoder == "DFC"]["called exclusive"].min() > 0
-)  # partitions are filled whatever the models are
-assert null["called with evidence"].sum() == 0  # and none of that passes as a difference
+null = runs[runs.pair == "null"].set_index("crosscoder")
+# Partitions are filled whatever the models are …
+assert null.loc["DFC", "called exclusive"].min() > 0
+# … and nothing of that passes as a difference.
+assert null["called with evidence"].sum() == 0
 
 # %% [markdown]
 # ## What to take away
