@@ -119,6 +119,9 @@ def test_settings_of_a_peer_are_json_and_differ_by_size_and_seed() -> None:
             for changed in ({}, {"size": 1.0}, {"seed": 3}, {"pairing_noise": 0.3}, {"null": True})
         }
         assert len(texts) == 5
+        # By which `benchmark compare` knows what may be compared.
+        pairs = {json.loads(text)["training"]["total_training_samples"] for text in texts}
+        assert pairs == {200 * 256}
 
 
 def replace_run(run: Run, **changed: Any) -> Run:

@@ -236,6 +236,8 @@ def dictionary_learning_settings(
             "device": "cpu",
         },
         "training": {
+            "total_training_samples": trainer.total_training_samples,
+            "train_batch_size_samples": trainer.train_batch_size_samples,
             "normalize_activations": is_adapted,
             "dead_feature_threshold": dead_after if is_adapted else None,
         },

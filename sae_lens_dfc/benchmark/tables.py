@@ -66,9 +66,9 @@ def tables(rows: Rows) -> Iterator[Table]:
 def with_training_times(rows: Rows) -> Rows:
     """The rows, each with its `training_time` over that of the BatchTopK crosscoder of the same toy pair and size.
 
-    None where either is not known, or where they are not of one commit: a time is worth something beside those of one run.
+    None where either is not known, or where they are not of one machine.
 
-    >>> run = {"d_sae": 8, "seed": 0, "pairing_noise": 0.0, "null": False, "commit": "a"}
+    >>> run = {"d_sae": 8, "seed": 0, "pairing_noise": 0.0, "null": False, "machine": "a"}
     >>> times = {"batchtopk_crosscoder": 2.0, "dfc": 3.0}
     >>> rows = [{**run, "architecture": name, "training_seconds": s} for name, s in times.items()]
     >>> [row["training_time"] for row in with_training_times(rows)]
@@ -86,7 +86,7 @@ def with_training_times(rows: Rows) -> Rows:
 
 
 def _case(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("d_sae", "seed", "pairing_noise", "null", "commit"))
+    return tuple(row[name] for name in ("d_sae", "seed", "pairing_noise", "null", "machine"))
 
 
 def _over(seconds: float | None, ours: float | None) -> float | None:
