@@ -59,10 +59,7 @@ IN_PYTHON = {
 }
 
 RULES: dict[str, Rules] = {
-    "README.md": Rules(
-        replace=IN_PYTHON,
-        not_run={"sae-lens-dfc organism": REAL},
-    ),
+    "README.md": Rules(replace=IN_PYTHON),
     "benchmarks/README.md": Rules(
         not_run={"sae-lens-dfc benchmark": HOURS, "python benchmarks/": HOURS},
     ),

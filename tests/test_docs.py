@@ -185,14 +185,19 @@ def _check(words: list[str]) -> None:
         "cd": lambda: len(words) == 2,
         # Runs the whole suite.
         ".ci/run": lambda: (ROOT / words[0]).exists(),
-        "python": lambda: _of_ours(words) is not None or all(map(_is_there, words[1:])),
+        "python": lambda: _of_ours(words) is not None or _is_script(words[1:]),
     }
     assert words[0] in known, f"There is no rule for the command {words[0]}."
     assert known[words[0]](), f"It cannot be run: {' '.join(words)}"
 
 
-def _is_there(word: str) -> bool:
-    return word in ("-m", "pytest", "-c") or (ROOT / word).exists()
+def _is_script(words: list[str]) -> bool:
+    """Whether there is such a file and it has these flags; of pytest, whether the files to test are there."""
+    if words[0] in ("-m", "-c"):
+        return all(word in ("-m", "pytest", "-c") or (ROOT / word).exists() for word in words)
+    script = ROOT / words[0]
+    flags = [word for word in words[1:] if word.startswith("--")]
+    return script.is_file() and all(flag in script.read_text() for flag in flags)
 
 
 def _make_targets() -> set[str]:
