@@ -27,9 +27,9 @@ d_b = 64  # width of the second
 active_features = 5.0  # features active at a time; BatchTopK's k and JumpReLU's target_l0
 n_steps = 400  # training steps
 batch_size = 1024  # pairs of activations in a step
-n_eval_batches = 10  # batches of 2,048 fresh pairs to measure on
-text_pairs = 4000  # pairs of activations of the two language models, at the end
-text_steps = 150  # training steps on them, of 512 pairs
+n_eval_batches = 6  # batches of 2,048 fresh pairs to measure on
+text_pairs = 2000  # pairs of activations of the two language models, at the end
+text_steps = 100  # training steps on them, of 512 pairs
 
 # %%
 import json

@@ -90,7 +90,7 @@ def sizes(name, hook):
     return {
         "weights": layers * layer + 2 * vocabulary * width,
         "run": run
-        * layer,  # what a token is multiplied with up to the hook; attention adds 2 % at 128 tokens
+        * layer,  # what a token is multiplied with up to the hook; attention adds 1 % at 128 tokens
         "kept": run * layer
         + vocabulary * width,  # with drop_unused_layers: embedding and layers up to the hook
     }
@@ -192,7 +192,7 @@ disk_of_runs = (
 disk_of_models = 2 * (a["weights"] + b["weights"]) / 1e9
 
 
-def way(harvest, training, cache_pairs):
+def way(harvest, training, cache_pairs, disk=disk_of_models + disk_of_runs):
     nulls = 2 * training
     hours = harvest + training + nulls
     return {
@@ -200,7 +200,7 @@ def way(harvest, training, cache_pairs):
         "training, GPU-hours": training,
         "two nulls, GPU-hours": nulls,
         "disk for the cache, TB": cache_pairs * row_bytes / 1e12,
-        "disk for models and runs, GB": disk_of_models + disk_of_runs,
+        "disk for models and runs, GB": disk,
         "cost, $": hours * dollars_per_hour,
     }
 
@@ -210,7 +210,7 @@ ways = pd.DataFrame(
         "reckoned: cached once": way(harvest_hours, training_hours, cfg.training_pairs),
         "reckoned: no cache, two passes": way(passes * harvest_hours, training_hours, 0),
         "reckoned: 20 million pairs, 10 times": way(harvest_hours / 5, training_hours, 20e6),
-        "the paper's own, on H100s": way(72.0, 24.0, float("nan")),
+        "the paper's own, on H100s": way(72.0, 24.0, float("nan"), float("nan")),
     }
 ).T
 ways.round(1)
@@ -339,87 +339,48 @@ run(report)
 def checks(cache_folder, evaluation):
     manifest = json.loads((Path(cache_folder) / "manifest.json").read_text())
     m = json.loads((Path(evaluation) / "metrics.json").read_text())
-    counts, norms = manifest["counts"], manifest["norms"]
-    k = rehearsal["sae"]["k"]
+    counts, norms, k = manifest["counts"], manifest["norms"], rehearsal["sae"]["k"]
     rows = []
-    for model in "ab":
-        name = model.upper()
-        share = counts["coverage"][f"coverage_{model}"]
-        rows.append(
-            (
-                f"tokens of {name} that pair",
-                share,
-                share > 0.6,
-                "two tokenizers, or a chat template, cut the text apart",
-            )
-        )
+
+    def add(check, value, is_fine, why, null=float("nan")):
+        fine = "yes" if is_fine else "LOOK"
+        rows.append({"check": check, "value": value, "null": null, "fine": fine, "if not": why})
+
+    def with_null(key):
+        return m[key], m[f"null/self/{key}"]
+
+    for model, name in (("a", "A"), ("b", "B")):
+        paired = counts["coverage"][f"coverage_{model}"]
+        why = "two tokenizers, or a chat template, cut the text apart"
+        add(f"tokens of {name} that pair", paired, paired > 0.6, why)
         lost = counts[f"outlier_{model}"] / counts["pairs"]
-        rows.append(
-            (
-                f"pairs left out as outliers by {name}",
-                lost,
-                lost < 0.02,
-                "more: massive activations at other places than the first",
-            )
-        )
+        why = "massive activations at other places than the first"
+        add(f"pairs left out as outliers by {name}", lost, lost < 0.02, why)
         spread = norms[model]["std"] / norms[model]["mean"]
-        rows.append(
-            (
-                f"spread of {name}'s norms over their mean",
-                spread,
-                spread < 0.5,
-                "more: a hook at which few positions rule",
-            )
-        )
-    rows.append(
-        (
-            "rows that are not finite",
-            counts["not_finite"],
-            counts["not_finite"] == 0,
-            "a model's number format overflows",
-        )
-    )
-    ratio = m["l0"] / k
-    rows.append(
-        (
-            "active latents over k",
-            ratio,
-            0.8 < ratio < 1.25,
-            "the threshold has not caught up with training",
-        )
-    )
-    lean = m["relative_decoder_norm/median"]
-    rows.append(
-        (
-            "relative decoder norm of shared latents",
-            lean,
-            0.4 < lean < 0.6,
-            "one model weighs more than the other: normalisation",
-        )
-    )
+        add(f"spread of {name}'s norms over their mean", spread, spread < 0.5, "a few tokens rule")
+    infinite = counts["not_finite"]
+    add("pairs that are not finite", infinite, infinite == 0, "a model's number format overflows")
+    l0, null = with_null("l0")
+    why = "the threshold lags behind the training"
+    add("active latents over k", l0 / k, 0.8 < l0 / k < 1.25, why, null / k)
+    lean, null = with_null("relative_decoder_norm/median")
+    why = "one model outweighs the other: normalisation"
+    add("relative decoder norm, shared, median", lean, 0.4 < lean < 0.6, why, null)
     for name, most in (("shared", 0.3), ("a_exclusive", 0.7), ("b_exclusive", 0.7)):
-        dead = m[f"dead_fraction/{name}"]
-        why = "too many latents for the text, too short a training, or too high an lr"
-        rows.append((f"dead share, {name}", dead, dead < most, why))
-    for model in "ab":
-        value, null = (m[f"{prefix}explained_variance/{model}"] for prefix in ("", "null/self/"))
-        rows.append(
-            (
-                f"explained variance of {model.upper()} over the null's",
-                value / null,
-                value / null > 0.7,
-                "the other model has taken the latents",
-            )
-        )
-    rows.append(("largest forbidden weight", m["leak"], m["leak"] == 0, "a defect: report it"))
-    table = pd.DataFrame(rows, columns=["check", "value", "fine", "if not"])
-    table["fine"] = table["fine"].map({True: "yes", False: "LOOK"})
-    return table.set_index("check").round(3)
+        dead, null = with_null(f"dead_fraction/{name}")
+        why = "too many latents for the text, too few steps, too high an lr"
+        add(f"dead share, {name}", dead, dead < most, why, null)
+    for model, name in (("a", "A"), ("b", "B")):
+        explained, null = with_null(f"explained_variance/{model}")
+        why = "the other model has taken the latents"
+        add(f"explained variance, {name}", explained, explained > 0.7 * null, why, null)
+    add("largest forbidden weight", m["leak"], m["leak"] == 0, "a defect: report it")
+    return pd.DataFrame(rows).set_index("check").round(3)
 
 
 found = checks(rehearsal["cache_path"], f"{rehearsal['output_path']}-evaluation")
 pd.set_option("display.max_colwidth", None)
-found
+found.replace({"null": {float("nan"): "–"}})
 
 # %% [markdown]
 # The limits are our rules of thumb, set by the runs of this package, all of them on small models; they say where to look, not what is true. The null here is the same
@@ -439,10 +400,8 @@ found
 run(f"{train} --sae.normalization variance --output-path {folder}/run-variance")
 run(evaluate.replace(rehearsal["output_path"], f"{folder}/run-variance"), shown=False)
 mended = checks(rehearsal["cache_path"], f"{folder}/run-variance-evaluation")
-both = found[["value", "fine"]].join(
-    mended[["value", "fine"]], lsuffix=", median_norm", rsuffix=", variance"
-)
-both
+columns = ["value", "null", "fine"]
+pd.concat({"median_norm": found[columns], "variance": mended[columns]}, axis=1).iloc[7:]
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), sharex=True, sharey=True)
