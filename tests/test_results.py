@@ -6,6 +6,7 @@ from pathlib import Path
 from sae_lens_dfc.benchmark.data import TARGETS
 from sae_lens_dfc.benchmark.recovery import runs
 from sae_lens_dfc.benchmark.tables import tables
+from sae_lens_dfc.measures import spread
 
 COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results" / "recovery.json"
 
@@ -94,11 +95,8 @@ def test_the_benchmarks_page_has_the_measured_steps() -> None:
         for figure in ("ratio_to_encoder_product", "peak_memory_ratio"):
             assert f"{step[figure]:.2f}" in page
     readme = (root / "README.md").read_text(encoding="utf-8")
-    for dtype in ("float32", "bfloat16"):
-        step = STEPS[dtype, 8192]
-        assert f"{step['ratio_to_encoder_product']:.2f}" in readme
-        for other in ("saelens", "reference"):
-            assert f"{step[f'speedup_over_{other}']:.1f}" in readme
+    for other in ("saelens", "reference"):
+        assert f"| {STEPS['float32', 8192][f'speedup_over_{other}']:.1f}" in readme
 
 
 PATHS = json.loads((COMMITTED.parent / "training_paths.json").read_text())
@@ -110,9 +108,42 @@ def test_the_ways_of_computing_a_step_train_alike() -> None:
         assert max(map(abs, differences)) < 1e-3, variant
 
 
-def test_the_readme_and_the_guide_have_the_measured_figures() -> None:
-    root = COMMITTED.parent.parent.parent
-    for name in ("README.md", "docs/data.md"):
-        text = (root / name).read_text(encoding="utf-8")
-        for figure in TARGETS:
-            assert f"{DATA[figure]:.2f}" in text, (name, figure)
+def test_the_guide_has_the_measured_figures() -> None:
+    guide = (COMMITTED.parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for figure in TARGETS:
+        assert f"{DATA[figure]:.2f}" in guide, figure
+
+
+def test_the_readme_stands_beside_the_alternatives_as_measured() -> None:
+    readme = (COMMITTED.parents[2] / "README.md").read_text(encoding="utf-8")
+    lines = {line.split(" | ")[0][2:]: line for line in readme.splitlines() if line.startswith("|")}
+    columns = ("dfc", "saelens-batchtopk", "dictionary-learning-batchtopk", "two-saelens-batchtopk")
+
+    def said(file: str, name: str, measure: str, size: float, null: bool = False) -> str:
+        rows = json.loads((COMMITTED.parent / file).read_text())
+        case = (name, size, 0, null)
+        keys = ("architecture", "d_sae_per_feature", "pairing_noise", "null")
+        values = [row[measure] for row in rows if tuple(row[key] for key in keys) == case]
+        assert len(values) == 5
+        return spread([value for value in values if value is not None])
+
+    for name in columns:
+        for line, measure in (
+            ("differences found", "exclusive_recall"),
+            ("of what is called one, false", "false_exclusive_rate"),
+        ):
+            assert said("recovery.json", name, measure, 1) in lines[line], (name, measure)
+    small = lines["found with a small dictionary; of these false"]
+    for name in ("dfc-tested", *columns):
+        for measure in ("exclusive_recall", "false_exclusive_rate"):
+            assert said("recovery.json", name, measure, 0.4) in small, (name, measure)
+    assert said("evidence.json", "dfc-tested", "evidence_recall", 1) in lines["differences found"]
+    assert said("evidence.json", "dfc-tested", "evidence_precision", 1) == "1.00 ± 0.00"
+    null = lines["called where nothing is to be found"].replace("**", "")
+    called = [
+        said("recovery.json", name, "exclusive_called", 1, null=True).replace("0.00 ± 0.00", "0")
+        for name in columns
+    ]
+    for cell, measured in zip(null.split(" | ")[2:], called, strict=True):
+        assert cell.rstrip(" |") == measured
+    assert said("evidence.json", "dfc-tested", "evidence_called", 1, null=True) == "0.00 ± 0.00"

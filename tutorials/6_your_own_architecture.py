@@ -281,7 +281,7 @@ over_seeds("null")
 # keeps `k` latents from the first step, while JumpReLU's thresholds begin low and rise, so that early on many more latents fire and learn. Each can be
 # taken away:
 #
-# - **JumpReLU with one threshold** for all latents: five lines on top of yours;
+# - **JumpReLU with one threshold** for all latents: a few lines on top of yours;
 # - **BatchTopK with as many active latents** as JumpReLU came out with;
 # - **BatchTopK with `k` annealed** from six times its value, over two thirds of the training: two settings that are already there.
 
@@ -331,7 +331,7 @@ axes[3].set_xlim(-0.5, 5)
 figure.tight_layout()
 
 # %% [markdown]
-# One dot for each seed. **The tempting explanation is wrong here**: with a single threshold JumpReLU does as well. That it has more active latents explains a part. Most of the rest comes
+# One dot for each seed; the controls were not run on the null. **The tempting explanation is wrong here**: with a single threshold JumpReLU does as well. That it has more active latents explains a part. Most of the rest comes
 # from many latents firing at first: BatchTopK, once its `k` is annealed, nearly closes the gap, with fewer active latents at the end. The gain was real and the
 # reason was another, which a table of two columns would not have told. On toy pairs, that is; on language models the comparison has not been made.
 
