@@ -59,15 +59,15 @@ STEPS: Mapping[str, list[dict[str, Any]]] = {
 """What `all` measures of a step."""
 
 
+NAMES = ("recovery", "planted", "step", "data", "evaluate", "all", "compare")
+
+
 @dataclass
 class BenchmarkOptions(StepConfig):
     """Measure what crosscoders find of known differences (recovery, planted) and of two real models (evaluate), what a step
     (step) or the data's way costs (data), all of these (all); or compare two sets of results (compare)."""
 
-    name: str = field(
-        positional=True,
-        choices=["recovery", "planted", "step", "data", "evaluate", "all", "compare"],
-    )
+    name: str = field(positional=True, choices=NAMES)
     """recovery: five architectures, the recipe dfc-tested, variants of both, and BatchTopK of SAELens and of dictionary-learning,
     where that is installed, over dictionary sizes, seeds, wrong pairs and a null. planted: five architectures on real models whose difference was put there, by detection, ablation and
     addition. step: one training step of a DFC, beside its encoder's product alone and beside other trainers' steps. data:

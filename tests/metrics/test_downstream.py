@@ -308,7 +308,7 @@ def test_no_rows_is_an_error_not_a_measure(pair: ModelPair, rows: list[PairedRow
         downstream(crosscoder, pair, [rows[0]._replace(contexts=())], means)
 
 
-@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"])
+@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"])
 def test_a_model_without_its_upper_layers_is_refused(
     pair: ModelPair, llama_config: ModelConfig, hook_name: str
 ) -> None:
