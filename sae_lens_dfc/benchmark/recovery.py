@@ -115,12 +115,14 @@ def _crosscoders(
     """What is compared: the five architectures, our recipe, variants of both, and other libraries' dictionaries.
 
     All have the same number of active latents and inputs scaled by variance; none anneals k. Ours have our
-    dead-latent loss, the others their own, and the sizes of a BatchTopK crosscoder. Decoders are tied by a fitted map, since a toy pair has no common basis: the
+    dead-latent loss, two variants with SAELens' weight for it; the others have their own, and the sizes of a BatchTopK crosscoder. Decoders are tied by a fitted map, since a toy pair has no common basis: the
     Delta-Crosscoder, which needs one, is here out of its element.
     """
     k: dict[str, Any] = {"k": preset.toy.active_features}
     warm_up = {"l1_warm_up_steps": preset.steps // 10}
     penalty = preset.l1_coefficient
+    # Our default is the literature's, a 32nd.
+    as_saelens = {"aux_loss_coefficient": 1.0}
     tests = {**exclusivity_tests(TEST_AT, preset.steps), "decoder_norm": "sum"}
     return {
         "standard_crosscoder": (
@@ -138,6 +140,8 @@ def _crosscoders(
             StandardTrainingCrosscoderConfig,
             {"l1_coefficient": penalty / 3, **warm_up},
         ),
+        "batchtopk-aux-1": (BatchTopKTrainingCrosscoderConfig, {**k, **as_saelens}),
+        "dfc-tested-aux-1": (DFCTrainingCrosscoderConfig, {**k, **tests, **as_saelens}),
         **dict.fromkeys(PEERS, (BatchTopKTrainingCrosscoderConfig, k)),
     }
 
