@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from xxhash import xxh3_128
 
 from sae_lens_dfc.activations import Bookmark, Marked
 from sae_lens_dfc.manifest import ACTS, FORMAT, MANIFEST_FILENAME, Shard, progress_path
+from sae_lens_dfc.output import os_errors
 from sae_lens_dfc.state import checksum
 
 
@@ -69,9 +71,12 @@ class PairedActivationsCache:
 
         Raises:
             ValueError: A byte of it is not what was written.
+        OSError: The file cannot be read, or is gone.
         """
         self._check([i])
-        return load_file(self.folder / self.shards[i].file)
+        path = self.folder / self.shards[i].file
+        with _readable(path):
+            return load_file(path)
 
     def _check(self, shards: Sequence[int]) -> None:
         """Compare the checksums of those that were not compared yet."""
@@ -80,7 +85,8 @@ class PairedActivationsCache:
                 continue
             shard, path = self.shards[i], self.folder / self.shards[i].file
             # It also brings the file into memory in order, before rows are taken from it out of order.
-            found = checksum(path)
+            with _readable(path):
+                found = checksum(path)
             if found != shard.xxh3:
                 raise ValueError(
                     f"{path} is damaged: its checksum is {found}, and {shard.xxh3} was written. {_REPAIR}"
@@ -167,6 +173,16 @@ class PairedActivationsCache:
 
 
 _REPAIR = "Restore it, or make the cache again with `sae-lens-dfc cache --overwrite`."
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file that was there when the cache was opened may be gone by now."""
+    try:
+        with os_errors():
+            yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error}. {_REPAIR}") from error
 
 
 def _mixed(seed: int, epoch: int) -> int:

@@ -23,7 +23,7 @@ from sae_lens_dfc.metrics.claims import LatentEvidence, ranking, verdict
 from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms, relative_norm_histogram
 from sae_lens_dfc.metrics.pca import JointPCA
 from sae_lens_dfc.nulls import Case, null_case
-from sae_lens_dfc.output import all_or_nothing, check_output
+from sae_lens_dfc.output import all_or_nothing, claimed
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.report import ReportData, render_report
@@ -58,8 +58,14 @@ def measured_run(
     Raises:
         ValueError: The folder holds a run, or the settings, models and text do not fit.
     """
-    check_output(output, overwrite)
-    cfg = with_models(replace(cfg, output_path=None), pair.describe())
+    with claimed(output, overwrite):
+        return _measured_run(replace(cfg, output_path=None), pair, output)
+
+
+def _measured_run(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, output: str | Path
+) -> dict[str, float]:
+    cfg = with_models(cfg, pair.describe())
     case = Case(cfg, pair, PairData.collect(PairedText(cfg, pair), "The two models"))
     run = train_and_measure(case)
     crosscoder, metrics = run.crosscoder, dict(run.evaluation.metrics)

@@ -10,6 +10,7 @@ PACKAGE = Path(sae_lens_dfc.__file__).parent
 # The data's way, from top to bottom.
 LAYERS = [
     "ranks",
+    "stopping",
     "output",
     "state",
     "texts",
