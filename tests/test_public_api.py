@@ -13,6 +13,7 @@ LAYERS = [
     "output",
     "state",
     "texts",
+    "spans",
     "tokens",
     "segments",
     "alignment",
