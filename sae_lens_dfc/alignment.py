@@ -121,6 +121,8 @@ def _aligned(a: Tokens, b: Tokens) -> tuple[Int[np.ndarray, " pairs"], Int[np.nd
     end_b, whole_b = _last_whole_by_end(b)
     _, in_a, in_b = np.intersect1d(end_a, end_b, assume_unique=True, return_indices=True)
     i, j = whole_a[in_a], whole_b[in_b]
+    if len(whole_a) == len(a.ids) or len(whole_b) == len(b.ids):
+        return i, j
     open_a, open_b = _open(a, whole_a), _open(b, whole_b)
     # Few tokens end inside a character; to look at those alone keeps the rest out of Python's loops.
     inside = [

@@ -80,7 +80,7 @@ def _part_bytes(
 
 
 def _joined(normalizer: Any, text: str) -> Iterator[tuple[int, int]]:
-    """Characters with marks on them that the normalizer joins, puts in another order, or keeps some of."""
+    """Characters with marks on them of which the normalizer makes something else than the character alone."""
     if normalizer is None or text.isascii():
         return
     marks = "".join(c for c in set(text) if _may_join(c))
@@ -88,15 +88,12 @@ def _joined(normalizer: Any, text: str) -> Iterator[tuple[int, int]]:
         return
     # Some normalizers put something in front of all they read.
     in_front = normalizer.normalize_str("a")[:-1]
-
-    def normal(characters: str) -> str:
-        return normalizer.normalize_str(characters).removeprefix(in_front)
-
     for cluster in re.finditer(f"(?s:.)[{re.escape(marks)}]+", text):
-        parts = [normal(c) for c in cluster[0]]
-        # Where some marks are dropped, those that stay may have been put in another order before.
-        keeps_some = any(parts[1:]) and not all(parts[1:])
-        if keeps_some or normal(cluster[0]) != "".join(parts):
+        made, made_alone = (
+            normalizer.normalize_str(part).removeprefix(in_front)
+            for part in (cluster[0], cluster[0][0])
+        )
+        if made not in (made_alone, cluster[0], cluster[0].replace(" ", "▁")):
             yield cluster.span()
 
 

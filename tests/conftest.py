@@ -34,6 +34,15 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-strings",
+        type=int,
+        default=100_000,
+        help="how many strings the fuzz of the alignment tries (tests/reliability), about 2 ms each",
+    )
+
+
 def _save(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerBase:
     # TransformerLens wants a tokenizer that was loaded from somewhere.
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS).save_pretrained(folder)

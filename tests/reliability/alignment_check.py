@@ -2,8 +2,12 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations, combinations_with_replacement, cycle
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations, cycle
+
+import pytest
+from jaxtyping import config
+from transformers import PreTrainedTokenizerBase
 
 from sae_lens_dfc.alignment import (
     INSIDE_CHARACTER,
@@ -20,6 +24,9 @@ from sae_lens_dfc.texts import clean
 from sae_lens_dfc.tokens import Tokens
 from tests.reliability.hard_text import hard_texts
 from tests.reliability.reading import Reader, Reading
+
+N_SHARES = 20
+"""Seeds among which the strings are divided."""
 
 Aligner = Callable[[Tokens, Tokens], tuple[Segments, Coverage]]
 
@@ -109,38 +116,42 @@ def clean_checked(text: str) -> str:
     return cleaned
 
 
-def fuzz(readers: dict[str, Reader], seed: int, n_strings: int, kinds_each: int = 3) -> None:
-    """Check so many strings, each in `kinds_each` tokenizers and all pairs of them, in turn."""
-    groups = list(combinations(readers, kinds_each))
+def fuzz_share(
+    tokenizers: dict[str, PreTrainedTokenizerBase], pytestconfig: pytest.Config, seed: int
+) -> None:
+    """Try the share of the `--fuzz-strings` strings that has this seed."""
+    n_strings = -(-int(pytestconfig.getoption("fuzz_strings")) // N_SHARES)
+    readers = {name: Reader(tokenizer) for name, tokenizer in tokenizers.items()}
+    # Shapes are checked in all other tests; here that would take a third of the time.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "jaxtyping_disable", True)
+        fuzz(readers, seed, n_strings)
+
+
+def fuzz(readers: dict[str, Reader], seed: int, n_strings: int) -> None:
+    """Check so many strings, each in three tokenizers: their pairs and one of them with itself, all in turn."""
+    groups = list(combinations(readers, 3))
     random.Random(seed).shuffle(groups)
-    for n, (text, group) in enumerate(zip(hard_texts(seed), cycle(groups), strict=False)):
+    for n, (text, names) in enumerate(zip(hard_texts(seed), cycle(groups), strict=False)):
         if n == n_strings:
             return
-        check_text(clean_checked(text), [(name, readers[name]) for name in group], 2 + n % 9)
+        group = {name: readers[name] for name in names}
+        check_text(clean_checked(text), group, [*combinations(names, 2), (names[n % 3],) * 2], 2 + n % 9)
 
 
 def check_text(
     text: str,
-    readers: Sequence[tuple[str, Reader]],
+    readers: dict[str, Reader],
+    pairs: Iterable[tuple[str, str]],
     context_size: int,
     aligner: Aligner = align,
 ) -> None:
-    """Check one text in all pairs of these tokenizers."""
-    for a, b in _pairs([(name, _read(name, reader, text)) for name, reader in readers]):
+    """Check one text in these pairs of tokenizers."""
+    readings: dict[str, Reading] = {}
+    for names in pairs:
         try:
-            check_alignment(a[1], b[1], context_size, aligner)
+            for name in names:
+                readings[name] = readings.get(name) or readers[name].read(text)
+            check_alignment(*(readings[name] for name in names), context_size, aligner)
         except Exception as error:
-            raise AssertionError(f"{a[0]} and {b[0]}, {ascii(text)}: {error!r}") from error
-
-
-def _read(name: str, reader: Reader, text: str) -> Reading:
-    try:
-        return reader.read(text)
-    except Exception as error:
-        raise AssertionError(f"{name}, {ascii(text)}: {error!r}") from error
-
-
-def _pairs(
-    readings: Sequence[tuple[str, Reading]],
-) -> Iterator[tuple[tuple[str, Reading], tuple[str, Reading]]]:
-    return combinations_with_replacement(readings, 2)
+            raise AssertionError(f"{' and '.join(names)}, {ascii(text)}: {error!r}") from error

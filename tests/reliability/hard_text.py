@@ -118,7 +118,7 @@ def hard_texts(seed: int) -> Iterator[str]:
     rows = code_points()
     at = draw.randrange(len(rows))
     while True:
-        n_parts = draw.choice([0, 1, 1, 2, 2, 3, 4]) if draw.random() < 0.99 else 60
+        n_parts = draw.choice([0, 1, 1, 2, 2, 3, 4]) if draw.random() < 0.99 else 30
         parts = [draw.choice(SOURCES)(draw) for _ in range(n_parts)]
         parts.insert(draw.randrange(n_parts + 1), draw.choice(rows[at % len(rows)]))
         text = draw.choice(["", "", " "]).join(parts)
