@@ -7,42 +7,46 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 _LETTERS = sorted(ByteLevel.alphabet())
 # Printable Latin-1 stands for itself, the other bytes in order for letters from U+0100 on.
 _BYTES = sorted(range(256), key=lambda byte: (chr(byte) not in _LETTERS, byte))
-LETTER_OF_BYTE_TOKEN = {
-    f"<0x{byte:02X}>": letter for byte, letter in zip(_BYTES, _LETTERS, strict=True)
-}
+_LETTER_OF_BYTE = dict(zip(_BYTES, _LETTERS, strict=True))
+LETTER_OF_BYTE_TOKEN = {f"<0x{byte:02X}>": letter for byte, letter in _LETTER_OF_BYTE.items()}
 """How byte-level tokenizers spell the bytes that others fall back to."""
 
 SPACE = "Ġ"
 
 
 def true_spans(
-    normalizer: Any, text: str, spans: Int[np.ndarray, "tokens 2"], strings: Sequence[str]
+    tokenizer: Tokenizer, text: str, spans: Int[np.ndarray, "tokens 2"], strings: Sequence[str]
 ) -> Int[np.ndarray, "tokens 2"]:
     """First character of each token and the one after its last, with all that the token has read.
 
-    Three maps are wrong, each by a few characters: bytes of several unknown characters in a row all get
-    the span of the whole row (unigram), spaces at a token's end are left out of it (`trim_offsets` of
-    byte-level tokenizers), and so are the accents that a normalizer has joined with their letter.
+    Four maps are wrong, each by a few characters: after a byte that the vocabulary does not have, and that
+    is dropped, the next ones get the spans of those before; bytes of several unknown characters in a row
+    all get the span of the whole row (unigram); spaces at a token's end are left out of it (`trim_offsets`
+    of byte-level tokenizers), and so are the accents that a normalizer has joined with their letter.
 
     Args:
-        normalizer: The tokenizer's, of the tokenizers library, if it has one.
+        tokenizer: Of the tokenizers library.
         text: What was tokenised.
         spans: The tokenizer's own.
         strings: The tokens as its vocabulary spells them.
 
-    >>> from tokenizers.normalizers import NFC
-    >>> true_spans(NFC(), "e\\u0301x", np.array([[0, 1], [2, 3]]), ["é", "x"]).tolist()
+    >>> from tokenizers import models, normalizers
+    >>> tokenizer = Tokenizer(models.BPE())
+    >>> tokenizer.normalizer = normalizers.NFC()
+    >>> true_spans(tokenizer, "e\\u0301x", np.array([[0, 1], [2, 3]]), ["é", "x"]).tolist()
     [[0, 2], [2, 3]]
     """
     starts, ends = spans.T.copy()
+    _count_dropped(tokenizer, text, starts, ends, strings)
     _untrim(text, starts, ends, strings)
     _part_bytes(text, starts, ends, strings)
-    joined = list(_joined(normalizer, text))
+    joined = list(_joined(tokenizer.normalizer, text))
     if joined:
         # To this tokenizer these are one character each: a token begins before it or ends after it.
         first = np.arange(len(text) + 1)
@@ -51,6 +55,27 @@ def true_spans(
             first[start + 1 : end], after[start + 1 : end] = start, end
         starts, ends = first[starts], after[ends]
     return np.stack([starts, ends], axis=1)
+
+
+def _count_dropped(
+    tokenizer: Tokenizer,
+    text: str,
+    starts: Int[np.ndarray, " n"],
+    ends: Int[np.ndarray, " n"],
+    strings: Sequence[str],
+) -> None:
+    """Of a byte-level tokenizer that has dropped bytes, count the others, in place."""
+    lengths = np.array([len(string) for string in strings], dtype=np.int64)
+    n_letters, encoded = int(lengths.sum()), text.encode()
+    if n_letters >= len(encoded) or "ByteLevel" not in repr(tokenizer.pre_tokenizer):
+        return
+    known = {byte for byte in set(encoded) if tokenizer.token_to_id(_LETTER_OF_BYTE[byte]) is not None}
+    character = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])
+    character = character[[byte in known for byte in encoded]]
+    # They differ too where a normalizer has made other text of it.
+    if len(character) == n_letters:
+        last = np.cumsum(lengths)
+        starts[:], ends[:] = character[last - lengths], character[last - 1] + 1
 
 
 def _untrim(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sae_lens_dfc.spans import true_spans
@@ -47,8 +48,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
     spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     strings: list[str] = tokenizer.convert_ids_to_tokens(ids)  # type: ignore[assignment]
-    normalizer = tokenizer.backend_tokenizer.normalizer  # type: ignore[attr-defined]
-    starts, ends = true_spans(normalizer, text, spans, strings).T
+    backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    starts, ends = true_spans(backend, text, spans, strings).T
     whole = np.append(starts[1:] >= ends[:-1], True)[: len(ids)]
     return Tokens(ids, ends, whole, strings)
 

@@ -37,6 +37,16 @@ def _byte_bpe_trimmed() -> Tokenizer:
     return tokenizer
 
 
+def _byte_bpe_dropping() -> Tokenizer:
+    """Drops the bytes that its training text did not have, as SmolLM2 does; a word may have known and dropped ones."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[BOS], show_progress=False)
+    tokenizer.train_from_iterator([*TRAINING_TEXT, "naïve 日本語 \x01\x1c"], trainer)
+    return tokenizer
+
+
 def _byte_bpe_nfc() -> Tokenizer:
     """Bytes of what NFC makes of the text: letters joined with their accents, as in Qwen."""
     tokenizer = byte_bpe([*TRAINING_TEXT, "é naïve Ångström " * 9], vocab_size=400)
@@ -124,6 +134,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "byte_bpe": byte_bpe_english,
     "byte_bpe_japanese": _byte_bpe_japanese,
     "byte_bpe_trimmed": _byte_bpe_trimmed,
+    "byte_bpe_dropping": _byte_bpe_dropping,
     "byte_bpe_nfc": _byte_bpe_nfc,
     "sentencepiece_bpe": sentencepiece_bpe,
     "unigram_bytes": _unigram_bytes,

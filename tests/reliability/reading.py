@@ -36,7 +36,8 @@ class Reading(NamedTuple):
     new: list[bool]
     """Whether the token holds anything of the text, rather than a space that the tokenizer puts in front of it."""
     unsure: set[int]
-    """Bytes after which a mark follows that this model's normalizer may join with what is before."""
+    """Bytes after which a mark follows that this model's normalizer may join with what is before, and those inside a
+    character some of whose bytes it drops: there pairs may be missing."""
     borders: set[int]
     """After how many bytes a character of the text ends."""
 
@@ -60,6 +61,10 @@ class Reader:
         added = sorted((t["content"] for t in spec["added_tokens"]), key=len, reverse=True)
         self.added = set(added)
         self.parting = re.compile(f"({'|'.join(map(re.escape, added))})")
+        letters = BYTE_OF_LETTER.items() if self.is_byte_level else []
+        # A vocabulary without some of the bytes, such as SmolLM2's, drops these.
+        known: dict[str, int] = self.raw.get_vocab()
+        self.dropped = bytes(byte for letter, byte in letters if letter not in known)
         spec |= {"normalizer": None, "added_tokens": [], "post_processor": None}
         self.bare = Tokenizer.from_str(json.dumps(spec))
 
@@ -72,7 +77,7 @@ class Reader:
     def shown(self, text: str) -> bytes:
         """What is read of all this text."""
         parts = (p if p in self.added else self.normal(p) for p in self.parting.split(text))
-        return self.trimmed("".join(parts).encode())
+        return self.trimmed("".join(parts).encode().translate(None, self.dropped))
 
     def trimmed(self, read: bytes) -> bytes:
         # Words do not say what space follows them.
@@ -93,7 +98,7 @@ class Reader:
                 in_part, ids_in_part = self._section(part)
                 read += (before + n for n in in_part)
                 ids += ids_in_part
-                before += self.normal(part).encode()
+                before += self.normal(part).encode().translate(None, self.dropped)
         # The oracle knows what it reads, or says that it does not.
         assert ids == raw.ids, (ids, raw.ids)
         read = [self.trimmed(n) for n in read]
@@ -114,7 +119,7 @@ class Reader:
         encoding = self.bare.encode(
             normal.replace("▁", " ") if self.is_metaspace else normal, add_special_tokens=False
         )
-        whole = (in_front + normal).encode()
+        whole = (in_front + normal).encode().translate(None, self.dropped)
         read, n = list[bytes](), 0
         for spelled, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
             if self.is_byte_level:
@@ -139,24 +144,26 @@ class Reader:
         for i, character in enumerate(text):
             spelled, after = character.encode(), self.shown(text[: i + 1])
             states.setdefault(before, set()).add(n)
-            if after == before + spelled:
-                for k in range(1, len(spelled)):
-                    states.setdefault(before + spelled[:k], set()).add(n + k)
+            kept = [spelled[:k].translate(None, self.dropped) for k in range(1, len(spelled) + 1)]
+            if after == before + kept[-1]:
+                for k, part in enumerate(kept, start=1):
+                    states.setdefault(before + part, set()).add(n + k)
             n, before = n + len(spelled), after
         states.setdefault(before, set()).add(n)
         return states
 
     def _unsure(self, text: str) -> set[int]:
-        unsure = set[int]()
-        if self.joins:
-            n = 0
-            for character, following in zip(text, text[1:] + " ", strict=False):
-                end = n + len(character.encode())
-                if may_be_mark(character):
-                    unsure |= set(range(n, end))
-                if may_be_mark(following):
-                    unsure |= set(range(n, end + 1))
-                n = end
+        unsure, n = set[int](), 0
+        for character, following in zip(text, text[1:] + " ", strict=False):
+            spelled = character.encode()
+            end = n + len(spelled)
+            if self.joins and may_be_mark(character):
+                unsure |= set(range(n, end))
+            if self.joins and may_be_mark(following):
+                unsure |= set(range(n, end + 1))
+            if spelled.translate(None, self.dropped) != spelled:
+                unsure |= set(range(n + 1, end))
+            n = end
         return unsure
 
 
