@@ -14,6 +14,7 @@ LAYERS = [
     "output",
     "state",
     "texts",
+    "spans",
     "tokens",
     "segments",
     "alignment",
