@@ -23,6 +23,7 @@ from simple_parsing import (
     field,
     subgroups,
 )
+from typing_extensions import override
 
 import sae_lens_dfc  # noqa: F401  (registers the architectures)
 from sae_lens_dfc import ranks
@@ -43,6 +44,7 @@ from sae_lens_dfc.recipes import RECIPES
 from sae_lens_dfc.screen import ScreenOptions, screen_run
 from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.steer import SteerOptions, steer_run
+from sae_lens_dfc.terminal import printable
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
@@ -227,19 +229,29 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+class _PlainFormatter(logging.Formatter):
+    """Log lines may name what a file says."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     # Torch looks at it with its first large tensor. In small pages a step on a CPU takes a tenth longer, as each gradient
     # is as large as the dictionary, and new.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_PlainFormatter("%(message)s"))
     logging.getLogger("sae_lens_dfc").setLevel(logging.INFO)
     try:
         arguments = with_files(sys.argv[1:] if args is None else args, TAKE_RECIPES)
         parsed = parsed_with_lists(arguments, lambda flags: _parser().parse_args(flags))
         return COMMANDS[parsed.command][1](parsed.options) or 0
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"sae-lens-dfc: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"sae-lens-dfc: error: {printable(' '.join(str(error).split()))}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("sae-lens-dfc: stopped\n")

@@ -10,10 +10,12 @@ from pathlib import Path
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from safetensors import SafetensorError
 
+from sae_lens_dfc.terminal import printable
+
 
 def say(text: str) -> None:
     """A line for whoever ran a command: what it answers goes to standard output, all else to standard error."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
 
 
 def check_output(

@@ -10,7 +10,10 @@ PACKAGE = Path(sae_lens_dfc.__file__).parent
 # The data's way, from top to bottom.
 LAYERS = [
     "ranks",
+    "terminal",
     "output",
+    "files",
+    "gguf_file",
     "state",
     "texts",
     "tokens",
