@@ -30,9 +30,10 @@ def deciding_settings(cfg: dict[str, Any]) -> dict[str, Any]:
         ValueError: They are not those of a training.
     """
     kept = {name: value for name, value in cfg.items() if name not in MAY_CHANGE}
-    parts = [kept.get("sae"), kept.get("model_a"), kept.get("model_b"), *kept.get("other_saes", ())]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError("its settings have no crosscoder or no model")
+    parts = [kept.get("sae"), kept.get("model_a"), kept.get("model_b")]
+    others = kept.get("other_saes")
+    if not isinstance(others, list) or not all(isinstance(x, dict) for x in (*parts, *others)):
+        raise ValueError("These are not settings of a training: a crosscoder or a model is missing.")
     for sae in (kept["sae"], *kept["other_saes"]):
         sae["metadata"] = None
     for model in ("model_a", "model_b"):
