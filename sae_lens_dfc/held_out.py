@@ -210,10 +210,12 @@ def data_of(
 
 def write_report(options: ReportOptions) -> None:
     """Write a trained crosscoder's page."""
-    (crosscoder, evaluation), data, pair, cfg = _measure(options.run, options)
+    # Before the work: what cannot be read should not show after it.
     stored = stored_metrics(options.run, options)
+    d_sae = load_crosscoder(options.run).cfg.d_sae
+    evidence = read_evidence(Path(options.run) / LATENTS_FILENAME, d_sae) if stored else None
+    (crosscoder, evaluation), data, pair, cfg = _measure(options.run, options)
     if stored:
-        evidence = read_evidence(Path(options.run) / LATENTS_FILENAME, crosscoder.cfg.d_sae)
         metrics = {**stored, **evaluation.metrics}
         evaluation = evaluation._replace(metrics=metrics, evidence=evidence)
     page = report_data(Measured(crosscoder, evaluation), data, pair, settings(cfg))

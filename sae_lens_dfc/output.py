@@ -90,6 +90,8 @@ def replaced(path: str | Path) -> Iterator[Path]:
     """A temporary file that takes `path`'s place when the block ends well: whoever looks sees all of it or none."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.new")
+    # What a killed process left; or a link that a stranger put there, to be written through.
+    temporary.unlink(missing_ok=True)
     try:
         with os_errors():
             yield temporary

@@ -33,7 +33,9 @@ def deciding_settings(cfg: dict[str, Any]) -> dict[str, Any]:
     parts = [kept.get("sae"), kept.get("model_a"), kept.get("model_b")]
     others = kept.get("other_saes")
     if not isinstance(others, list) or not all(isinstance(x, dict) for x in (*parts, *others)):
-        raise ValueError("These are not settings of a training: a crosscoder or a model is missing.")
+        raise ValueError(
+            "These are not settings of a training: a crosscoder or a model is missing."
+        )
     for sae in (kept["sae"], *kept["other_saes"]):
         sae["metadata"] = None
     for model in ("model_a", "model_b"):

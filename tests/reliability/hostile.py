@@ -53,7 +53,8 @@ def grown(do: Callable[[], T]) -> tuple[T, float, int]:
     result = do()
     seconds, after = time.process_time() - start, status.read_text()
     [[resident], [peak]] = (
-        re.findall(rf"{name}:\s+(\d+) kB", text) for name, text in (("VmRSS", before), ("VmHWM", after))
+        re.findall(rf"{name}:\s+(\d+) kB", text)
+        for name, text in (("VmRSS", before), ("VmHWM", after))
     )
     return result, seconds, 1024 * (int(peak) - int(resident))
 

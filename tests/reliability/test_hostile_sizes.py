@@ -95,9 +95,7 @@ SPOILED: dict[str, Spoil] = {
         safetensors_with({"a": claim([2], [0, 8]), "b": claim([2], [4, 12])}, bytes(12))
     ),
     "offsets that run backwards": raw(safetensors_with({"a": claim([2], [8, 0])}, bytes(8))),
-    "a shape that overflows": raw(
-        safetensors_with({"a": claim([2**40, 2**40], [0, 8])}, bytes(8))
-    ),
+    "a shape that overflows": raw(safetensors_with({"a": claim([2**40, 2**40], [0, 8])}, bytes(8))),
     "a negative shape": raw(safetensors_with({"a": claim([-2], [0, 8])}, bytes(8))),
     "a header that is no JSON": raw(struct.pack("<Q", 8) + b"\xff" * 8),
     "nothing": raw(b""),
@@ -306,9 +304,7 @@ def test_concerns_that_are_not_json_are_refused(what: str, tmp_path: Path) -> No
     refused(lambda: read_concerns(tmp_path / "c.json"))
 
 
-def test_a_device_is_not_read_to_its_end(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_device_is_not_read_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").symlink_to("/dev/zero")
     assert "is not a file" in refusal(capfd, "train", "--config", tmp_path / "c.yaml")
 
