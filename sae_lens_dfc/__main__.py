@@ -25,6 +25,7 @@ from simple_parsing import (
     field,
     subgroups,
 )
+from typing_extensions import override
 
 import sae_lens_dfc  # noqa: F401  (registers the architectures)
 from sae_lens_dfc import ranks
@@ -46,6 +47,7 @@ from sae_lens_dfc.screen import ScreenOptions, screen_run
 from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.steer import SteerOptions, steer_run
 from sae_lens_dfc.stopping import Stopped, signals_to, stop_now
+from sae_lens_dfc.terminal import printable
 from sae_lens_dfc.texts import TABLE_LOADERS, clean, first_line, load_texts, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
@@ -231,12 +233,22 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+class _PlainFormatter(logging.Formatter):
+    """Log lines may name what a file says."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     # Torch looks at it with its first large tensor. In small pages a step on a CPU takes a tenth longer, as each gradient
     # is as large as the dictionary, and new.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_PlainFormatter("%(message)s"))
     logging.getLogger("sae_lens_dfc").setLevel(logging.INFO)
     try:
         arguments = with_files(sys.argv[1:] if args is None else args, TAKE_RECIPES)
@@ -261,7 +273,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str) -> int:
-    sys.stderr.write(f"sae-lens-dfc: error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"sae-lens-dfc: error: {printable(' '.join(message.split()))}\n")
     return 1
 
 

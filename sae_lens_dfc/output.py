@@ -13,12 +13,14 @@ from filelock import FileLock, Timeout
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from safetensors import SafetensorError
 
+from sae_lens_dfc.terminal import printable
+
 UNFINISHED = ".unfinished"
 
 
 def say(text: str) -> None:
     """A line for whoever ran a command: what it answers goes to standard output, all else to standard error."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
 
 
 def check_output(
@@ -162,6 +164,8 @@ def replaced(path: str | Path) -> Iterator[Path]:
     """A temporary file that takes `path`'s place when the block ends well: whoever looks sees all of it or none."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.new")
+    # What a killed process left; or a link that a stranger put there, to be written through.
+    temporary.unlink(missing_ok=True)
     try:
         with os_errors():
             yield temporary

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_lens_dfc.files import parse_json
 from sae_lens_dfc.output import replaced
 
 
@@ -38,7 +39,9 @@ class Progress:
         whole = [line for line in lines[:-1] if line]
         try:
             first, *others = (
-                (json.loads(line) for line in whole) if whole else ({"settings": None},)
+                (parse_json(line, finite=False) for line in whole)
+                if whole
+                else ({"settings": None},)
             )
             self.results = {one["name"]: one["result"] for one in others}
             is_ours = not whole or first["settings"] == self._settings

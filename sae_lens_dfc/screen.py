@@ -168,6 +168,7 @@ def _screened(options: ScreenOptions) -> Screening:
         raise ValueError("--concerns, --flagged-only: for --judge. Give it too.")
     if judge is not None:
         logger.warning("%s", what_it_costs(options.keep, concerns))
+    stored = stored_metrics(options.evidence or options.run, options)
     on = _opened(options)
     output = Path(options.output)
     progress = Progress(output.with_name(f"{output.name}.progress.jsonl"), _settings(options))
@@ -188,7 +189,7 @@ def _screened(options: ScreenOptions) -> Screening:
     results = _tested(on, first.latents, options, progress)
     found = findings(on.crosscoder, first.latents, results, said, evidence.is_exclusive)
     screening = Screening([*first.stages, verdict_stage(found)], found)
-    _write(on, screening, options)
+    _write(on, screening, stored, options)
     progress.forget()
     return screening
 
@@ -269,8 +270,9 @@ def _settings(options: ScreenOptions) -> dict[str, Any]:
     return {**given, "weights": digest}
 
 
-def _write(on: Screened, screening: Screening, options: ScreenOptions) -> None:
-    stored = stored_metrics(options.evidence or options.run, options)
+def _write(
+    on: Screened, screening: Screening, stored: Mapping[str, float], options: ScreenOptions
+) -> None:
     metrics = {**stored, **on.evaluation.metrics}
     measured = Measured(on.crosscoder, on.evaluation._replace(metrics=metrics))
     page = report_data(measured, on.data, on.pair, settings(on.cfg))

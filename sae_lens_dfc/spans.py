@@ -69,7 +69,9 @@ def _count_dropped(
     n_letters, encoded = int(lengths.sum()), text.encode()
     if n_letters >= len(encoded) or "ByteLevel" not in repr(tokenizer.pre_tokenizer):
         return
-    known = {byte for byte in set(encoded) if tokenizer.token_to_id(_LETTER_OF_BYTE[byte]) is not None}
+    known = {
+        byte for byte in set(encoded) if tokenizer.token_to_id(_LETTER_OF_BYTE[byte]) is not None
+    }
     character = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])
     character = character[[byte in known for byte in encoded]]
     # They differ too where a normalizer has made other text of it.

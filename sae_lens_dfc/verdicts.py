@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.files import from_plain
 from sae_lens_dfc.findings import EffectView, Finding, StageCount, SteeringSample
 from sae_lens_dfc.generate import Sampling, answer
 from sae_lens_dfc.metrics.effects import Effect, interval
@@ -54,12 +55,19 @@ class CausalTest:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CausalTest":
-        """From what `dataclasses.asdict` gave."""
+        """From what `dataclasses.asdict` gave.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        lists = {name: values.get(name) for name in ("effects", "samples")}
+        if not all(isinstance(values, list) for values in lists.values()):
+            raise ValueError("A causal test must have lists of effects and of samples.")
         parts: dict[str, Any] = {
-            "effects": [EffectView(**one) for one in values["effects"]],
-            "samples": [SteeringSample(**one) for one in values["samples"]],
+            "effects": [from_plain(EffectView, one, "An effect") for one in values["effects"]],
+            "samples": [from_plain(SteeringSample, one, "A sample") for one in values["samples"]],
         }
-        return cls(**{**values, **parts})
+        return from_plain(cls, {**values, **parts}, "A causal test")
 
 
 def tested(

@@ -41,6 +41,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=100_000,
         help="how many strings the fuzz of the alignment tries (tests/reliability), about 2 ms each",
     )
+    parser.addoption(
+        "--kills", type=int, default=4, help="kills of each job in tests/reliability/test_kills.py"
+    )
+    parser.addoption(
+        "--minutes",
+        type=float,
+        default=1,
+        help="length of each loop in tests/reliability/test_long_runs.py",
+    )
 
 
 def _save(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerBase:
@@ -114,15 +123,3 @@ def model(request: pytest.FixtureRequest, llama_config: ModelConfig) -> HookedMo
     model = load_model(replace(llama_config, model_class_name=request.param))
     model.tokenizer.pad_token = "<s>"
     return model
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--kills", type=int, default=4, help="kills of each job in tests/reliability/test_kills.py"
-    )
-    parser.addoption(
-        "--minutes",
-        type=float,
-        default=1,
-        help="length of each loop in tests/reliability/test_long_runs.py",
-    )

@@ -11,7 +11,10 @@ PACKAGE = Path(sae_lens_dfc.__file__).parent
 LAYERS = [
     "ranks",
     "stopping",
+    "terminal",
     "output",
+    "files",
+    "gguf_file",
     "state",
     "texts",
     "spans",

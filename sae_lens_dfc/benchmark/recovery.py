@@ -32,6 +32,7 @@ from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.standard import StandardTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import evaluate
+from sae_lens_dfc.files import read_json
 from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.recovery import OF_CALLS, Truth, recovery, recovery_of_calls
 from sae_lens_dfc.metrics.stitching import fit_stitching
@@ -332,7 +333,7 @@ def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str,
     if not path.exists():
         return
     try:
-        rows = json.loads(path.read_text())
+        rows = read_json(path, finite=False)
         if not isinstance(rows, list):
             raise TypeError("not a list of rows")
         known = {

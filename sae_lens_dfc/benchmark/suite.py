@@ -42,6 +42,7 @@ from sae_lens_dfc.benchmark.tables import (
     tables,
 )
 from sae_lens_dfc.demo import DemoConfig, demo_models
+from sae_lens_dfc.files import read_json
 from sae_lens_dfc.measures import text_table
 from sae_lens_dfc.output import say, sole_user
 from sae_lens_dfc.pair import ModelPair
@@ -268,10 +269,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: It is not JSON.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a file of results: {error}.") from error
-    return content if isinstance(content, list) else [content]
+        content = read_json(path, finite=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of results: {error}") from error
+    rows = content if isinstance(content, list) else [content]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is not a file of results: it must hold rows, each a JSON object.")
+    return rows
 
 
 def compare_results(old: Path, new: Path, as_json: bool = False) -> int:

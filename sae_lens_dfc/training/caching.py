@@ -16,6 +16,7 @@ from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.cache import PairedActivationsCache, is_manifest
 from sae_lens_dfc.cache_writer import CacheWriter
 from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.files import check_types, from_plain
 from sae_lens_dfc.manifest import (
     MANIFEST_FILENAME,
     CacheHeader,
@@ -238,9 +239,18 @@ def with_cache(
         _check_model(which, getattr(cfg, which), cache)
     taken: dict[str, Any] = {}
     given, default = _data(cfg), _data(DataConfig())
-    for name, made in cache.manifest["data"].items():
+    made_of = cache.manifest["data"]
+    # Of the types that the settings have: a cache may be somebody else's.
+    check_types(DataConfig, {**made_of, "sources": []}, f"The cache in {cache.folder}")
+    if not isinstance(made_of.get("sources", []), list):
+        raise ValueError(f"The cache in {cache.folder} has no list as sources.")
+    for name, made in made_of.items():
         if name in OWN_IN_TRAINING:
             continue
+        if name not in given:
+            raise ValueError(
+                f"The cache in {cache.folder} was made with a setting that this version does not know: {name!r:.80}."
+            )
         if name != "n_ranks" and given[name] not in (default[name], made):
             raise ValueError(
                 f"{name}={given[name]!r} is asked for, and the cache in {cache.folder} was made with {made!r}. Leave "
@@ -249,13 +259,24 @@ def with_cache(
         if given[name] != made:
             logger.info("As the cache was made: %s=%r, not %r", name, made, given[name])
         taken[name] = made
-    taken["sources"] = [SourceConfig(**source) for source in taken["sources"]]
-    configs = {name: ModelConfig(**c) for name, c in cache.manifest["configs"].items()}
+    taken["sources"] = [
+        from_plain(SourceConfig, source, "A source of the cache")
+        for source in taken.get("sources", [])
+    ]
+    configs = {name: _config_of(cache, name) for name in ("model_a", "model_b")}
     return replace(cfg, **taken, **configs)
 
 
+def _config_of(cache: PairedActivationsCache, which: str) -> ModelConfig:
+    return from_plain(ModelConfig, cache.manifest["configs"].get(which), f"The cache's {which}")
+
+
 def _check_model(which: str, asked: ModelConfig, cache: PairedActivationsCache) -> None:
-    made, config = cache.models[which], ModelConfig(**cache.manifest["configs"][which])
+    made, config = cache.models[which], _config_of(cache, which)
+    if not all(isinstance(made.get(name), str) for name in ("model_name", "hook_name")):
+        raise ValueError(
+            f"The cache in {cache.folder} does not say what its {which} is called, or where it was read."
+        )
     path, was_at = Path(asked.model_name), Path(config.model_name)
     name = path.name if path.exists() else asked.model_name
     if asked.model_name and path.exists() and was_at.exists() and not path.samefile(was_at):

@@ -224,6 +224,8 @@ class CrosscoderTrainingRunner:
     def _read_place(self, checkpoint: Path) -> Bookmark | None:
         place, values = load_place(checkpoint)
         now = self._identity
+        if not values.keys() >= {*now, "counts"} or not isinstance(values["cfg"], dict):
+            raise ValueError(f"Checkpoint {checkpoint} does not say of which training it is.")
         difference = first_difference(
             {**{name: values[name] for name in now}, "cfg": deciding_settings(values["cfg"])},
             {**now, "cfg": deciding_settings(now["cfg"])},
@@ -234,9 +236,8 @@ class CrosscoderTrainingRunner:
                 "with, or name another checkpoint_path."
             )
         self.counts.load(values["counts"])
-        self._is_text_counted = (
-            place is not None and place.values.get("rows", {}).get("epoch", 0) > 0
-        )
+        rows = None if place is None else place.values.get("rows")
+        self._is_text_counted = isinstance(rows, dict) and rows.get("epoch", 0) != 0
         return place
 
     def _fit_normalization(self, crosscoders: Crosscoders, batches: Batches) -> None:

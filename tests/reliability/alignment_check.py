@@ -136,7 +136,9 @@ def fuzz(readers: dict[str, Reader], seed: int, n_strings: int) -> None:
         if n == n_strings:
             return
         group = {name: readers[name] for name in names}
-        check_text(clean_checked(text), group, [*combinations(names, 2), (names[n % 3],) * 2], 2 + n % 9)
+        check_text(
+            clean_checked(text), group, [*combinations(names, 2), (names[n % 3],) * 2], 2 + n % 9
+        )
 
 
 def check_text(

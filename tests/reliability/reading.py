@@ -105,7 +105,10 @@ class Reader:
         ends = self._states(text)
         raw_ends = [end for _, end in raw.offsets]
         found = [ends.get(n, set[int]()) for n in read]
-        inside = [set[tuple[int, bytes]]() if found else _inside(n, ends) for n, found in zip(read, found, strict=True)]
+        inside = [
+            set[tuple[int, bytes]]() if found else _inside(n, ends)
+            for n, found in zip(read, found, strict=True)
+        ]
         new = [n != m for n, m in zip(read, [b"", *read], strict=False)]
         borders = set(accumulate((len(c.encode()) for c in text), initial=0))
         return Reading(tokens, raw_ends, read, found, inside, new, self._unsure(text), borders)
