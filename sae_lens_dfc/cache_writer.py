@@ -20,6 +20,8 @@ from sae_lens_dfc.norms import NormStatistics
 from sae_lens_dfc.output import replaced
 
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_LOST = 0.01
+"""Share of the largest activation that rounding may cost: bfloat16 costs 0.2 %, float16 all of what is below 6e-8."""
 
 
 class CacheWriter:
@@ -141,11 +143,19 @@ def _shards(
 
 
 def _columns(batch: PairedRows, header: CacheHeader) -> dict[str, Tensor]:
-    acts = batch.acts.to(str_to_dtype(header.dtype)).cpu()
+    acts = batch.acts.to(str_to_dtype(header.dtype))
     if not acts.isfinite().all():
         raise ValueError(
             f"An activation is too large for a cache in {header.dtype}. Cache in bfloat16 or float32."
         )
+    for model, inputs in (("A", slice(0, header.d_a)), ("B", slice(header.d_a, None))):
+        exact, kept = batch.acts[:, inputs], acts[:, inputs]
+        if len(exact) > 0 and (kept - exact).abs().max() > MAX_LOST * exact.abs().max():
+            raise ValueError(
+                f"Model {model}'s activations, {exact.abs().max():.2g} at most, are too small for a cache in {header.dtype}: they lose "
+                f"more than {MAX_LOST:.0%}. Cache in bfloat16 or float32."
+            )
+    acts = acts.cpu()
     return {ACTS: acts, **(origins(batch) if header.origins else {})}
 
 
@@ -153,8 +163,13 @@ def _counted(
     acts: Tensor, statistics: tuple[NormStatistics, NormStatistics], header: CacheHeader
 ) -> tuple[NormStatistics, NormStatistics]:
     a, b = map(copy, statistics)
-    a.update(acts[:, : header.d_a].float().norm(dim=-1))
-    b.update(acts[:, header.d_a :].float().norm(dim=-1))
+    for model, part in ((a, acts[:, : header.d_a]), (b, acts[:, header.d_a :])):
+        norms = part.float().norm(dim=-1)
+        if not norms.isfinite().all():
+            raise ValueError(
+                "Activations are so large (1e19 and above) that their norm overflows float32. Check the models' hooks and weights."
+            )
+        model.update(norms)
     return a, b
 
 

@@ -21,10 +21,12 @@ MIN_COSINE = 0.8
 def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " d_sae"]:
     """`norm_a / (norm_a + norm_b)` of each latent: 1 is A's alone, 0.5 is shared evenly, 0 is B's alone.
 
-    arXiv 2602.11729, section 2.1; on the scale that both models had in training.
+    arXiv 2602.11729, section 2.1; on the scale that both models had in training. A latent without a decoder in either is
+    nobody's alone: 0.5.
     """
     norms = crosscoder.decoder_norms()
-    return norms[0] / norms.sum(dim=0).clamp(min=1e-12)
+    total = norms.sum(dim=0)
+    return torch.where(total > 0, norms[0] / total, 0.5)
 
 
 def moved_decoders(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sae_lens_dfc.crosscoders.partition import Partition
-from sae_lens_dfc.metrics.spread import Jackknife, Sums
+from sae_lens_dfc.metrics.spread import Jackknife, Sums, variation
 
 
 def moments(x: Float[Tensor, "n d"]) -> dict[str, Tensor]:
@@ -23,7 +23,7 @@ def squared_deviations(sums: Sums) -> Float[Tensor, " d"]:
     >>> squared_deviations(moments(torch.tensor([[1.0], [2.0], [3.0]])))
     tensor([2.])
     """
-    return sums["xx"] - sums["x"].pow(2) / sums["n"]
+    return variation(sums["n"], sums["x"], sums["xx"])
 
 
 @dataclass
@@ -55,8 +55,9 @@ class ExplainedVariance:
             return
         acts = acts.double()
         if self._origin is None:
-            # Sums of squares around a fixed first guess: around 0 they cancel where the mean is most of the norm.
-            self._origin = acts.mean(dim=0)
+            # Sums of squares around a fixed first guess: around 0 they cancel where the mean is most of the norm. One row, not
+            # their mean: what does not vary is then exactly 0.
+            self._origin = acts[0].clone()
         error = (acts - reconstruction).pow(2).sum(dim=0)
         self._sums.update({**moments(acts - self._origin), "error": error})
 

@@ -15,6 +15,9 @@ Sums = Mapping[str, Tensor]
 N_BLOCKS = 10
 SE = "/se"
 """Ends the name under which a measure's standard error stands."""
+ROUNDING = 1e-13
+"""Share of a sum of squares below which its deviation from the mean may be rounding alone: values are of float32, whose own
+rounding is 4e-15 of their square."""
 
 
 class Estimate(NamedTuple):
@@ -25,6 +28,18 @@ class Estimate(NamedTuple):
     """Its standard error; NaN where nothing is known of it."""
     degrees: int
     """Degrees of freedom of the standard error."""
+
+
+def variation(
+    n: Float[Tensor, ""] | int, x: Float[Tensor, "*shape"], xx: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Sum of squared deviations from the mean, from sums in float64 of values and of their squares; 0 where it is rounding.
+
+    >>> variation(3, torch.tensor([6.0, 6.0]), torch.tensor([14.0, 12.0]))
+    tensor([2., 0.])
+    """
+    squares = xx - x.pow(2) / n
+    return squares.where(~(squares <= ROUNDING * xx), 0.0)
 
 
 @dataclass

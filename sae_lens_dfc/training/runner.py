@@ -31,6 +31,7 @@ from sae_lens_dfc.training.caching import with_cache
 from sae_lens_dfc.training.checkpoint import checkpoints, load_place, remove_checkpoints
 from sae_lens_dfc.training.checks import (
     check_checkpoints,
+    check_rows,
     check_tests,
     deciding_settings,
     is_run_of,
@@ -89,6 +90,7 @@ class CrosscoderTrainingRunner:
             _ = self.data  # raises when the text does not fit
         self.counts = PairCounts()
         """What became of the training text, counted once however often it is repeated."""
+        check_rows(override_rows or ())
         self._rows = override_rows
         self._is_text_counted = False
 
