@@ -336,6 +336,13 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
 
     # --- training ---
 
+    def check_batch(self, n_rows: int) -> None:
+        """Refuse a size of batches, that of all ranks together, with which it could not train.
+
+        Raises:
+            ValueError: Some latents would never fire.
+        """
+
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One step's losses, each model's own, on the normalised activations."""

@@ -151,18 +151,14 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One step's losses; `k` is that of the step.
-
-        Raises:
-            ValueError: The batch is so small that a group of latents keeps none.
-        """
+        """One step's losses; `k` is that of the step."""
         self.n_training_steps = step_input.n_training_steps
-        self._check_batch(len(step_input.sae_in) * ranks.world_size())
         output = super().training_forward_pass(step_input)
         self._update_thresholds(output.feature_acts)
         return output
 
-    def _check_batch(self, n_rows: int) -> None:
+    @override
+    def check_batch(self, n_rows: int) -> None:
         k = self.cfg.k
         for latents, share in self.budgets():
             if share * k * n_rows < 1:

@@ -169,6 +169,7 @@ class CrosscoderTrainingRunner:
         torch.manual_seed(seed)
         crosscoder = get_sae_training_class(sae.architecture())[0](sae)
         assert isinstance(crosscoder, TrainingCrosscoder)
+        crosscoder.check_batch(self.cfg.train_batch_size_tokens)
         crosscoder.to(self.cfg.device)
         metadata = crosscoder.cfg.metadata
         a, b = self.models["model_a"], self.models["model_b"]
