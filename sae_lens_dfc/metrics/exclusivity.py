@@ -58,9 +58,8 @@ def moved_decoders(
     if stitching is not None:
         to_b, to_a = stitching.direction_to_b(to_b), stitching.direction_to_a(to_a)
     norms, scale = crosscoder.decoder_norms()[:, chosen, None], crosscoder.input_scale
-    return normalize(to_b) * (norms[0] / scale[1]).float(), normalize(to_a) * (
-        norms[1] / scale[0]
-    ).float()
+    unit_b, unit_a = (normalize(x, eps=torch.finfo(x.dtype).tiny) for x in (to_b, to_a))
+    return unit_b * (norms[0] / scale[1]).float(), unit_a * (norms[1] / scale[0]).float()
 
 
 def _check_widths(crosscoder: Crosscoder, stitching: Stitching | None) -> None:
@@ -144,7 +143,8 @@ def relative_difference(
     >>> relative_difference(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]]))
     tensor([0.7143, 1.0000])
     """
-    return (y - x).norm(dim=-1) / (x.norm(dim=-1) + y.norm(dim=-1)).clamp(min=1e-12)
+    total = x.norm(dim=-1) + y.norm(dim=-1)
+    return torch.where(total == 0, 0.0, (y - x).norm(dim=-1) / total)
 
 
 def decoder_metrics(crosscoder: Crosscoder) -> dict[str, float]:

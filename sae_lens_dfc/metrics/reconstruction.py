@@ -89,7 +89,7 @@ class ReconstructionByRow:
     - `mse/m`: squared L2 norm of the error, summed over the model's dimensions, in the normalised units of training
       (the raw error times the model's `input_scale`). There, by default, each model's total variance is
       `(d_a + d_b) / 2`, so both models' figures compare, and with the training loss.
-    - `cosine/m`: cosine of `reconstruction - centre` and `x - centre`.
+    - `cosine/m`: cosine of `reconstruction - centre` and `x - centre`, 0 where nothing fires and the centre is rebuilt.
     - `norm_ratio/m`: `|reconstruction - centre| / |x - centre|`; below 1 the reconstruction shrinks.
 
     Around 0 the last two would be near 1 for any reconstruction: the mean is 94 % of the squared norm in Gemma.

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -123,7 +122,7 @@ def _tensor(x: float | Tensor) -> Tensor:
 def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
     """The mean of independent values, and under its name with `/se` its standard error where there are two or more.
 
-    `s / sqrt(n)`, with `s` the standard deviation of a sample (divided by n - 1).
+    `s / sqrt(n)`, with `s` the standard deviation of a sample (divided by n - 1). NaN where one of them is.
 
     Raises:
         ValueError: There is no value.
@@ -133,7 +132,8 @@ def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
     """
     if not values:
         raise ValueError(f"There is no value of {name}, so it has no mean.")
-    mean = fmean(values)
-    if len(values) < 2:
-        return {name: mean}
-    return {name: mean, name + SE: stdev(values) / math.sqrt(len(values))}
+    # Not those of `statistics`, which have no word for NaN.
+    x = torch.tensor(values, dtype=torch.double)
+    if len(x) < 2:
+        return {name: x.item()}
+    return {name: x.mean().item(), name + SE: x.std().item() / math.sqrt(len(x))}

@@ -75,7 +75,7 @@ def fit_stitching(
         inversion_weight: `w`, the penalty on maps that are not each other's inverse; of `gradient` only.
 
     Raises:
-        ValueError: A model's activations do not vary, or are not finite.
+        ValueError: A model's activations do not vary or are not finite, or the map is beyond float32.
     """
     a, b = slice(0, d_a), slice(d_a, None)
     covariance, mean = moments.covariance, moments.mean
@@ -90,7 +90,13 @@ def fit_stitching(
     b_to_a = _ridge(covariance[b, b], covariance[b, a], ridge)
     if method == "gradient":
         a_to_b, b_to_a = _descend(covariance, a_to_b, b_to_a, inversion_weight)
-    return Stitching(mean[a].float(), mean[b].float(), a_to_b.float(), b_to_a.float())
+    maps = a_to_b.float(), b_to_a.float()
+    if not all(x.isfinite().all() for x in maps):
+        raise ValueError(
+            "No map between the models: one's activations are so much larger than the other's that its numbers are beyond "
+            "float32. Check the hooks."
+        )
+    return Stitching(mean[a].float(), mean[b].float(), *maps)
 
 
 def _ridge(

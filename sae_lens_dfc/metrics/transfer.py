@@ -154,7 +154,12 @@ class _Histogram:
             std = values.double().std(dim=0, unbiased=False).to(values).clamp(min=TINY)
             self._scale = values.mean(dim=0), std
         mean, std = self._scale
-        bins = (((values - mean) / std - LOWEST) * BINS_PER_STD).clamp(0, N_BINS - 1).long()
+        bins = ((values - mean) / std - LOWEST) * BINS_PER_STD
+        if bins.isnan().any():
+            raise ValueError(
+                "A latent's score is NaN or infinite. Leave out rows that are not finite or huge."
+            )
+        bins = bins.clamp(0, N_BINS - 1).long()
         bins += N_BINS * torch.arange(values.shape[1], device=values.device)
         size = N_BINS * values.shape[1]
         counted = [torch.bincount(bins[chosen], minlength=size) for chosen in (~fires, fires)]

@@ -16,7 +16,6 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import MultiHookDataProvider
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_dfc import ranks
@@ -221,11 +220,12 @@ class CrosscoderTrainer(MultiSAETrainer):
 
     def _check_finite(self) -> None:
         for name, one in self.trainers.items():
+            assert isinstance(one, CrosscoderSAETrainer)
             one.check_finite(name)
 
     @override
     def _update_pbar(
-        self, step_outputs: dict[str, TrainStepOutput], pbar: tqdm, update_interval: int = 100
+        self, step_outputs: dict[str, TrainStepOutput], pbar: Any, update_interval: int = 100
     ) -> None:
         # Showing the loss waits for a GPU as it is.
         if self.n_training_steps % update_interval == 0:

@@ -107,7 +107,7 @@ def test_a_latent_is_dead_after_a_million_steps_and_one_and_not_before() -> None
     )
     silent = torch.zeros(2, 24)
     silent[:, 0] = 1.0
-    made.n_forward_passes_since_fired.fill_(STEPS - 2)
+    made.n_forward_passes_since_fired = torch.full((24,), STEPS - 2.0)
     for n_dead in (0, 0, 23):
         made._count(silent)
         assert int(made.dead_neurons.sum()) == n_dead
