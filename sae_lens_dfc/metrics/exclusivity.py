@@ -184,8 +184,8 @@ def decoder_cosines(crosscoder: Crosscoder, stitching: Stitching) -> dict[str, f
         return {}
     in_a, in_b = (shared[:, m] for m in crosscoder.partition.models.values())
     cosines = {
-        "a_to_b": cosine_similarity(stitching.direction_to_b(in_a), in_b),
-        "b_to_a": cosine_similarity(stitching.direction_to_a(in_b), in_a),
+        "a_to_b": _cosines(stitching.direction_to_b(in_a), in_b),
+        "b_to_a": _cosines(stitching.direction_to_a(in_b), in_a),
     }
     return {
         key: value
@@ -205,12 +205,14 @@ def encoder_decoder_cosines(
     """
     rows = list(latents)
     return {
-        m: cosine_similarity(
-            crosscoder.W_enc[inputs, :][:, rows].T.float(),
-            crosscoder.W_dec[rows, inputs].float(),
-        )
+        m: _cosines(crosscoder.W_enc[inputs, :][:, rows].T, crosscoder.W_dec[rows, inputs])
         for m, inputs in crosscoder.partition.models.items()
     }
+
+
+def _cosines(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """Whatever the units, in which a decoder may be very short; 0 where one of them is."""
+    return cosine_similarity(x.double(), y.double(), eps=torch.finfo(torch.double).tiny).float()
 
 
 def quantiles(name: str, values: Float[Tensor, " n"]) -> dict[str, float]:
