@@ -153,7 +153,7 @@ def _columns(batch: PairedRows, header: CacheHeader) -> dict[str, Tensor]:
         if len(exact) > 0 and (kept - exact).abs().max() > MAX_LOST * exact.abs().max():
             raise ValueError(
                 f"Model {model}'s activations, {exact.abs().max():.2g} at most, are too small for a cache in {header.dtype}: they lose "
-                f"more than {MAX_LOST:.0%}. Cache in bfloat16 or float32."
+                f"more than {MAX_LOST:.0%}. Cache in {'float32' if header.dtype == 'bfloat16' else 'bfloat16 or float32'}."
             )
     acts = acts.cpu()
     return {ACTS: acts, **(origins(batch) if header.origins else {})}
