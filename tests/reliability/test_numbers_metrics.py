@@ -18,9 +18,10 @@ from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
 from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.evaluate import Evaluation, evaluate, evaluate_pca
 from sae_lens_dfc.latent_acts import explained_by
-from sae_lens_dfc.metrics.behaviour import _share
+from sae_lens_dfc.metrics.behaviour import BehaviourOptions, behaviour
 from sae_lens_dfc.metrics.code_difference import CodeDifference
 from sae_lens_dfc.metrics.contrast import ContextMaxima, contrast
+from sae_lens_dfc.metrics.directions import Directions
 from sae_lens_dfc.metrics.effects import Effect
 from sae_lens_dfc.metrics.exclusivity import (
     decoder_metrics,
@@ -30,6 +31,7 @@ from sae_lens_dfc.metrics.exclusivity import (
     relative_difference,
 )
 from sae_lens_dfc.metrics.frequency import ExplainedVarianceByFrequency
+from sae_lens_dfc.metrics.judged import JudgedOptions, judged_behaviour
 from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.outcomes import Outcomes, jensen_shannon, outcome_probabilities
 from sae_lens_dfc.metrics.pca import JointPCA
@@ -47,7 +49,10 @@ from sae_lens_dfc.metrics.stitching import (
     stitching_quality,
 )
 from sae_lens_dfc.metrics.transfer import Transfer
+from sae_lens_dfc.metrics.verification import Own, texts_of, verify
 from sae_lens_dfc.norms import NormStatistics, RunningMedian
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.segments import Segments
 from sae_lens_dfc.summary import warnings
 from tests.helpers import make_acts, make_batchtopk, make_firing_dfc
 
@@ -85,7 +90,7 @@ def crosscoder(kind: str) -> Crosscoder:
     if kind == "dead":
         made.threshold.fill_(math.inf)
     if kind == "always on":
-        made.b_enc += 1e4
+        made.b_enc.add_(1e4)
     if kind == "always the same":
         made.W_enc.zero_()
         made.b_enc.fill_(1.1)
@@ -328,9 +333,7 @@ def test_logits_that_overflow_have_no_probabilities() -> None:
         assert jensen_shannon(found, torch.tensor([0.5, 0.5]).double()).isnan()
 
 
-def test_a_score_of_what_overflowed_is_not_that_of_what_did_not_move() -> None:
-    assert _share(0.0, 0.0) == 0
-    assert math.isnan(_share(math.nan, math.nan))
+def test_a_mean_of_what_is_no_number_is_none() -> None:
     assert mean_and_error("x", [1.0, 1.0]) == {"x": 1.0, "x/se": 0.0}
     for broken in (math.nan, math.inf):
         found = mean_and_error("x", [broken, 1.0])
@@ -386,6 +389,74 @@ def test_norms_that_are_no_numbers_are_refused_and_zeros_are_not() -> None:
     zeros = NormStatistics()
     zeros.update(torch.zeros(3))
     assert (zeros.mean, zeros.std) == (0, 0) and zeros.median < 1e-7
+
+
+# --- models that overflow ---
+
+TEXTS = ["The cat sat on the mat.", "In 1989 the cat sat", "The mat is on the cat", "A cat, a mat"]
+
+
+def windows(pair: ModelPair) -> list[Segments]:
+    return [pair.segments(text)[0].after(pair.bos_segment) for text in TEXTS]
+
+
+def always_firing(pair: ModelPair) -> Crosscoder:
+    made = make_firing_dfc(d_a=pair.d_a, d_b=pair.d_b)
+    made.b_enc.data.fill_(1e3)
+    return made
+
+
+def test_texts_in_which_a_model_overflows_are_left_out_of_a_causal_test(
+    pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in the text: all that the model says after is no number."""
+    token = int(windows(pair)[3].ids_a[1])  # the first of the last text, and in no other
+    read = pair.a.activations
+
+    def overflowing(ids: Tensor, mask: Tensor) -> Tensor:
+        return read(ids, mask).masked_fill((ids == token)[..., None], math.inf)
+
+    crosscoder = always_firing(pair)
+    kept = texts_of(crosscoder, pair, 12, windows(pair))
+    monkeypatch.setattr(pair.a, "activations", overflowing)
+    finite = texts_of(crosscoder, pair, 12, windows(pair))
+    assert [c.number for c in kept.rows.contexts] == [0, 1, 2, 3]
+    assert [c.number for c in finite.rows.contexts] == [0, 1, 2]
+    assert torch.equal(finite.at_end, kept.at_end[:3])
+    assert all(acts.isfinite().all() for acts in finite.acts.values())
+    none = texts_of(crosscoder, pair, 12, windows(pair)[3:])
+    assert not none.rows.contexts and len(none.feature_acts) == 0
+
+
+def test_a_change_that_makes_a_model_overflow_has_no_effect_to_be_believed(
+    pair: ModelPair,
+) -> None:
+    texts = texts_of(always_firing(pair), pair, 12, windows(pair))
+    huge = Own(12, "a", torch.full((pair.d_a,), 1e38), torch.ones(pair.d_b))
+    with pytest.raises(
+        ValueError, match="Model A's next-token probabilities are NaN when it is ch"
+    ):
+        verify(pair, texts, huge, {})
+
+
+def test_a_latent_of_which_a_judge_gave_no_number_is_in_no_mean(pair: ModelPair) -> None:
+    directions = {1: Directions(torch.ones(pair.d_a), torch.ones(pair.d_b))}
+    options = JudgedOptions(strengths=(2.0,), n_random=1, max_new_tokens=2)
+    found = judged_behaviour(pair, directions, {1: "shared"}, lambda _: "I cannot say.", options)
+    assert found.metrics == {"behaviour/judged/without_number": 1.0}
+    assert math.isnan(found.scores[1])
+
+
+def test_steering_that_overflows_is_not_said_to_be_followed(pair: ModelPair) -> None:
+    directions = {
+        1: Directions(torch.full((pair.d_a,), 3e38), torch.ones(pair.d_b)),
+        2: Directions(torch.ones(pair.d_a), torch.ones(pair.d_b)),
+    }
+    options = BehaviourOptions(strengths=(2.0,), n_continuation=0, n_random=0)
+    found = behaviour(pair, directions, {1: "a_exclusive", 2: "shared"}, options)
+    assert math.isnan(found.latents[1].score) and math.isfinite(found.latents[2].score)
+    assert "behaviour/shared" in known(found.metrics)
+    assert "behaviour/a_exclusive" not in known(found.metrics)
 
 
 # --- any numbers at all ---
