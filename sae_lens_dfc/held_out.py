@@ -121,7 +121,7 @@ def evaluate_run(options: EvaluateOptions) -> None:
         )
     check_same_models([load_crosscoder(run) for run in options.runs])
     measured = {run: _measure(run, options).measured for run in options.runs}
-    metrics = {run: m.evaluation.metrics for run, m in measured.items()}
+    metrics = {run: known(m.evaluation.metrics) for run, m in measured.items()}
     if len(measured) == 1:
         (only,) = metrics.values()
         logger.info(
@@ -223,6 +223,7 @@ def write_report(options: ReportOptions) -> None:
     if stored:
         metrics = {**stored, **evaluation.metrics}
         evaluation = evaluation._replace(metrics=metrics, evidence=evidence)
+    evaluation = evaluation._replace(metrics=known(evaluation.metrics))
     page = report_data(Measured(crosscoder, evaluation), data, pair, settings(cfg))
     target = Path(options.output or Path(options.run) / REPORT_FILENAME)
     target.parent.mkdir(parents=True, exist_ok=True)

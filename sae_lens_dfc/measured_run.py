@@ -92,12 +92,13 @@ def _measured_run(
     null = null_case("self", case)
     data.training.clear()  # half a gigabyte in the demo, and the null has its own
     metrics |= prefixed("null/self/", train_and_measure(null).evaluation.metrics)
-    page = replace(page, metrics=known(metrics))
+    metrics = known(metrics)
+    page = replace(page, metrics=metrics)
     with all_or_nothing(output) as folder:
         crosscoder.save_model(folder)
         (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict(), indent=2) + "\n")
         write_results(folder, page, run)
-    return known(metrics)
+    return metrics
 
 
 def write_results(folder: Path, page: ReportData, run: "Measured") -> None:

@@ -89,6 +89,7 @@ LAYERS = [
     "recipes",
     "training.caching",
     "training.checkpoint",
+    "training.divergence",
     "training.checks",
     "training.trainer",
     "training.parallel",

@@ -32,6 +32,7 @@ from sae_lens_dfc.training.caching import with_cache
 from sae_lens_dfc.training.checkpoint import checkpoints, load_place, remove_checkpoints
 from sae_lens_dfc.training.checks import (
     check_checkpoints,
+    check_rows,
     check_tests,
     deciding_settings,
     is_run_of,
@@ -90,6 +91,7 @@ class CrosscoderTrainingRunner:
             _ = self.data  # raises when the text does not fit
         self.counts = PairCounts()
         """What became of the training text, counted once however often it is repeated."""
+        check_rows(override_rows or ())
         self._rows = override_rows
         self._is_text_counted = False
 
@@ -194,6 +196,7 @@ class CrosscoderTrainingRunner:
         torch.manual_seed(seed)
         crosscoder = get_sae_training_class(sae.architecture())[0](sae)
         assert isinstance(crosscoder, TrainingCrosscoder)
+        crosscoder.check_batch(self.cfg.train_batch_size_tokens)
         crosscoder.to(self.cfg.device)
         metadata = crosscoder.cfg.metadata
         a, b = self.models["model_a"], self.models["model_b"]
