@@ -174,3 +174,12 @@ def model(request: pytest.FixtureRequest, llama_config: ModelConfig) -> HookedMo
     model = load_model(replace(llama_config, model_class_name=request.param))
     model.tokenizer.pad_token = "<s>"
     return model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--mutations",
+        type=int,
+        default=300,
+        help="damaged files of each kind in tests/reliability/test_hostile_mutations.py",
+    )
