@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate, count
 from pathlib import Path
@@ -19,6 +20,7 @@ from sae_lens_dfc.activations import Bookmark, Marked
 from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.files import MAX_JSON, file_in, from_plain, read_object, tensors_in
 from sae_lens_dfc.manifest import ACTS, FORMAT, MANIFEST_FILENAME, Shard, progress_path
+from sae_lens_dfc.output import os_errors
 from sae_lens_dfc.state import checksum
 
 
@@ -79,9 +81,12 @@ class PairedActivationsCache:
 
         Raises:
             ValueError: A byte of it is not what was written.
+        OSError: The file cannot be read, or is gone.
         """
         self._check([i])
-        return load_file(self.folder / self.shards[i].file)
+        path = self.folder / self.shards[i].file
+        with _readable(path):
+            return load_file(path)
 
     def _check(self, shards: Sequence[int]) -> None:
         """Compare the checksums of those that were not compared yet."""
@@ -90,7 +95,8 @@ class PairedActivationsCache:
                 continue
             shard, path = self.shards[i], self.folder / self.shards[i].file
             # It also brings the file into memory in order, before rows are taken from it out of order.
-            found = checksum(path)
+            with _readable(path):
+                found = checksum(path)
             if found != shard.xxh3:
                 raise ValueError(
                     f"{path} is damaged: its checksum is {found}, and {shard.xxh3} was written. {_REPAIR}"
@@ -182,6 +188,16 @@ class PairedActivationsCache:
 
 
 _REPAIR = "Restore it, or make the cache again with `sae-lens-dfc cache --overwrite`."
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file that was there when the cache was opened may be gone by now."""
+    try:
+        with os_errors():
+            yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error}. {_REPAIR}") from error
 
 
 def _mixed(seed: int, epoch: int) -> int:

@@ -31,7 +31,7 @@ from sae_lens_dfc.measures import measures_table, spread, text_table
 from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.nulls import Case, check_nulls
-from sae_lens_dfc.output import all_or_nothing, check_output, is_made, replaced, say
+from sae_lens_dfc.output import all_or_nothing, claimed, is_made, replaced, say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData, regrouped
 from sae_lens_dfc.report import render_report
@@ -121,7 +121,7 @@ def evaluate_run(options: EvaluateOptions) -> None:
         )
     check_same_models([load_crosscoder(run) for run in options.runs])
     measured = {run: _measure(run, options).measured for run in options.runs}
-    metrics = {run: m.evaluation.metrics for run, m in measured.items()}
+    metrics = {run: known(m.evaluation.metrics) for run, m in measured.items()}
     if len(measured) == 1:
         (only,) = metrics.values()
         logger.info(
@@ -156,13 +156,18 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
         raise ValueError(
             f"All measures are taken of one run, got {' '.join(options.runs)}. Evaluate them one by one."
         )
-    [run] = options.runs
     if options.output is not None:
         if is_made(options.output):
             raise ValueError(
                 f"--output {options.output} holds a run, which stays. Name another folder."
             )
-        check_output(options.output, options.overwrite, "set of measures", (METRICS_FILENAME,))
+        with claimed(options.output, options.overwrite, "set of measures", (METRICS_FILENAME,)):
+            return _evaluated(options)
+    return _evaluated(options)
+
+
+def _evaluated(options: EvaluateOptions) -> Assessment:
+    [run] = options.runs
     nulls = ["self", "shuffle"] if not options.null else [n for n in options.null if n != "none"]
     check_nulls(nulls, options.seed_model)
     judge = judge_for(options)
@@ -218,6 +223,7 @@ def write_report(options: ReportOptions) -> None:
     if stored:
         metrics = {**stored, **evaluation.metrics}
         evaluation = evaluation._replace(metrics=metrics, evidence=evidence)
+    evaluation = evaluation._replace(metrics=known(evaluation.metrics))
     page = report_data(Measured(crosscoder, evaluation), data, pair, settings(cfg))
     target = Path(options.output or Path(options.run) / REPORT_FILENAME)
     target.parent.mkdir(parents=True, exist_ok=True)

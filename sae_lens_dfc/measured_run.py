@@ -25,7 +25,7 @@ from sae_lens_dfc.metrics.claims import LatentEvidence, ranking, verdict
 from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms, relative_norm_histogram
 from sae_lens_dfc.metrics.pca import JointPCA
 from sae_lens_dfc.nulls import Case, null_case
-from sae_lens_dfc.output import all_or_nothing, check_output
+from sae_lens_dfc.output import all_or_nothing, claimed
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.report import ReportData, render_report
@@ -60,8 +60,14 @@ def measured_run(
     Raises:
         ValueError: The folder holds a run, or the settings, models and text do not fit.
     """
-    check_output(output, overwrite)
-    cfg = with_models(replace(cfg, output_path=None), pair.describe())
+    with claimed(output, overwrite):
+        return _measured_run(replace(cfg, output_path=None), pair, output)
+
+
+def _measured_run(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, output: str | Path
+) -> dict[str, float]:
+    cfg = with_models(cfg, pair.describe())
     case = Case(cfg, pair, PairData.collect(PairedText(cfg, pair), "The two models"))
     run = train_and_measure(case)
     crosscoder, metrics = run.crosscoder, dict(run.evaluation.metrics)
@@ -86,12 +92,13 @@ def measured_run(
     null = null_case("self", case)
     data.training.clear()  # half a gigabyte in the demo, and the null has its own
     metrics |= prefixed("null/self/", train_and_measure(null).evaluation.metrics)
-    page = replace(page, metrics=known(metrics))
+    metrics = known(metrics)
+    page = replace(page, metrics=metrics)
     with all_or_nothing(output) as folder:
         crosscoder.save_model(folder)
         (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict(), indent=2) + "\n")
         write_results(folder, page, run)
-    return known(metrics)
+    return metrics
 
 
 def write_results(folder: Path, page: ReportData, run: "Measured") -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_dfc.files import parse_json
+from sae_lens_dfc.output import replaced
 
 
 class Progress:
@@ -53,7 +54,10 @@ class Progress:
                 f"{self.path} holds what was made so far with other settings. Give the same to go on, delete it to begin "
                 "anew, or name another --output."
             )
-        self.path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        if whole != lines[:-1] or lines[-1]:
+            # A line without its end would be joined to the next.
+            with replaced(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
 
     def done(self, name: str, make: Callable[[], Any]) -> Any:
         """The result of this name, made if it is not there; JSON can hold it."""

@@ -8,6 +8,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from sae_lens_dfc.activations import Bookmark, Marked, PairedRows
+from sae_lens_dfc.stopping import Stop
 
 StartRows = Callable[[Bookmark | None], Iterator[PairedRows]]
 """Starts a pass over the text, at a place or, with none, at the beginning."""
@@ -154,15 +155,29 @@ class Batches(Iterator[Tensor]):
         marked: The batches.
         prefetch: Batches made ahead in a thread; 0 makes them when they are asked for.
         start: Where they begin, when not at the beginning.
+        stop: What may end them before one is handed out.
+
+    Raises:
+        Stopped: `stop` was asked for it.
     """
 
-    def __init__(self, marked: Iterator[Marked], prefetch: int, start: Bookmark | None = None):
+    def __init__(
+        self,
+        marked: Iterator[Marked],
+        prefetch: int,
+        start: Bookmark | None = None,
+        stop: Stop | None = None,
+    ):
+        self._stop = stop or Stop()
         self._marked = PrefetchingIterator(marked, prefetch) if prefetch > 0 else marked
         self.after = start
         """Where the next batch begins; none before the first."""
 
     def __next__(self) -> Tensor:
-        batch, self.after = next(self._marked)
+        with self._stop.waiting():
+            marked = next(self._marked)
+        # Not in the block: what is interrupted in it must come again.
+        batch, self.after = marked
         return batch
 
     def close(self) -> None:

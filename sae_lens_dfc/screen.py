@@ -48,7 +48,7 @@ from sae_lens_dfc.metrics.verification import (
     verify,
 )
 from sae_lens_dfc.nulls import Case
-from sae_lens_dfc.output import all_or_nothing, check_output, say
+from sae_lens_dfc.output import all_or_nothing, claimed, say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.progress import Progress
@@ -157,7 +157,11 @@ def screen(options: ScreenOptions) -> Screening:
     Raises:
         ValueError: The run, the output or the judge cannot be had, or no latent could be a difference.
     """
-    check_output(options.output, options.overwrite, "screening", (SCREENING_FILENAME,))
+    with claimed(options.output, options.overwrite, "screening", (SCREENING_FILENAME,)):
+        return _screened(options)
+
+
+def _screened(options: ScreenOptions) -> Screening:
     concerns = CONCERNS if options.concerns is None else read_concerns(options.concerns)
     judge = judge_for(options)
     if judge is None and (options.concerns is not None or options.flagged_only):

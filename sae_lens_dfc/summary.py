@@ -101,6 +101,10 @@ def warnings(metrics: Mapping[str, float]) -> list[str]:
     result: list[str] = []
     if not any(key.startswith("null/") for key in metrics):
         result.append("This page has no null: no pair with nothing to find was measured beside it.")
+    if metrics.get("l0") == 0:
+        result.append(
+            "No latent fires on the held-out text: the crosscoder rebuilds its bias and nothing else."
+        )
     called, judged = _calls(metrics, "")
     null_called, null_judged = _calls(metrics, "null/self/")
     if called and judged and null_judged and null_called / null_judged >= called / judged:

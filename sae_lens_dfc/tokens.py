@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sae_lens_dfc.gguf_file import check_gguf
+from sae_lens_dfc.spans import true_spans
 from sae_lens_dfc.texts import first_line
 
 
@@ -29,6 +31,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
 
     Tokenizers give a token that ends inside a character (bytes of it, or a piece of what a
     normalizer made of it) that character's end all the same; the next token then starts before it.
+    A letter and the accents that a normalizer joins with it count as one character.
 
     Args:
         tokenizer: Any tokenizer that maps back to characters (Hugging Face calls these fast).
@@ -45,9 +48,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
     spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    starts, ends = spans[:, 0], spans[:, 1].copy()
-    whole = np.append(starts[1:] >= ends[:-1], True)[: len(ids)]
     strings: list[str] = tokenizer.convert_ids_to_tokens(ids)  # type: ignore[assignment]
+    backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    starts, ends = true_spans(backend, text, spans, strings).T
+    whole = np.append(starts[1:] >= ends[:-1], True)[: len(ids)]
     return Tokens(ids, ends, whole, strings)
 
 

@@ -10,12 +10,14 @@ PACKAGE = Path(sae_lens_dfc.__file__).parent
 # The data's way, from top to bottom.
 LAYERS = [
     "ranks",
+    "stopping",
     "terminal",
     "output",
     "files",
     "gguf_file",
     "state",
     "texts",
+    "spans",
     "tokens",
     "segments",
     "alignment",
@@ -87,6 +89,7 @@ LAYERS = [
     "recipes",
     "training.caching",
     "training.checkpoint",
+    "training.divergence",
     "training.checks",
     "training.trainer",
     "training.parallel",

@@ -44,7 +44,7 @@ from sae_lens_dfc.benchmark.tables import (
 from sae_lens_dfc.demo import DemoConfig, demo_models
 from sae_lens_dfc.files import read_json
 from sae_lens_dfc.measures import text_table
-from sae_lens_dfc.output import say
+from sae_lens_dfc.output import say, sole_user
 from sae_lens_dfc.pair import ModelPair
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,11 @@ def benchmark(options: BenchmarkOptions) -> int:
         return compare_results(*map(Path, options.paths), as_json=options.json)
     kind = "step" if options.name == "step" else options.preset
     folder = Path(options.output or f"runs/benchmark/{kind}")
+    with sole_user(folder):
+        return _benchmark(options, folder)
+
+
+def _benchmark(options: BenchmarkOptions, folder: Path) -> int:
     if options.name != "all":
         SUITE[options.name].run(options, folder)
         _say(present(folder, options.name), folder / options.name)

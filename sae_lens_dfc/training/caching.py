@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from sae_lens_dfc.manifest import (
     write_manifest,
 )
 from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.output import check_output
+from sae_lens_dfc.output import check_output, sole_user
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -82,7 +83,13 @@ def cache_activations(cfg: CacheConfig, pair: ModelPair | None = None) -> Paired
     """
     folder = Path(cfg.cache_path)
     _check_folder(folder, cfg)
-    pair = pair or open_pair(cfg)
+    with sole_user(folder) if ranks.rank() == 0 else nullcontext():
+        return _cached(cfg, folder, pair or open_pair(cfg))
+
+
+def _cached(cfg: CacheConfig, folder: Path, pair: ModelPair) -> PairedActivationsCache:
+    # While this one came here, another process may have ended with it.
+    _check_folder(folder, cfg)
     text = PairedText(cfg, pair, ranks.rank())
     header = cache_header(cfg, pair, text)
     if cfg.overwrite:
@@ -145,10 +152,10 @@ def _check_space(folder: Path, header: CacheHeader, cfg: CacheConfig, n_done: in
     of_row = str_to_dtype(header.dtype).itemsize * (header.d_a + header.d_b) + 48 * header.origins
     needed = of_row * (cfg.training_pairs // cfg.n_ranks - n_done) * cfg.n_ranks
     here = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(here).free
+    free, format_sizeof = shutil.disk_usage(here).free, tqdm.format_sizeof
     if needed > free:
         raise ValueError(
-            f"{cfg.training_pairs:,} pairs take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Make "
+            f"{cfg.training_pairs:,} pairs take {format_sizeof(needed, 'B')}, and {folder} has {format_sizeof(free, 'B')} free. Make "
             "room, lower training_pairs, or name another cache_path."
         )
 

@@ -32,15 +32,17 @@ TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
 # --- SAELens' trainer ---
 
 
-def trainer_state(trainer: SAETrainer[Any, Any]) -> State:
+def trainer_state(trainer: SAETrainer[Any, Any], n_training_steps: int) -> State:
     """Optimizer, schedules and counters of SAELens' trainer, which itself pickles them.
 
-    SAELens checkpoints before it counts the step that it has just made; here the step is counted.
+    Args:
+        trainer: The trainer.
+        n_training_steps: Steps that it has made; it counts the last one after its own checkpoints.
     """
     optimizer = trainer.optimizer.state_dict()
     values = {
         **{name: getattr(trainer, name) for name in COUNTERS},
-        "n_training_steps": trainer.n_training_steps + 1,
+        "n_training_steps": n_training_steps,
         "param_groups": optimizer["param_groups"],
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
         "coefficients": {n: s.state_dict() for n, s in trainer.coefficient_schedulers.items()},
@@ -102,6 +104,7 @@ def _check_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
 def save_checkpoint(
     folder: Path,
     trainers: Mapping[str, SAETrainer[Any, Any]],
+    n_training_steps: int,
     data: Bookmark | None,
     values: Mapping[str, Any],
 ) -> None:
@@ -112,7 +115,8 @@ def save_checkpoint(
 
     Args:
         folder: The checkpoint, a new folder named by the number of samples.
-        trainers: SAELens' trainers by name of crosscoder, at a step's end.
+        trainers: SAELens' trainers by name of crosscoder, between two steps.
+        n_training_steps: Steps that they have made.
         data: Where the batches stand.
         values: What else is to be had again.
     """
@@ -120,7 +124,9 @@ def save_checkpoint(
         if ranks.rank() == 0:
             for name, trainer in trainers.items():
                 trainer.sae.save_model(temporary / name)
-                save_state(temporary / name / TRAINER_FILENAME, trainer_state(trainer))
+                save_state(
+                    temporary / name / TRAINER_FILENAME, trainer_state(trainer, n_training_steps)
+                )
         own = _own_state(trainers, data)
         save_state(temporary / _own_filename(), State({**own.values, **values}, own.tensors))
     remove_checkpoints(checkpoints(folder.parent)[:-KEPT])

@@ -1,6 +1,7 @@
 """What must fit before a training starts: the models, the output folder, and the checkpoints there are."""
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
+from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivity_tests
 from sae_lens_dfc.files import read_object
@@ -80,6 +82,20 @@ def check_tests(cfg: CrosscoderRunnerConfig) -> None:
         raise ValueError(
             f"test_at={cfg.test_at} is for a dfc, and this is a {cfg.sae.architecture()}: it has no exclusive "
             "latents to test."
+        )
+
+
+def check_rows(rows: Sequence[PairedRows]) -> None:
+    """Refuse activations that hold NaN or infinity; those that `paired_activations` gives hold none.
+
+    Raises:
+        ValueError: Some do.
+    """
+    broken = [i for i, of_batch in enumerate(rows) if not of_batch.acts.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of {len(rows)} batches of activations hold NaN or infinity, the first is number {broken[0]}. Leave "
+            "such rows out."
         )
 
 

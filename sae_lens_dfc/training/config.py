@@ -17,6 +17,12 @@ from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.texts import first_line
 from sae_lens_dfc.training.data import DataConfig, require_positive
 
+SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+"""SAELens' schedules, in any case of letters."""
+NOT_NEGATIVE = (
+    *("lr_warm_up_steps", "lr_decay_steps", "dead_feature_window"),
+    *("prefetch_llm_batches", "n_checkpoints"),
+)
 POSITIVE = (
     "train_batch_size_tokens",
     "n_batches_in_buffer",
@@ -145,6 +151,7 @@ class CrosscoderRunnerConfig(DataConfig):
                 f"training_tokens={self.training_tokens} is less than one batch "
                 f"(train_batch_size_tokens={self.train_batch_size_tokens})."
             )
+        self._check_schedule()
         late = [step for step in self.test_steps if step >= self.training_steps]
         if late:
             raise ValueError(
@@ -156,6 +163,30 @@ class CrosscoderRunnerConfig(DataConfig):
         if self.resume and self.checkpoint_path is None:
             raise ValueError(
                 "resume needs a checkpoint_path: the one of the training to go on with."
+            )
+
+    def _check_schedule(self) -> None:
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}.")
+        for name in ("adam_beta1", "adam_beta2", "activations_mixing_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}."
+                )
+        if self.lr_scheduler_name.lower() not in SCHEDULERS:
+            raise ValueError(
+                f"There is no lr_scheduler_name {self.lr_scheduler_name!r}. Choose from {', '.join(SCHEDULERS)}."
+            )
+        warm_up = _or(self.lr_warm_up_steps, self.a_tenth_of_the_steps)
+        between = self.training_steps - warm_up - self.lr_decay_steps
+        needed = 0 if self.lr_scheduler_name.lower() == "constant" else 1
+        if between < needed:
+            raise ValueError(
+                f"{warm_up} steps of warm-up (lr_warm_up_steps) and {self.lr_decay_steps} of decay (lr_decay_steps) leave "
+                f"{between} of {self.training_steps} steps to the schedule {self.lr_scheduler_name!r}. Shorten them, or train "
+                "longer."
             )
 
     @property

@@ -1,5 +1,6 @@
 """A pair of models and its text, as a configuration says: what to train on and what to hold out."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -102,11 +103,13 @@ class DataConfig:
 
 
 def require_positive(cfg: object, names: Sequence[str]) -> None:
-    """Raise ValueError for the first of these settings that is set and not above 0."""
+    """Raise ValueError for the first of these settings that is set and not a finite number above 0."""
     for name in names:
         value = getattr(cfg, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}.")
+        if value is not None and value == math.inf:
+            raise ValueError(f"{name} must be finite, got {value}. Give a large number.")
 
 
 def open_pair(cfg: DataConfig) -> ModelPair:
