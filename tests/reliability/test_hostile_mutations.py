@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -102,7 +103,7 @@ def damaged_values(values: Any, draw: random.Random) -> Any:
             holder = holder[name]
         kind = draw.randrange(8)
         if kind < 4:
-            holder[last] = draw.choice(STRANGE)
+            holder[last] = deepcopy(draw.choice(STRANGE))
         elif kind == 4:
             del holder[last]
         elif kind == 5 and isinstance(holder, dict):
