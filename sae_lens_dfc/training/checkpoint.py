@@ -81,7 +81,7 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
 
 def _check_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
     """Refuse a state that is not built like the trainer's own: torch's `load_state_dict` takes over what it is given."""
-    own, own_tensors = trainer_state(trainer, n_training_steps=0)
+    own, own_tensors = trainer_state(trainer, trainer.n_training_steps)
     for group in (*own["param_groups"], *state.values["param_groups"]):
         group["fused"] = None
     if not alike(state.values, own):

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import random
 import shutil
 import time
@@ -48,6 +49,8 @@ from sae_lens_dfc.training.trainer import CrosscoderTrainer
 from sae_lens_dfc.verdicts import CausalTest
 from tests.helpers import make_firing_dfc, train_tiny
 from tests.test_cache import HEADER, write
+
+logger = logging.getLogger(__name__)
 
 MAX_SECONDS = 3.0
 
@@ -208,6 +211,7 @@ def check(name: str, artefact: Artefact, n: int) -> dict[str, int]:
         assert time.process_time() - start < MAX_SECONDS, f"mutation {i} of {name}"
     artefact.path.write_bytes(sound)
     artefact.read()
+    logger.info("%s: %s", name, outcomes)
     assert outcomes["refused"] > n / 10, outcomes
     return outcomes
 
