@@ -127,11 +127,9 @@ def cache(options: CacheOptions) -> None:
     with ranks.process_group(next((d for d in devices if d != "cpu"), "cpu")):
         cached = cache_activations(_of_this_rank(options))
         if ranks.rank() == 0:
-            counts = cached.manifest["counts"]["coverage"]
+            coverage = cached.counts.coverage
             say(f"Cache: {cached.folder}, {len(cached):,} rows of {cached.d_a} + {cached.d_b}")
-            say(
-                f"Paired: {counts['coverage_a']:.1%} of A's tokens, {counts['coverage_b']:.1%} of B's"
-            )
+            say(f"Paired: {coverage.a:.1%} of A's tokens, {coverage.b:.1%} of B's")
 
 
 T_DATA = TypeVar("T_DATA", bound=DataConfig)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ class PairedActivationsCache:
     @property
     def d_b(self) -> int:
         return int(self.manifest["d_b"])
+
+    @cached_property
+    def counts(self) -> PairCounts:
+        """What became of the text that it was made of."""
+        counts = PairCounts()
+        counts.load(self.manifest["counts"])
+        return counts
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:

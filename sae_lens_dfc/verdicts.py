@@ -54,15 +54,18 @@ class CausalTest:
     samples: list[SteeringSample]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CausalTest":
+    def from_dict(cls, values: Any) -> "CausalTest":
         """From what `dataclasses.asdict` gave.
 
         Raises:
             ValueError: It is something else.
         """
-        lists = {name: values.get(name) for name in ("effects", "samples")}
-        if not all(isinstance(values, list) for values in lists.values()):
-            raise ValueError("A causal test must have lists of effects and of samples.")
+        if not isinstance(values, Mapping) or not all(
+            isinstance(values.get(name), list) for name in ("effects", "samples")
+        ):
+            raise ValueError(
+                f"A causal test must have lists of effects and samples, got {values!r:.80}."
+            )
         parts: dict[str, Any] = {
             "effects": [from_plain(EffectView, one, "An effect") for one in values["effects"]],
             "samples": [from_plain(SteeringSample, one, "A sample") for one in values["samples"]],

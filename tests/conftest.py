@@ -50,6 +50,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1,
         help="length of each loop in tests/reliability/test_long_runs.py",
     )
+    parser.addoption(
+        "--mutations",
+        type=int,
+        default=300,
+        help="damaged files of each kind in tests/reliability/test_hostile_mutations.py",
+    )
 
 
 def _save(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerBase:

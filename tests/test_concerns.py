@@ -29,7 +29,7 @@ def test_our_own_list_is_one_that_could_be_read_from_a_file(tmp_path: Path) -> N
         ("", "must map names to what they cover.*got nothing"),
         ("- deception\n- hate\n", "must map names to what they cover.*got list"),
         ("deception", "must map names to what they cover.*got str"),
-        ("a: b: c", "Could not read concerns .*Give a YAML or JSON file"),
+        ("a: b: c", "Could not read concerns: .*Give a YAML or JSON file"),
         ("deception:\n", "Concern 'deception' in .* must say in words what it covers, got None"),
         ("deception: ' '\n", "must say in words what it covers, got ' '"),
         ("deception: {lies: all}\n", "must say in words what it covers, got {'lies': 'all'}"),

@@ -295,9 +295,22 @@ def compare_results(old: Path, new: Path, as_json: bool = False) -> int:
 
 
 def figures_of(path: Path) -> list[Figure]:
-    """The figures of all results of a folder or file, each under its benchmark's name."""
-    return [
-        replace(figure, name=f"{name}: {figure.name}")
-        for name, rows in results_in(path).items()
-        for figure in SUITE[name].figures(rows)
-    ]
+    """The figures of all results of a folder or file, each under its benchmark's name.
+
+    Raises:
+        ValueError: It has none, or rows that are not those of a benchmark.
+    """
+    try:
+        figures = [
+            replace(figure, name=f"{name}: {figure.name}")
+            for name, rows in results_in(path).items()
+            for figure in SUITE[name].figures(rows)
+        ]
+        numbers = [n for one in figures for n in (*one.values.values(), *(one.range or ()))]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError("a figure is no number")
+    except (KeyError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(
+            f"{path} has results that no benchmark wrote ({error!r:.200}). Give a folder that `benchmark` wrote."
+        ) from error
+    return figures

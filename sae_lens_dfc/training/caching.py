@@ -218,8 +218,8 @@ def _remove(folder: Path) -> None:
 
 
 def _check_length(cfg: CacheConfig, cache: PairedActivationsCache) -> None:
-    counts = cache.manifest["counts"]
-    n = sum(counts[name] for name in ("pairs", "first_position", "outlier", "not_finite"))
+    counts = cache.counts
+    n = counts.pairs + counts.first_position + counts.outlier + counts.not_finite
     if cfg.training_pairs is not None and n < cfg.training_pairs:
         raise ValueError(
             f"The text ended after {n} of the {cfg.training_pairs} pairs asked for (training_pairs). The cache in "

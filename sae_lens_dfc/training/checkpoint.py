@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_lens_dfc import ranks
@@ -207,7 +208,14 @@ def _readable(folder: Path) -> Iterator[None]:
     """What torch and SAELens raise for a state that is not theirs, as an error that says what to do."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         said = str(error) if isinstance(error, ValueError) else repr(error)
         if said.endswith(_REMOVE):
             raise

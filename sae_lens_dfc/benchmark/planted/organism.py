@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_object(folder / MANIFEST)
 
 
-def items_from_json(values: Mapping[str, Any]) -> dict[Split, Items]:
+def items_from_json(values: Any) -> dict[Split, Items]:
     """Prompts by split, as a manifest has them.
 
     Raises:
