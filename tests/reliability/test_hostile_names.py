@@ -72,9 +72,14 @@ def test_a_report_shows_names_as_text(what: str) -> None:
 
 def from_metadata(folder: Path, name: str) -> str:
     make_firing_dfc().save_model(folder)
-    metadata = {"model_a": {"model_name": name, "hook_name": name}, "model_b": {name: name}}
-    metadata |= {"dataset_path": name, "context_size": name}
-    changed_json(folder / "cfg.json", metadata=metadata)
+    model = {"model_name": name, "hook_name": name, name: name}
+    changed_json(
+        folder / "cfg.json",
+        metadata__model_a=model,
+        metadata__model_b=model,
+        metadata__dataset_path=name,
+        metadata__context_size=name,
+    )
     return render_card(load_crosscoder(folder), "me/pair", {"l0": 3.0, name: 1.0})
 
 
