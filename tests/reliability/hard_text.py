@@ -12,8 +12,9 @@ INVISIBLE = "\x00\x01\x07\x08\x1b\x7f\x80\x9f\xad\u034f\u061c\u115f\u180e\u200b\
 NONCHARACTERS = "\ufdd0\ufdef\ufffe\uffff\U0001fffe\U0010ffff"
 SURROGATES = "\ud800\udbff\udc00\udc80\udcff\udfff"
 FAMILIES = ["👩‍👩‍👧‍👦", "🏳️‍🌈", "👨🏿‍🚀", "🇫🇷", "🇫", "🏴󠁧󠁢󠁳󠁣󠁴󠁿", "1️⃣", "❤️", "🤖", "☝🏽"]
-SPELLED = "<s> </s> <unk> [UNK] [CLS] <pad> <|endoftext|> <|im_start|> <bos> <0xE6> <0x3C> <0x0A> ▁ ▁▁ ## ##s Ġ ĠĠ Ċ Â©".split()
-WORDS = "The cat sat on the mat. 1989 if x: naïve café Straße ÇA İstanbul ΣΑΣ ŀ ŉ ラーメンを食べる 日本語と שלום עולם مرحبا हिन्दी ไทย Việt 한국어".split()
+# Spellings that tokenizers have a meaning for.
+SPELLED = ["<s>", "</s>", "<unk>", "[UNK]", "[CLS]", "<pad>", "<|endoftext|>", "<|im_start|>", "<bos>", "<0xE6>", "<0x3C>", "<0x0A>", "▁", "▁▁", "##", "##s", "Ġ", "ĠĠ", "Ċ", "Â©"]  # fmt: skip
+WORDS = ["The", "cat", "sat", "on", "the", "mat.", "1989", "if", "x:", "naïve", "café", "Straße", "ÇA", "İstanbul", "ΣΑΣ", "ŀ", "ŉ", "ラーメンを食べる", "日本語と", "שלום", "עולם", "مرحبا", "हिन्दी", "ไทย", "Việt", "한국어"]  # fmt: skip
 INDENTED = ["\n    y", "\n  \n", "\r\n\t", "  ", "\n", "\r\n", "\n\n   ", " \n "]
 
 
@@ -51,7 +52,9 @@ def composed() -> list[str]:
 def _bytes_mapped_in(draw: random.Random) -> str:
     """Invalid UTF-8, as Python's file system functions, the web and Windows make text of it."""
     raw = draw.choice(["naïve 日本🤖", "\ufeffé", "ﷺ½"]).encode()
-    raw = bytes(draw.choice([*raw[draw.randrange(len(raw)) :], draw.randrange(256)]) for _ in range(5))
+    raw = bytes(
+        draw.choice([*raw[draw.randrange(len(raw)) :], draw.randrange(256)]) for _ in range(5)
+    )
     encoding, errors = draw.choice(
         [("utf-8", "surrogateescape"), ("utf-8", "replace"), ("latin-1", "strict"), ("utf-16", "replace"), ("cp1252", "replace")]
     )  # fmt: skip
