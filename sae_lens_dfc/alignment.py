@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from os.path import commonprefix
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sae_lens_dfc.files import from_plain
 from sae_lens_dfc.segments import Segment, Segments
+from sae_lens_dfc.spans import LETTER_OF_BYTE_TOKEN
 from sae_lens_dfc.tokens import Tokens
 
 INSIDE_CHARACTER = "inside_character"
@@ -77,19 +80,28 @@ class Coverage:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Coverage":
+    def from_dict(cls, values: Any) -> "Coverage":
         """The counts back from `to_dict`.
+
+        Raises:
+            ValueError: It is something else.
 
         >>> Coverage.from_dict(Coverage(10, 8, 8).to_dict()) == Coverage(10, 8, 8)
         True
         """
-        return cls(
-            values["tokens_a"],
-            values["tokens_b"],
-            values["pairs"],
-            Counter(values["dropped_a"]),
-            Counter(values["dropped_b"]),
-        )
+        if not isinstance(values, Mapping):
+            raise ValueError(f"A coverage must be a mapping of counts, got {values!r:.80}.")
+        dropped = {name: values.get(name) for name in ("dropped_a", "dropped_b")}
+        if not all(
+            isinstance(d, dict) and all(isinstance(n, int) for n in d.values())
+            for d in dropped.values()
+        ):
+            raise ValueError(
+                f"A coverage must count what was dropped by reason, got {dropped!r:.80}."
+            )
+        own = {name: values.get(name) for name in ("tokens_a", "tokens_b", "pairs")}
+        counters = {name: Counter(d) for name, d in dropped.items()}
+        return from_plain(cls, {**own, **counters}, "A coverage")
 
     def drop(self, reason: str) -> None:
         """Count a pair that could not be used after all."""
@@ -102,7 +114,7 @@ def aligned_positions(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
     """Positions, in A's tokens and in B's, at which both models have read exactly the same text.
 
     Both tokens are whole and end at the same character. Tokens before such a pair that end inside a
-    character pair too, as long as everything after them is spelled the same in both: then they end
+    character pair too where what is left of it up to the pair is spelled the same in both: then they end
     at the same byte. Linear in the number of tokens.
 
     >>> a = Tokens([1, 2, 3], ends=[4, 5, 7], whole=[True] * 3, strings=["1989", "!", "ok"])
@@ -115,15 +127,20 @@ def aligned_positions(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
 
 
 def _aligned(a: Tokens, b: Tokens) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
-    end_a, i = _last_whole_by_end(a)
-    end_b, j = _last_whole_by_end(b)
-    ends, in_a, in_b = np.intersect1d(end_a, end_b, assume_unique=True, return_indices=True)
-    i, j = i[in_a], j[in_b]
+    end_a, whole_a = _last_whole_by_end(a)
+    end_b, whole_b = _last_whole_by_end(b)
+    _, in_a, in_b = np.intersect1d(end_a, end_b, assume_unique=True, return_indices=True)
+    i, j = whole_a[in_a], whole_b[in_b]
+    if len(whole_a) == len(a.ids) or len(whole_b) == len(b.ids):
+        return i, j
+    open_a, open_b = _open(a, whole_a), _open(b, whole_b)
     # Few tokens end inside a character; to look at those alone keeps the rest out of Python's loops.
     inside = [
         pair
-        for k in np.flatnonzero(_has_open_before(a, i, ends) & _has_open_before(b, j, ends))
-        for pair in _same_from_the_back(a, int(i[k]), b, int(j[k]))
+        for k in np.flatnonzero(_n_since_pair_before(open_a, i) * _n_since_pair_before(open_b, j))
+        for pair in _same_from_the_back(
+            _unread(a, open_a, i, int(k)), _unread(b, open_b, j, int(k))
+        )
     ]
     if not inside:
         return i, j
@@ -147,28 +164,54 @@ def _furthest_before(ends: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     return np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
 
 
-def _has_open_before(
-    tokens: Tokens, positions: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"]
-) -> Bool[np.ndarray, " n"]:
-    """Whether the token before is one that no pair of its own can hold, see `_open`."""
-    whole, all_ends = np.asarray(tokens.whole, dtype=bool), np.asarray(tokens.ends, dtype=np.int64)
-    # Position 0 looks at the last token instead, which the first factor rules out.
-    return (positions > 0) & (~whole[positions - 1] | (all_ends[positions - 1] == ends))
+def _open(tokens: Tokens, whole: Int[np.ndarray, " whole"]) -> Bool[np.ndarray, " n"]:
+    """The tokens that no pair of their own can hold: they end inside a character, or a later one ends with them."""
+    ends = np.asarray(tokens.ends, dtype=np.int64)
+    is_open = ends >= _furthest_before(ends)
+    is_open[whole] = False
+    return is_open
 
 
-def _same_from_the_back(a: Tokens, i: int, b: Tokens, j: int) -> Iterator[tuple[int, int]]:
-    """Pairs before `(i, j)` that end inside its character, at the same byte."""
-    end = int(a.ends[i])
-    while a.strings[i] == b.strings[j]:
-        i, j = i - 1, j - 1
-        if i < 0 or j < 0 or not (_open(a, i, end) and _open(b, j, end)):
-            return
-        yield i, j
+def _n_since_pair_before(
+    is_open: Bool[np.ndarray, " n"], positions: Int[np.ndarray, " pairs"]
+) -> Int[np.ndarray, " pairs"]:
+    """How many open tokens there are between each pair and the one before."""
+    return np.diff(np.cumsum(is_open)[positions], prepend=0)
 
 
-def _open(tokens: Tokens, position: int, end: int) -> bool:
-    """Whether no pair of its own can hold this token: it ends inside a character, or a later one ends with it."""
-    return not tokens.whole[position] or int(tokens.ends[position]) == end
+class _Unread(NamedTuple):
+    """What one model reads between two pairs, by how much of it is left."""
+
+    text: str
+    """As the vocabulary spells it, bytes as byte-level tokenizers do."""
+    open: dict[int, tuple[int, int]]
+    """For each open token by the letters left after it: its position, and the letters left before its character."""
+
+
+def _unread(
+    tokens: Tokens, is_open: Bool[np.ndarray, " n"], positions: Int[np.ndarray, " pairs"], k: int
+) -> _Unread:
+    start, stop = int(positions[k - 1]) + 1 if k else 0, int(positions[k]) + 1
+    strings = [LETTER_OF_BYTE_TOKEN.get(string, string) for string in tokens.strings[start:stop]]
+    text = "".join(strings)
+    left = before = len(text)
+    found: dict[int, tuple[int, int]] = {}
+    for position, string in enumerate(strings, start):
+        if position == start or not is_open[position - 1]:
+            before = left
+        left -= len(string)
+        if is_open[position]:
+            found[left] = position, before
+    return _Unread(text, found)
+
+
+def _same_from_the_back(a: _Unread, b: _Unread) -> Iterator[tuple[int, int]]:
+    """Pairs of open tokens with the same letters left, where those of their character are the same too."""
+    same = len(commonprefix([a.text[::-1], b.text[::-1]]))
+    for left, (i, before_a) in a.open.items():
+        j, before_b = b.open.get(left, (-1, 0))
+        if j >= 0 and min(before_a, before_b) <= same:
+            yield i, j
 
 
 def align(a: Tokens, b: Tokens) -> tuple[Segments, Coverage]:

@@ -165,7 +165,7 @@ def evidence_of(run: str, folder: str | None, crosscoder: Crosscoder) -> LatentE
         ValueError: The folder named has none, or it is of another crosscoder.
     """
     path = Path(folder or run) / LATENTS_FILENAME
-    evidence = read_evidence(path)
+    evidence = read_evidence(path, crosscoder.cfg.d_sae)
     if evidence is None:
         if folder is not None:
             raise ValueError(

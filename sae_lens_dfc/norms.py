@@ -104,7 +104,15 @@ class NormStatistics:
         return torch.cat([scalars, self.bins.double()])
 
     @classmethod
-    def of(cls, state: Float[Tensor, " values"]) -> "NormStatistics":
-        """The statistics back from `state`."""
+    def of(cls, state: Tensor) -> "NormStatistics":
+        """The statistics back from `state`.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        if state.shape != (3 + len(_no_bins()),) or not state.isfinite().all():
+            raise ValueError(
+                f"Statistics of norms cannot be of shape {tuple(state.shape)}, or not finite."
+            )
         n, mean, squares = state[:3].tolist()
         return cls(int(n), mean, squares, state[3:].long())

@@ -5,8 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from sae_lens_dfc.gguf_file import check_gguf
+from sae_lens_dfc.spans import true_spans
 from sae_lens_dfc.texts import first_line
 
 
@@ -28,6 +31,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
 
     Tokenizers give a token that ends inside a character (bytes of it, or a piece of what a
     normalizer made of it) that character's end all the same; the next token then starts before it.
+    A letter and the accents that a normalizer joins with it count as one character.
 
     Args:
         tokenizer: Any tokenizer that maps back to characters (Hugging Face calls these fast).
@@ -44,9 +48,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
     spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    starts, ends = spans[:, 0], spans[:, 1].copy()
-    whole = np.append(starts[1:] >= ends[:-1], True)[: len(ids)]
     strings: list[str] = tokenizer.convert_ids_to_tokens(ids)  # type: ignore[assignment]
+    backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    starts, ends = true_spans(backend, text, spans, strings).T
+    whole = np.append(starts[1:] >= ends[:-1], True)[: len(ids)]
     return Tokens(ids, ends, whole, strings)
 
 
@@ -85,7 +90,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer from a hub name, a folder or a GGUF file.
+    """A tokenizer from a hub name, a folder or a GGUF file; code that comes with it is not run.
 
     Raises:
         ValueError: There is none at that place.
@@ -97,8 +102,14 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     path = Path(name_or_path)
     try:
         if path.suffix == ".gguf" and path.is_file():
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+            check_gguf(path)
+            # Of a tokenizer's own code transformers would ask on the terminal whether to run it: nobody may be there.
+            return AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, trust_remote_code=False
+            )
+        return AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=False
+        )
     except Exception as error:
         raise ValueError(
             f"Could not load a tokenizer from {name_or_path!r}: {type(error).__name__}: "

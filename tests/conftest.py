@@ -1,14 +1,13 @@
 """Two tiny language models of different architecture, width, depth and tokenizer, made from configs: no download."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -19,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sae_lens_dfc.benchmark.planted.from_scratch import BOS, byte_bpe
+from sae_lens_dfc.benchmark.planted.from_scratch import BOS
 from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
 from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.texts import reference_pages
+from tests.tokenizer_kinds import TOKENIZERS, byte_bpe_english, sentencepiece_bpe
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: with a thread for each core in every one of them, all wait for one another. The
@@ -34,73 +33,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-TRAINING_TEXT = ["The cat sat on the mat in 1989. " * 3, *reference_pages()[:6]]
 
-
-def _byte_bpe() -> Tokenizer:
-    return byte_bpe(TRAINING_TEXT, vocab_size=400)
-
-
-def _byte_bpe_japanese() -> Tokenizer:
-    """Few merges, all of bytes of Japanese: its tokens begin and end inside characters."""
-    return byte_bpe(["ラーメンを食べるラーララをべー" * 20], vocab_size=290)
-
-
-def _sentencepiece_bpe() -> Tokenizer:
-    """Spaces are part of words, unknown characters fall back to bytes, as in Gemma and Llama 2."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-strings",
+        type=int,
+        default=100_000,
+        help="how many strings the fuzz of the alignment tries (tests/reliability), about 2 ms each",
     )
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=[BOS, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
-        show_progress=False,
+    parser.addoption(
+        "--kills", type=int, default=4, help="kills of each job in tests/reliability/test_kills.py"
     )
-    tokenizer.train_from_iterator((t.replace(" ", "▁") for t in TRAINING_TEXT), trainer)
-    return tokenizer
-
-
-def _wordpiece_lowercase() -> Tokenizer:
-    """Loses case, accents and spaces: its map back to the text is not one to one, as in BERT."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=[BOS, "[UNK]"], show_progress=False
+    parser.addoption(
+        "--minutes",
+        type=float,
+        default=1,
+        help="length of each loop in tests/reliability/test_long_runs.py",
     )
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
-    return tokenizer
-
-
-def _unigram_nfkc() -> Tokenizer:
-    """NFKC makes two characters of one (ﬁ -> fi), and each piece starts with a space, as in T5."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=[BOS, "<unk>"], unk_token="<unk>", show_progress=False
+    parser.addoption(
+        "--mutations",
+        type=int,
+        default=300,
+        help="damaged files of each kind in tests/reliability/test_hostile_mutations.py",
     )
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
-    return tokenizer
-
-
-def _characters() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    trainer = trainers.BpeTrainer(vocab_size=1, special_tokens=[BOS, "<unk>"], show_progress=False)
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
-    return tokenizer
-
-
-TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
-    "byte_bpe": _byte_bpe,
-    "byte_bpe_japanese": _byte_bpe_japanese,
-    "sentencepiece_bpe": _sentencepiece_bpe,
-    "wordpiece_lowercase": _wordpiece_lowercase,
-    "unigram_nfkc": _unigram_nfkc,
-    "characters": _characters,
-}
 
 
 def _save(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerBase:
@@ -118,7 +73,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrained
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tokenizer = _save(_byte_bpe(), folder)
+    tokenizer = _save(byte_bpe_english(), folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -137,7 +92,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
-    tokenizer = _save(_sentencepiece_bpe(), folder)
+    tokenizer = _save(sentencepiece_bpe(), folder)
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=24,

@@ -21,7 +21,7 @@ from sae_lens_dfc.alignment import (
 from sae_lens_dfc.segments import Segment
 from sae_lens_dfc.texts import clean, reference_pages
 from sae_lens_dfc.tokens import Tokens, tokenize
-from tests.conftest import TOKENIZERS
+from tests.tokenizer_kinds import TOKENIZERS
 
 Tokenizers = dict[str, PreTrainedTokenizerBase]
 

@@ -179,13 +179,14 @@ def test_a_pair_has_read_the_same_of_the_same_message_and_nothing_of_a_template(
     for side, key in enumerate((key_a, key_b)):
         tokenizer = chatty[key]
         rendered = Rendered(tokenizer, messages)
-        ids = tokenize(tokenizer, rendered.text).ids
+        ids, reach, *_ = tokenize(tokenizer, rendered.text)
         bos = n_leading_bos(tokenizer, ids)
         emitted = [i for segment in segments for i in segment[side]]
         assert emitted == list(ids[bos : bos + len(emitted)])
         read: list[tuple[int, str]] = []
         for position in last_positions(segments, side, bos):
-            start, end = spans(tokenizer, rendered.text)[position]
+            # The library's own span of é leaves out the accent that NFKC has joined with the letter.
+            (start, _), end = spans(tokenizer, rendered.text)[position], int(reach[position])
             owners = rendered.owner[start:end]
             assert owners and all(owner is not None for owner in owners)
             (message,) = {owner[0] for owner in owners if owner is not None}

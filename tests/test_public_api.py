@@ -10,9 +10,14 @@ PACKAGE = Path(sae_lens_dfc.__file__).parent
 # The data's way, from top to bottom.
 LAYERS = [
     "ranks",
+    "stopping",
+    "terminal",
     "output",
+    "files",
+    "gguf_file",
     "state",
     "texts",
+    "spans",
     "tokens",
     "segments",
     "alignment",

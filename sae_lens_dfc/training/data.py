@@ -23,6 +23,8 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import Source, SourceConfig
 
 BATCHES_AHEAD = 8
+# Each has a share of each data set open, when all shares are read one after the other.
+MAX_RANKS = 4096
 POSITIVE = ("training_pairs", "eval_pairs", "store_batch_size_prompts", "outlier_factor", "n_ranks")
 
 
@@ -82,6 +84,10 @@ class DataConfig:
             )
         if self.context_size < 2:
             raise ValueError(f"context_size must be at least 2, got {self.context_size}.")
+        if self.n_ranks > MAX_RANKS:
+            raise ValueError(f"n_ranks must be at most {MAX_RANKS}, got {self.n_ranks}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a number of 64 bits, got {self.seed}.")
 
     @property
     def all_sources(self) -> list[SourceConfig]:
@@ -152,9 +158,8 @@ class PairedText:
                 )
         # Which documents are held out was decided within each process's share: all shares together are the text.
         self.ranks = range(cfg.n_ranks) if rank is None else [rank]
-        self.sources = [
-            Source.open(source, r, cfg.n_ranks) for source in cfg.all_sources for r in self.ranks
-        ]
+        opened = map(Source.open, cfg.all_sources)
+        self.sources = [source.share(r, cfg.n_ranks) for source in opened for r in self.ranks]
 
     def stream(self, part: Part) -> ContextStream:
         """The contexts of a part of the text, as many as `training_pairs` or `eval_pairs` need."""

@@ -23,6 +23,7 @@ from sae_lens_dfc.crosscoders.base import CountedStepInput, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.sparse import firing_counts
 from sae_lens_dfc.evaluate import HeldOutEvaluator
 from sae_lens_dfc.provider import Batches
+from sae_lens_dfc.stopping import Stopped
 from sae_lens_dfc.training.checkpoint import load_checkpoint, save_checkpoint
 from sae_lens_dfc.training.divergence import FirstNotFinite, is_finite
 
@@ -213,10 +214,21 @@ class CrosscoderTrainer(MultiSAETrainer):
 
         Raises:
             ValueError: The training diverged.
+            Stopped: The batches were; where it stands is saved, if there is a folder for it.
         """
-        crosscoders = super().fit()
+        try:
+            crosscoders = super().fit()
+        except Stopped as stopped:
+            raise Stopped(stopped.number, self._stopped_at()) from None
         self._check_finite()
         return crosscoders
+
+    def _stopped_at(self) -> str:
+        at = f"stopped after {self.n_training_samples} samples"
+        if self.cfg.checkpoint_path is None:
+            return f"{at}; they are lost, as no checkpoint_path is set"
+        folder = self._save(self.n_training_steps)
+        return f"{at}, saved in {folder}: go on with --resume"
 
     def _check_finite(self) -> None:
         for name, one in self.trainers.items():
@@ -236,10 +248,17 @@ class CrosscoderTrainer(MultiSAETrainer):
     def _checkpoint_if_needed(self) -> None:
         passed = [t for t in self.checkpoint_thresholds if self.n_training_samples > t]
         if passed and self.cfg.checkpoint_path is not None:
-            self._check_finite()
-            folder = Path(self.cfg.checkpoint_path) / str(self.n_training_samples)
-            save_checkpoint(folder, self.trainers, self.batches.after, self.checkpoint_values())
+            # SAELens counts the step that it has just made after this.
+            self._save(self.n_training_steps + 1)
             del self.checkpoint_thresholds[: len(passed)]
+
+    def _save(self, n_training_steps: int) -> Path:
+        assert self.cfg.checkpoint_path is not None
+        self._check_finite()
+        folder = Path(self.cfg.checkpoint_path) / str(self.n_training_samples)
+        where, values = self.batches.after, self.checkpoint_values()
+        save_checkpoint(folder, self.trainers, n_training_steps, where, values)
+        return folder
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint; the batches must already begin where it stands.
