@@ -85,7 +85,7 @@ def _untrim(
 ) -> None:
     """Give a byte-level token the spaces at its end back, in place."""
     followed_by = np.append(starts[1:], len(text))[: len(ends)]
-    for i in np.flatnonzero(followed_by > ends).tolist():
+    for i in map(int, np.flatnonzero(followed_by > ends)):
         end, string = int(ends[i]), strings[i]
         n_spaces = len(string) - len(string.rstrip(SPACE))
         if n_spaces and text[:end][-1:] not in (" ", SPACE):
