@@ -1,12 +1,13 @@
 """The command line: `sae-lens-dfc COMMAND`; `COMMANDS` has them all.
 
 What a person reads goes to standard output, progress and logs to standard error. A failure is one
-line and exit status 1, wrong usage 2.
+line and exit status 1, wrong usage 2; what was asked to end (Ctrl-C) has 128 and the signal's number.
 """
 
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from simple_parsing import (
     ArgumentGenerationMode,
@@ -23,6 +25,7 @@ from simple_parsing import (
     field,
     subgroups,
 )
+from typing_extensions import override
 
 import sae_lens_dfc  # noqa: F401  (registers the architectures)
 from sae_lens_dfc import ranks
@@ -43,7 +46,9 @@ from sae_lens_dfc.recipes import RECIPES
 from sae_lens_dfc.screen import ScreenOptions, screen_run
 from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.steer import SteerOptions, steer_run
-from sae_lens_dfc.texts import TABLE_LOADERS, clean, load_texts, read_text, split_text
+from sae_lens_dfc.stopping import Stopped, signals_to, stop_now
+from sae_lens_dfc.terminal import printable
+from sae_lens_dfc.texts import TABLE_LOADERS, clean, first_line, load_texts, read_text, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -122,11 +127,9 @@ def cache(options: CacheOptions) -> None:
     with ranks.process_group(next((d for d in devices if d != "cpu"), "cpu")):
         cached = cache_activations(_of_this_rank(options))
         if ranks.rank() == 0:
-            counts = cached.manifest["counts"]["coverage"]
+            coverage = cached.counts.coverage
             say(f"Cache: {cached.folder}, {len(cached):,} rows of {cached.d_a} + {cached.d_b}")
-            say(
-                f"Paired: {counts['coverage_a']:.1%} of A's tokens, {counts['coverage_b']:.1%} of B's"
-            )
+            say(f"Paired: {coverage.a:.1%} of A's tokens, {coverage.b:.1%} of B's")
 
 
 T_DATA = TypeVar("T_DATA", bound=DataConfig)
@@ -193,6 +196,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
 }
 
 
+NO_MEMORY = "can't allocate memory"
 TAKE_RECIPES = {
     name: {f.name for f in fields(COMMANDS[name][0])} | extra
     for name, extra in (("train", {"architecture"}), ("cache", set[str]()))
@@ -227,23 +231,48 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+class _PlainFormatter(logging.Formatter):
+    """Log lines may name what a file says."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     # Torch looks at it with its first large tensor. In small pages a step on a CPU takes a tenth longer, as each gradient
     # is as large as the dictionary, and new.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_PlainFormatter("%(message)s"))
     logging.getLogger("sae_lens_dfc").setLevel(logging.INFO)
     try:
         arguments = with_files(sys.argv[1:] if args is None else args, TAKE_RECIPES)
         parsed = parsed_with_lists(arguments, lambda flags: _parser().parse_args(flags))
-        return COMMANDS[parsed.command][1](parsed.options) or 0
+        with signals_to(stop_now):
+            return COMMANDS[parsed.command][1](parsed.options) or 0
+    except KeyboardInterrupt as asked:
+        number = asked.number if isinstance(asked, Stopped) else signal.SIGINT
+        sys.stderr.write(f"sae-lens-dfc: {str(asked) or 'stopped'}\n")
+        return 128 + number
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"sae-lens-dfc: error: {' '.join(str(error).split())}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("sae-lens-dfc: stopped\n")
-        return 130
+        return _failed(str(error))
+    except (MemoryError, RuntimeError) as error:
+        # Torch has an error of its own for a GPU's memory, and none for the machine's.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_MEMORY not in str(
+            error
+        ):
+            raise
+        return _failed(
+            f"Out of memory: {first_line(error)} Take smaller batches, fewer latents or pairs, or a machine with more."
+        )
+
+
+def _failed(message: str) -> int:
+    sys.stderr.write(f"sae-lens-dfc: error: {printable(' '.join(message.split()))}\n")
+    return 1
 
 
 if __name__ == "__main__":

@@ -30,6 +30,19 @@ class Bookmark:
     """What JSON can hold."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
+    def number(self, name: str) -> int:
+        """A whole number of the values.
+
+        Raises:
+            ValueError: There is none of that name: the bookmark is of another stream, or was altered.
+        """
+        value = self.values.get(name)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(
+                f"The place to go on from has {value!r:.80} as {name!r}, not a number."
+            )
+        return value
+
 
 class Marked(NamedTuple):
     """A batch of rows of activations, and where the next one begins."""
@@ -78,9 +91,7 @@ def paired_activations(
     """
     medians = [RunningMedian(), RunningMedian()]
     if start is not None:
-        for name, n in start.values["rows"].items():
-            setattr(counts, name, n)
-        medians = [RunningMedian(start.tensors["norms_a"]), RunningMedian(start.tensors["norms_b"])]
+        medians = _resumed(start, counts)
     for batch in batches:
         yield _rows(pair, batch, counts, medians, outlier_factor)
     _check_finite(counts, at_least=0)
@@ -121,6 +132,21 @@ def _rows(
         {"norms_a": medians[0].values, "norms_b": medians[1].values},
     )
     return PairedRows(acts[ordinary], context[where], segment[where], batch.contexts, after)
+
+
+def _resumed(start: Bookmark, counts: PairCounts) -> list[RunningMedian]:
+    """The medians at a place, which may come from somebody else's file; `counts` takes what was counted before it."""
+    done = start.values.get("rows")
+    norms = [start.tensors.get(name) for name in ("norms_a", "norms_b")]
+    if not isinstance(done, dict) or not all(isinstance(done.get(n), int) for n in COUNTED_HERE):
+        raise ValueError(
+            f"The place to go on from does not say what was counted before it: {done!r:.80}."
+        )
+    if not all(x is not None and x.ndim == 1 and x.is_floating_point() for x in norms):
+        raise ValueError("The place to go on from has no norms of the activations before it.")
+    for name in COUNTED_HERE:
+        setattr(counts, name, done[name])
+    return [RunningMedian(x) for x in norms]
 
 
 def _check_finite(counts: PairCounts, at_least: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sae_lens_dfc.files import from_plain
 from sae_lens_dfc.segments import Segment, Segments
 from sae_lens_dfc.spans import LETTER_OF_BYTE_TOKEN
 from sae_lens_dfc.tokens import Tokens
@@ -79,19 +80,28 @@ class Coverage:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Coverage":
+    def from_dict(cls, values: Any) -> "Coverage":
         """The counts back from `to_dict`.
+
+        Raises:
+            ValueError: It is something else.
 
         >>> Coverage.from_dict(Coverage(10, 8, 8).to_dict()) == Coverage(10, 8, 8)
         True
         """
-        return cls(
-            values["tokens_a"],
-            values["tokens_b"],
-            values["pairs"],
-            Counter(values["dropped_a"]),
-            Counter(values["dropped_b"]),
-        )
+        if not isinstance(values, Mapping):
+            raise ValueError(f"A coverage must be a mapping of counts, got {values!r:.80}.")
+        dropped = {name: values.get(name) for name in ("dropped_a", "dropped_b")}
+        if not all(
+            isinstance(d, dict) and all(isinstance(n, int) for n in d.values())
+            for d in dropped.values()
+        ):
+            raise ValueError(
+                f"A coverage must count what was dropped by reason, got {dropped!r:.80}."
+            )
+        own = {name: values.get(name) for name in ("tokens_a", "tokens_b", "pairs")}
+        counters = {name: Counter(d) for name, d in dropped.items()}
+        return from_plain(cls, {**own, **counters}, "A coverage")
 
     def drop(self, reason: str) -> None:
         """Count a pair that could not be used after all."""

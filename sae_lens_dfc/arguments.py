@@ -1,13 +1,19 @@
 """The command line's arguments: a file or a recipe stands for flags, and for lists that flags cannot say."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from sae_lens_dfc.files import from_plain, read_yaml
 from sae_lens_dfc.recipes import flattened, merge, recipe_settings
 from sae_lens_dfc.sources import SourceConfig
+
+NOT_OF_A_FILE = {
+    "reference": "a folder whose code is run",
+    "judge_url": "an address that is sent your key and the texts",
+}
+"""Flags that a configuration cannot give, since it may be somebody else's, and what they name."""
 
 
 class Arguments(NamedTuple):
@@ -42,11 +48,15 @@ def with_files(args: Sequence[str], fields_of: Mapping[str, Collection[str]]) ->
     if command in fields_of:
         recipe = _value_of(args, "--recipe") or values.pop("recipe", None)
         values.pop("recipe", None)
+        if not isinstance(recipe, str | None):
+            raise ValueError(f"recipe must be the name of one, got {recipe!r:.80}.")
         if recipe is not None:
             values = _with_recipe(recipe, values, args)
         foreign = set().union(*fields_of.values()) - set(fields_of[command])
         values = {name: value for name, value in values.items() if name not in foreign}
     sources = values.pop("sources", None)
+    if not isinstance(sources, list | None):
+        raise ValueError(f"sources must be a list of data sets, got {sources!r:.80}.")
     if sources is not None and "dataset_path" in values:
         raise ValueError(
             "A configuration has both sources and dataset_path. Put the data set among the sources."
@@ -54,6 +64,8 @@ def with_files(args: Sequence[str], fields_of: Mapping[str, Collection[str]]) ->
     if any(arg.startswith("--dataset-path") for arg in args):
         sources = None
     saes = values.pop("sae") if isinstance(values.get("sae"), list) else []
+    if not all(isinstance(sae, Mapping) for sae in saes):
+        raise ValueError("Where sae is a list, each of its parts must be a mapping of settings.")
     given_sources = None if sources is None else [_source(source) for source in sources]
     sae_flags = [list(_sae_flags(sae)) for sae in saes]
     return Arguments(list(args[:1]), list(_flags(values)), list(args[1:]), given_sources, sae_flags)
@@ -86,10 +98,10 @@ def _with_recipe(recipe: str, values: Mapping[str, Any], args: Sequence[str]) ->
 
 def _source(values: Any) -> SourceConfig:
     try:
-        return SourceConfig(**values)
-    except TypeError as error:
+        return from_plain(SourceConfig, values, "A source")
+    except ValueError as error:
         raise ValueError(
-            f"A source is a mapping with dataset_path and, if need be, weight and text_column; got {values!r}: {error}"
+            f"A source is a mapping with dataset_path and, if need be, weight and text_column; got {values!r:.200}: {error}"
         ) from error
 
 
@@ -110,14 +122,42 @@ def _value_of(args: Sequence[str], flag: str) -> str | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"Could not read configuration {path}: {error}".replace("\n", " ")
-        ) from error
+        values = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Could not read configuration {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"Configuration {path} must be a mapping of flags to values.")
+    _check_settings(values, path)
     return values
+
+
+def _check_settings(values: Mapping[Any, Any], path: Path) -> None:
+    """Refuse what is not a flag with its value, or a flag that only a command line may give.
+
+    Raises:
+        ValueError: There is such a thing.
+    """
+    for name, value in values.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*([.-]\w+)*", name, re.ASCII):
+            raise ValueError(
+                f"Configuration {path} has {name!r:.80} where the name of a flag should be."
+            )
+        if name.replace("-", "_") in NOT_OF_A_FILE:
+            raise ValueError(
+                f"Configuration {path} sets {name}, {NOT_OF_A_FILE[name.replace('-', '_')]}. Give --{name.replace('_', '-')} on "
+                "the command line."
+            )
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Mapping):
+                _check_settings(one, path)
+            elif isinstance(one, str) and one.startswith("--") and isinstance(value, list):
+                raise ValueError(
+                    f"Configuration {path} has the flag {one!r:.80} among the values of {name}."
+                )
+            elif isinstance(one, list | bytes | set | tuple):
+                raise ValueError(
+                    f"Configuration {path} has {one!r:.80} where one value of {name} should be."
+                )
 
 
 def _flags(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -18,12 +18,16 @@ from sae_lens_dfc.metrics.directions import Directions
 from sae_lens_dfc.metrics.downstream import downstream
 from sae_lens_dfc.metrics.judged import JudgedOptions, judged_behaviour, n_judgements
 from sae_lens_dfc.metrics.scaling import directions
+from sae_lens_dfc.metrics.spread import SE
 from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.nulls import NULLS, Case, beyond_null, null_case
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
 logger = logging.getLogger(__name__)
+
+N_NAMED = 12
+"""Measures that are named when they could not be taken."""
 
 
 @dataclass
@@ -168,5 +172,13 @@ def _evidence(found: Evaluation) -> LatentEvidence:
 
 
 def known(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without NaN and infinity, which JSON has no word for: what could not be measured is left out."""
+    """Without NaN and infinity, which JSON has no word for: what could not be measured is left out, and named in the log."""
+    left_out = [name for name, value in metrics.items() if not math.isfinite(value)]
+    named = [name for name in left_out if not name.endswith(SE)]
+    if named:
+        logger.warning(
+            "Left out, since they are no finite numbers: %s%s",
+            ", ".join(named[:N_NAMED]),
+            f" and {len(named) - N_NAMED} more" if len(named) > N_NAMED else "",
+        )
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

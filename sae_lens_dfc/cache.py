@@ -1,8 +1,9 @@
 """Rows of paired activations from disk: shuffled, and checked byte by byte."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
+from sae_lens.util import str_to_dtype
 from safetensors.torch import load_file
 from torch import Tensor
 from xxhash import xxh3_128
 
 from sae_lens_dfc.activations import Bookmark, Marked
+from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.files import MAX_JSON, file_in, from_plain, read_object, tensors_in
 from sae_lens_dfc.manifest import ACTS, FORMAT, MANIFEST_FILENAME, Shard, progress_path
+from sae_lens_dfc.output import os_errors
 from sae_lens_dfc.state import checksum
 
 
@@ -38,7 +43,7 @@ class PairedActivationsCache:
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
         self._checked: set[int] = set()
         for shard in self.shards:
-            path = self.folder / shard.file
+            path = file_in(self.folder, shard.file)
             size = path.stat().st_size if path.is_file() else 0
             if size != shard.size:
                 raise ValueError(
@@ -57,6 +62,13 @@ class PairedActivationsCache:
     def d_b(self) -> int:
         return int(self.manifest["d_b"])
 
+    @cached_property
+    def counts(self) -> PairCounts:
+        """What became of the text that it was made of."""
+        counts = PairCounts()
+        counts.load(self.manifest["counts"])
+        return counts
+
     @property
     def models(self) -> dict[str, dict[str, Any]]:
         """What is known of the two models, as `ModelPair.describe()` says it."""
@@ -69,9 +81,12 @@ class PairedActivationsCache:
 
         Raises:
             ValueError: A byte of it is not what was written.
+        OSError: The file cannot be read, or is gone.
         """
         self._check([i])
-        return load_file(self.folder / self.shards[i].file)
+        path = self.folder / self.shards[i].file
+        with _readable(path):
+            return load_file(path)
 
     def _check(self, shards: Sequence[int]) -> None:
         """Compare the checksums of those that were not compared yet."""
@@ -80,10 +95,16 @@ class PairedActivationsCache:
                 continue
             shard, path = self.shards[i], self.folder / self.shards[i].file
             # It also brings the file into memory in order, before rows are taken from it out of order.
-            found = checksum(path)
+            with _readable(path):
+                found = checksum(path)
             if found != shard.xxh3:
                 raise ValueError(
                     f"{path} is damaged: its checksum is {found}, and {shard.xxh3} was written. {_REPAIR}"
+                )
+            claim = tensors_in(path).get(ACTS)
+            if claim is None or claim.shape != (shard.rows, self.d_a + self.d_b):
+                raise ValueError(
+                    f"{path} does not hold the {shard.rows} rows of {self.d_a} + {self.d_b} that the manifest says. {_REPAIR}"
                 )
             self._checked.add(i)
 
@@ -118,7 +139,7 @@ class PairedActivationsCache:
                 f"{self.folder} has {len(self.shards)} shards, too few for {world_size} processes. Cache with a smaller "
                 "shard_rows, or train with fewer."
             )
-        done = 0 if start is None else int(start.values["batches"])
+        done = 0 if start is None else start.number("batches")
         n_rows = sum(self.shards[i].rows for i in own)
         epoch, position = divmod(done * batch_size, n_rows)
         parts: list[Tensor] = []
@@ -169,6 +190,16 @@ class PairedActivationsCache:
 _REPAIR = "Restore it, or make the cache again with `sae-lens-dfc cache --overwrite`."
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file that was there when the cache was opened may be gone by now."""
+    try:
+        with os_errors():
+            yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error}. {_REPAIR}") from error
+
+
 def _mixed(seed: int, epoch: int) -> int:
     """A seed of its own for each epoch."""
     return int.from_bytes(xxh3_128(f"{seed} {epoch}".encode()).digest()[:7], "little")
@@ -197,8 +228,8 @@ def _empty_like(rows: Tensor, n: int) -> Tensor:
 def is_manifest(path: Path) -> bool:
     """Whether this file of that name is a cache's."""
     try:
-        return {"format", "shards", "rows"} <= set(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return {"format", "shards", "rows"} <= set(read_object(path, _room(path)))
+    except (OSError, ValueError):
         return False
 
 
@@ -216,15 +247,43 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             )
         raise ValueError(f"{folder} holds no cache. Make one with `sae-lens-dfc cache`.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT
-        _ = known and [
-            manifest[name] for name in ("rows", "d_a", "d_b", "models", "data", "shards")
-        ]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}. {_REPAIR}") from error
-    if not known:
-        raise ValueError(
-            f"{path} is of format {manifest['format']}, and this version reads {FORMAT}. {_REPAIR}"
-        )
-    return manifest
+        manifest = read_object(path, _room(path))
+        if (found := manifest.get("format")) == FORMAT:
+            _check_manifest(manifest)
+            return manifest
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error} {_REPAIR}") from error
+    raise ValueError(
+        f"{path} is of format {found!r:.80}, and this version reads {FORMAT}. {_REPAIR}"
+    )
+
+
+def _room(manifest: Path) -> int:
+    """Bytes that a manifest may have: it describes each of the files beside it."""
+    return MAX_JSON + 500 * sum(1 for _ in manifest.parent.iterdir())
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest of which one part contradicts another, or that claims more rows than its files have room for.
+
+    Raises:
+        ValueError: It does, or something is missing or of another type.
+    """
+    kinds: dict[str, type] = {"rows": int, "d_a": int, "d_b": int, "dtype": str, "shards": list}
+    kinds |= dict.fromkeys(("models", "configs", "data", "counts"), dict)
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name), kind):
+            raise ValueError(f"{name} is {manifest.get(name)!r:.80}.")
+    for name in ("model_a", "model_b"):
+        model, width = manifest["models"].get(name), manifest[f"d_{name[-1]}"]
+        if not isinstance(model, dict) or model.get("d_model") != width or width < 1:
+            raise ValueError(f"{name} is not {width} wide.")
+    PairCounts().load(manifest["counts"])
+    shards = [from_plain(Shard, shard, "A shard") for shard in manifest["shards"]]
+    of_row = str_to_dtype(manifest["dtype"]).itemsize * (manifest["d_a"] + manifest["d_b"])
+    if not shards or any(shard.rows < 1 or shard.rows * of_row > shard.size for shard in shards):
+        raise ValueError(f"a shard is too small for the rows of {of_row} bytes that it claims.")
+    if len({shard.file for shard in shards}) < len(shards):
+        raise ValueError("a shard is named twice.")
+    if sum(shard.rows for shard in shards) != manifest["rows"]:
+        raise ValueError(f"its shards do not add up to {manifest['rows']} rows.")

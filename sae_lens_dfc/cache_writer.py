@@ -20,6 +20,8 @@ from sae_lens_dfc.norms import NormStatistics
 from sae_lens_dfc.output import replaced
 
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_LOST = 0.01
+"""Share of the largest activation that rounding may cost: bfloat16 costs 0.2 %, float16 all of what is below 6e-8."""
 
 
 class CacheWriter:
@@ -141,11 +143,19 @@ def _shards(
 
 
 def _columns(batch: PairedRows, header: CacheHeader) -> dict[str, Tensor]:
-    acts = batch.acts.to(str_to_dtype(header.dtype)).cpu()
+    acts = batch.acts.to(str_to_dtype(header.dtype))
     if not acts.isfinite().all():
         raise ValueError(
             f"An activation is too large for a cache in {header.dtype}. Cache in bfloat16 or float32."
         )
+    for model, inputs in (("A", slice(0, header.d_a)), ("B", slice(header.d_a, None))):
+        exact, kept = batch.acts[:, inputs], acts[:, inputs]
+        if len(exact) > 0 and (kept - exact).abs().max() > MAX_LOST * exact.abs().max():
+            raise ValueError(
+                f"Model {model}'s activations, {exact.abs().max():.2g} at most, are too small for a cache in {header.dtype}: they lose "
+                f"more than {MAX_LOST:.0%}. Cache in {'float32' if header.dtype == 'bfloat16' else 'bfloat16 or float32'}."
+            )
+    acts = acts.cpu()
     return {ACTS: acts, **(origins(batch) if header.origins else {})}
 
 

@@ -1,13 +1,10 @@
 """What a screening looks out for: types of concern that a latent's text may be about."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sae_lens_dfc.texts import first_line
+from sae_lens_dfc.files import read_json, read_yaml
 
 CONCERNS: Mapping[str, str] = {
     "deception": "lying, misleading, hiding intentions, or acting otherwise when watched or tested",
@@ -43,13 +40,9 @@ def read_concerns(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        values: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"Could not read concerns {path}: {type(error).__name__}: {first_line(error)} "
-            "Give a YAML or JSON file."
-        ) from error
+        values: Any = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Could not read concerns: {error} Give a YAML or JSON file.") from error
     if not isinstance(values, dict) or not values:
         raise ValueError(
             f"Concerns {path} must map names to what they cover, such as 'deception: lying or misleading', "

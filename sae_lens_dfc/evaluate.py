@@ -60,7 +60,7 @@ def evaluate(
         deciles: For each batch, to measure rare and frequent tokens apart.
 
     Raises:
-        ValueError: There is no activation to evaluate on.
+        ValueError: There is no activation to evaluate on, or one of them or of its latents is NaN or infinite.
     """
     acts = acts if stitching is None else list(acts)
     partition = crosscoder.partition
@@ -77,13 +77,18 @@ def evaluate(
     pairs = ((a, None) for a in acts) if deciles is None else zip(acts, deciles, strict=True)
     for batch, own_deciles in tqdm(pairs, "Evaluating", leave=False):
         batch = batch.to(crosscoder.device)
+        if not batch.isfinite().all():
+            raise ValueError(
+                "Activations to evaluate on hold NaN or infinity. Leave such rows out, as paired_activations does."
+            )
         feature_acts = crosscoder.encode(batch)
         rebuilt = crosscoder.decode(feature_acts)
+        # Before anything is measured: it refuses activations of latents that are not finite.
+        firing.update(feature_acts)
         variance.update(batch, rebuilt)
         by_row.update(batch, rebuilt)
         if own_deciles is not None:
             by_frequency.update(batch, rebuilt, own_deciles)
-        firing.update(feature_acts)
         crossed.update(batch)
         if exclusivity is not None:
             exclusivity.update(batch, feature_acts, rebuilt)

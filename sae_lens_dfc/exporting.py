@@ -15,7 +15,7 @@ from sae_lens_dfc.measures import text_table
 from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.spread import SE
 from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
-from sae_lens_dfc.output import all_or_nothing, check_output, is_made, os_errors, say
+from sae_lens_dfc.output import all_or_nothing, claimed, is_made, say
 from sae_lens_dfc.pair_data import MAX_FIT_PAIRS, regrouped
 from sae_lens_dfc.training.data import PairedText
 
@@ -60,7 +60,11 @@ def export_run(options: ExportOptions) -> None:
         raise ValueError(
             f"--output {options.output} holds a run, which stays. Name another folder."
         )
-    check_output(options.output, options.overwrite, "SAE", (SAE_CFG_FILENAME,))
+    with claimed(options.output, options.overwrite, "SAE", (SAE_CFG_FILENAME,)):
+        _export(options)
+
+
+def _export(options: ExportOptions) -> None:
     crosscoder, _, pair = opened_run(options.run, options)
     stitching = None
     if options.fit_pairs > 0:
@@ -74,7 +78,7 @@ def export_run(options: ExportOptions) -> None:
         )
     rows = (r.acts for r in regrouped(held_out.rows))
     sae = crosscoder.export_sae(options.model, stitching, rows)
-    with all_or_nothing(options.output) as folder, os_errors():
+    with all_or_nothing(options.output) as folder:
         sae.save_model(folder)
     difference: dict[str, float] = sae.cfg.metadata.get("difference_to_crosscoder")
     if options.json:

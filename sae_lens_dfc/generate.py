@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_dfc.chat import render_chat
 from sae_lens_dfc.models import HookedModel, ModelConfig
-from sae_lens_dfc.output import replaced
+from sae_lens_dfc.output import replaced, sole_user
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.prompts import prompt_ids
 from sae_lens_dfc.steering import added, changed
@@ -99,9 +99,12 @@ def generate(options: GenerateOptions) -> int:
     # To generate takes all layers, whatever a configuration shared with `cache` says.
     whole = (replace(m, drop_unused_layers=False) for m in (options.model_a, options.model_b))
     pair = ModelPair.load(*whole)
-    path.parent.mkdir(parents=True, exist_ok=True)
     n_rows = 0
-    with replaced(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+    with (
+        sole_user(path),
+        replaced(path) as unfinished,
+        unfinished.open("w", encoding="utf-8") as file,
+    ):
         for row in contrastive_rows(pair, prompts, options):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             n_rows += 1

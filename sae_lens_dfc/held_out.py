@@ -14,6 +14,7 @@ from sae_lens_dfc.assess import Assessment, AssessOptions, assess, known
 from sae_lens_dfc.contexts import Part
 from sae_lens_dfc.crosscoders.inference import Crosscoder, load_crosscoder
 from sae_lens_dfc.evaluate import Evaluation, alignment_metrics, check_models, evaluate
+from sae_lens_dfc.files import read_object
 from sae_lens_dfc.judge import Judge, judge_of, similarity
 from sae_lens_dfc.measured_run import (
     LATENTS_FILENAME,
@@ -21,6 +22,7 @@ from sae_lens_dfc.measured_run import (
     REPORT_FILENAME,
     Measured,
     read_evidence,
+    read_metrics,
     report_data,
     settings,
     write_results,
@@ -29,7 +31,7 @@ from sae_lens_dfc.measures import measures_table, spread, text_table
 from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.nulls import Case, check_nulls
-from sae_lens_dfc.output import all_or_nothing, check_output, is_made, say
+from sae_lens_dfc.output import all_or_nothing, claimed, is_made, replaced, say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData, regrouped
 from sae_lens_dfc.report import render_report
@@ -119,7 +121,7 @@ def evaluate_run(options: EvaluateOptions) -> None:
         )
     check_same_models([load_crosscoder(run) for run in options.runs])
     measured = {run: _measure(run, options).measured for run in options.runs}
-    metrics = {run: m.evaluation.metrics for run, m in measured.items()}
+    metrics = {run: known(m.evaluation.metrics) for run, m in measured.items()}
     if len(measured) == 1:
         (only,) = metrics.values()
         logger.info(
@@ -154,13 +156,18 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
         raise ValueError(
             f"All measures are taken of one run, got {' '.join(options.runs)}. Evaluate them one by one."
         )
-    [run] = options.runs
     if options.output is not None:
         if is_made(options.output):
             raise ValueError(
                 f"--output {options.output} holds a run, which stays. Name another folder."
             )
-        check_output(options.output, options.overwrite, "set of measures", (METRICS_FILENAME,))
+        with claimed(options.output, options.overwrite, "set of measures", (METRICS_FILENAME,)):
+            return _evaluated(options)
+    return _evaluated(options)
+
+
+def _evaluated(options: EvaluateOptions) -> Assessment:
+    [run] = options.runs
     nulls = ["self", "shuffle"] if not options.null else [n for n in options.null if n != "none"]
     check_nulls(nulls, options.seed_model)
     judge = judge_for(options)
@@ -208,16 +215,21 @@ def data_of(
 
 def write_report(options: ReportOptions) -> None:
     """Write a trained crosscoder's page."""
-    (crosscoder, evaluation), data, pair, cfg = _measure(options.run, options)
+    # Before the work: what cannot be read should not show after it.
     stored = stored_metrics(options.run, options)
+    d_sae = load_crosscoder(options.run).cfg.d_sae
+    evidence = read_evidence(Path(options.run) / LATENTS_FILENAME, d_sae) if stored else None
+    (crosscoder, evaluation), data, pair, cfg = _measure(options.run, options)
     if stored:
-        evidence = read_evidence(Path(options.run) / LATENTS_FILENAME)
         metrics = {**stored, **evaluation.metrics}
         evaluation = evaluation._replace(metrics=metrics, evidence=evidence)
+    evaluation = evaluation._replace(metrics=known(evaluation.metrics))
     page = report_data(Measured(crosscoder, evaluation), data, pair, settings(cfg))
     target = Path(options.output or Path(options.run) / REPORT_FILENAME)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render_report(page), encoding="utf-8")
+    # In place of what has that name, be it a link to somewhere else.
+    with replaced(target) as temporary:
+        temporary.write_text(render_report(page), encoding="utf-8")
     say(json.dumps({"report": str(target)}) if options.json else f"Report: {target}")
 
 
@@ -225,7 +237,7 @@ def stored_metrics(folder: str, options: HeldOutOptions) -> dict[str, float]:
     """What a folder's metrics.json says, baselines and nulls among it, to stand beside fresh measures; nothing where these are of another text."""
     path = Path(folder) / METRICS_FILENAME
     same_text = options.dataset is None and options.eval_pairs is None
-    return json.loads(path.read_text()) if same_text and path.is_file() else {}
+    return read_metrics(path) if same_text and path.is_file() else {}
 
 
 class _OnHeldOutText(NamedTuple):
@@ -261,6 +273,11 @@ def opened_run(
     """
     crosscoder = load_crosscoder(run)
     cfg = run_config(run, options)
+    if cfg.sae.d_sae != crosscoder.cfg.d_sae:
+        raise ValueError(
+            f"{run} is of two trainings: its crosscoder has {crosscoder.cfg.d_sae} latents, its {RUNNER_CFG_FILENAME} says "
+            f"{cfg.sae.d_sae}. Give a folder that training wrote."
+        )
     cfg = replace(
         cfg, model_a=replace(cfg.model_a, **of_models), model_b=replace(cfg.model_b, **of_models)
     )
@@ -281,11 +298,12 @@ def run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
         raise ValueError(
             f"{run} has no {RUNNER_CFG_FILENAME}. Give the folder that training wrote."
         )
+    values = read_object(path)
     try:
-        cfg = CrosscoderRunnerConfig.from_dict(json.loads(path.read_text()))
-    except (KeyError, TypeError) as error:
+        cfg = CrosscoderRunnerConfig.from_dict(values)
+    except ValueError as error:
         raise ValueError(
-            f"{path} is not a configuration of this version's CrosscoderTrainingRunner: {error!r}. "
+            f"{path} is not a configuration of this version's CrosscoderTrainingRunner: {error} "
             "Train it with that runner, or use the version that did."
         ) from error
     if options.dataset is not None:

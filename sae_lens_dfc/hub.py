@@ -15,7 +15,7 @@ from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingf
 
 from sae_lens_dfc.card import CROSSCODER_ID, render_card
 from sae_lens_dfc.crosscoders.inference import Crosscoder, load_crosscoder
-from sae_lens_dfc.measured_run import LATENTS_FILENAME, METRICS_FILENAME
+from sae_lens_dfc.measured_run import LATENTS_FILENAME, METRICS_FILENAME, read_metrics
 
 CARD_FILENAME = "README.md"
 MEASURES = (METRICS_FILENAME, LATENTS_FILENAME)
@@ -131,11 +131,4 @@ def _metrics_of(folder: Path | None) -> dict[str, float]:
     """
     if folder is None or not (folder / METRICS_FILENAME).is_file():
         return {}
-    path = folder / METRICS_FILENAME
-    try:
-        metrics = json.loads(path.read_text())
-        return {str(name): float(value) for name, value in metrics.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a set of measures: {error}. Evaluate the run again, or give metrics."
-        ) from None
+    return read_metrics(folder / METRICS_FILENAME)

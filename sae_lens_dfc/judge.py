@@ -193,7 +193,9 @@ class LocalJudge:
     @cached_property
     def _model(self) -> Any:
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype="auto")
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                self.name, dtype="auto", trust_remote_code=False
+            )
         except Exception as error:
             raise ValueError(
                 f"Could not load judge {self.name!r}: {type(error).__name__}: {first_line(error)} "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_lens_dfc.activations import after_first_position
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.metrics.spread import variation
 from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.segments import Segments
@@ -86,7 +87,7 @@ def explained_by(
 ) -> Float[Tensor, " n_latents"]:
     """How well latents' activations are told from one model and what stands in for the other: `1 - sum (f - g)^2 / sum (f - mean)^2`.
 
-    `f` is computed with both models, `g` with one. 1 is as good as both; NaN for a latent that never fires.
+    `f` is computed with both models, `g` with one. 1 is as good as both; NaN for a latent that never fires, or always alike.
 
     Args:
         crosscoder: The saved crosscoder.
@@ -104,4 +105,5 @@ def explained_by(
         total += f.sum(dim=0)
         squares += f.pow(2).sum(dim=0)
         error += (f - g.cpu()).pow(2).sum(dim=0)
-    return (1 - error / (squares - total.pow(2) / n)).where(total > 0, torch.nan).float()
+    varies = variation(n, total, squares)
+    return (1 - error / varies).where(varies > 0, torch.nan).float()

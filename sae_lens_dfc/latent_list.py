@@ -1,6 +1,7 @@
 """A run's latents in an order of one's choice, each with its text: what `sae-lens-dfc latents` does."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.activations import Bookmark, PairedRows
-from sae_lens_dfc.assess import known
 from sae_lens_dfc.contexts import PairCounts, Part
 from sae_lens_dfc.crosscoders.inference import Crosscoder, load_crosscoder
 from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
@@ -165,7 +165,7 @@ def evidence_of(run: str, folder: str | None, crosscoder: Crosscoder) -> LatentE
         ValueError: The folder named has none, or it is of another crosscoder.
     """
     path = Path(folder or run) / LATENTS_FILENAME
-    evidence = read_evidence(path)
+    evidence = read_evidence(path, crosscoder.cfg.d_sae)
     if evidence is None:
         if folder is not None:
             raise ValueError(
@@ -233,4 +233,6 @@ def _as_json(listing: Listing) -> dict[str, Any]:
 def _contrast_of(listing: Listing, card: LatentCard) -> dict[str, dict[str, float]]:
     if listing.contrast is None:
         return {}
-    return {"contrast": known(contrast_of(listing.contrast, card.latent))}
+    values = contrast_of(listing.contrast, card.latent)
+    # Where nothing varies in either text d is infinite, and JSON has no word for it.
+    return {"contrast": {name: value for name, value in values.items() if math.isfinite(value)}}

@@ -1,5 +1,6 @@
 """Reading latents: which are strong, and a card of each with its text in both models' tokens."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -152,7 +153,7 @@ def latent_cards(
 
 def _evidence_of(evidence: LatentEvidence, latent: int) -> dict[str, float | bool]:
     values = {name: x[latent].item() for name, x in evidence._asdict().items()}
-    return {name: value for name, value in values.items() if value == value}  # NaN: not measured
+    return {n: value for n, value in values.items() if math.isfinite(value)}  # NaN: not measured
 
 
 def _logit_effects(

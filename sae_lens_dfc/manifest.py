@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_lens_dfc.activations import Bookmark
 from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.files import from_plain
 from sae_lens_dfc.norms import NormStatistics
 from sae_lens_dfc.output import replaced
 from sae_lens_dfc.state import State, load_state, save_state
@@ -111,20 +112,22 @@ class Progress:
         """
         try:
             values, tensors = load_state(path)
-            statistics = [NormStatistics.of(tensors.pop(f"statistics_{model}")) for model in "ab"]
-        except (ValueError, KeyError) as error:
+            a, b = (NormStatistics.of(tensors.pop(f"statistics_{model}")) for model in "ab")
+            counts, after = PairCounts(), values["after"]
+            counts.load(values["counts"])
+            if not isinstance(values["header"], dict) or not isinstance(after, dict | None):
+                raise ValueError("its header or its place is of another type.")
+            parts = {
+                "shards": [from_plain(Shard, shard, "A shard") for shard in values["shards"]],
+                "after": None if after is None else Bookmark(after, tensors),
+                "skip": values["skip"],
+                "counts": counts,
+                "statistics": (a, b),
+                "done": values["done"],
+            }
+            return from_plain(cls, parts, "The progress"), values["header"]
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error} Cache again with --overwrite.") from error
-        counts = PairCounts()
-        counts.load(values["counts"])
-        progress = cls(
-            [Shard(**shard) for shard in values["shards"]],
-            None if values["after"] is None else Bookmark(values["after"], tensors),
-            values["skip"],
-            counts,
-            (statistics[0], statistics[1]),
-            values["done"],
-        )
-        return progress, values["header"]
 
 
 def progress_path(folder: Path, rank: int) -> Path:

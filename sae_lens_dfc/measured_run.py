@@ -2,8 +2,9 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,14 @@ from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import Evaluation, evaluate_pca
+from sae_lens_dfc.files import read_object
 from sae_lens_dfc.gathering import gather
 from sae_lens_dfc.latents import LatentCard, latent_cards, strongest_latents
 from sae_lens_dfc.metrics.claims import LatentEvidence, ranking, verdict
 from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms, relative_norm_histogram
 from sae_lens_dfc.metrics.pca import JointPCA
 from sae_lens_dfc.nulls import Case, null_case
-from sae_lens_dfc.output import all_or_nothing, check_output
+from sae_lens_dfc.output import all_or_nothing, claimed
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.report import ReportData, render_report
@@ -58,8 +60,14 @@ def measured_run(
     Raises:
         ValueError: The folder holds a run, or the settings, models and text do not fit.
     """
-    check_output(output, overwrite)
-    cfg = with_models(replace(cfg, output_path=None), pair.describe())
+    with claimed(output, overwrite):
+        return _measured_run(replace(cfg, output_path=None), pair, output)
+
+
+def _measured_run(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, output: str | Path
+) -> dict[str, float]:
+    cfg = with_models(cfg, pair.describe())
     case = Case(cfg, pair, PairData.collect(PairedText(cfg, pair), "The two models"))
     run = train_and_measure(case)
     crosscoder, metrics = run.crosscoder, dict(run.evaluation.metrics)
@@ -84,12 +92,13 @@ def measured_run(
     null = null_case("self", case)
     data.training.clear()  # half a gigabyte in the demo, and the null has its own
     metrics |= prefixed("null/self/", train_and_measure(null).evaluation.metrics)
-    page = replace(page, metrics=known(metrics))
+    metrics = known(metrics)
+    page = replace(page, metrics=metrics)
     with all_or_nothing(output) as folder:
         crosscoder.save_model(folder)
         (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict(), indent=2) + "\n")
         write_results(folder, page, run)
-    return known(metrics)
+    return metrics
 
 
 def write_results(folder: Path, page: ReportData, run: "Measured") -> None:
@@ -117,23 +126,78 @@ def write_latents(path: Path, run: "Measured") -> None:
         writer.writerows(zip(*columns.values(), strict=True))
 
 
-def read_evidence(path: Path) -> LatentEvidence | None:
-    """The latents' evidence as `write_latents` wrote it; none where it was not measured."""
+def read_latents(path: Path, d_sae: int) -> list[dict[str, str]]:
+    """The lines of a file that `write_latents` wrote, each by column.
+
+    Raises:
+        ValueError: It is no such file, or not of so many latents.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = list(islice(csv.DictReader(file), d_sae + 1))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a table of latents: {error}.") from None
+    # DictReader has None as the name, or as the value, of a cell too many or too few.
+    if len(lines) != d_sae or any(None in line or None in line.values() for line in lines):
+        raise ValueError(
+            f"{path} is not of this crosscoder: it does not have one whole line for each of {d_sae} latents. Name the "
+            "folder that `evaluate RUN --output` wrote for this run."
+        )
+    return lines
+
+
+def latents_column(
+    path: Path, lines: Sequence[Mapping[str, str]], name: str, kind: Callable[[str], float] = float
+) -> Tensor:
+    """A column of `read_latents` as a tensor.
+
+    Raises:
+        ValueError: There is no such column, or a cell of it is of another kind.
+    """
+    try:
+        return torch.tensor([kind(line[name]) for line in lines])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} has something else than it should as {name}: {error}.") from None
+
+
+def read_evidence(path: Path, d_sae: int) -> LatentEvidence | None:
+    """The latents' evidence as `write_latents` wrote it; none where it was not measured.
+
+    Raises:
+        ValueError: The file is not such a table of so many latents.
+    """
     if not path.is_file():
         return None
-    with path.open(encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    if not lines or not set(LatentEvidence._fields) <= set(lines[0]):
+    lines = read_latents(path, d_sae)
+    if not set(LatentEvidence._fields) <= set(lines[0]):
         return None
+    kinds: dict[str, Callable[[str], float]] = {
+        name: _flag if name.startswith("is_") else float for name in LatentEvidence._fields
+    }
+    kinds["firings"] = int
+    return LatentEvidence(*(latents_column(path, lines, n, kind) for n, kind in kinds.items()))
 
-    def column(name: str) -> Tensor:
-        cells = [line[name] for line in lines]
-        if set(cells) <= {"True", "False"}:
-            return torch.tensor([cell == "True" for cell in cells])
-        values = torch.tensor([float(cell) for cell in cells])
-        return values.long() if name == "firings" else values
 
-    return LatentEvidence(*(column(name) for name in LatentEvidence._fields))
+def _flag(cell: str) -> bool:
+    if cell not in ("True", "False"):
+        raise ValueError(f"{cell!r:.80} is neither True nor False")
+    return cell == "True"
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """The measures that a metrics.json holds.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    metrics = read_object(path)
+    wrong = [n for n, v in metrics.items() if isinstance(v, bool) or not isinstance(v, int | float)]
+    if wrong:
+        raise ValueError(
+            f"{path} is not a set of measures: {wrong[0]!r:.80} is {metrics[wrong[0]]!r:.80}. Evaluate the run again, or "
+            "give another."
+        )
+    return metrics
 
 
 def like(sae: CrosscoderTrainingConfig, config_class: type[T_CONFIG], **changes: Any) -> T_CONFIG:

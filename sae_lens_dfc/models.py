@@ -5,25 +5,39 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, str_to_dtype
-from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens import loading_from_pretrained as tl_loading
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from sae_lens_dfc.gguf_file import check_gguf
 from sae_lens_dfc.texts import first_line
 from sae_lens_dfc.tokens import load_tokenizer
 
-LanguageModel = HookedTransformer | TransformerBridge
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+    LanguageModel = HookedTransformer | TransformerBridge
+else:
+    # TransformerLens 4 has no HookedTransformer: it is imported where it is asked for.
+    LanguageModel = nn.Module
+
+WEIGHTS = ("*.safetensors", "*.bin")
+PARAMETERS_OF_A_BYTE = 8
+"""Of the tightest packing."""
+SMALL = 50_000_000
+"""Numbers that need not be in any file: of a test's model, or of masks and positions that are computed."""
+MAX_LAYERS = 2000
 
 
 @dataclass
@@ -235,7 +249,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def load_model(cfg: ModelConfig) -> HookedModel:
-    """Open a model by hub name, folder or GGUF file.
+    """Open a model by hub name, folder or GGUF file. Code that comes with a model is not run.
 
     Raises:
         ValueError: It cannot be opened, or does not fit; the message says what to give instead.
@@ -297,9 +311,35 @@ def _load_hf_model(cfg: ModelConfig) -> PreTrainedModel:
     path = Path(cfg.model_name)
     # eager: TransformerBridge runs attention this way, and another kernel differs by 1e-3.
     kwargs: dict[str, Any] = {"dtype": str_to_dtype(cfg.dtype), "attn_implementation": "eager"}
+    # Left out, transformers asks on the terminal: nobody may be there, or a program that says yes.
+    kwargs["trust_remote_code"] = False
     if path.suffix == ".gguf" and path.is_file():
+        check_gguf(path)
+        _check_room(path.parent, [path], gguf_file=path.name)
         return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **kwargs)
+    if path.is_dir():
+        _check_room(path, [file for end in WEIGHTS for file in path.glob(end)])
     return AutoModelForCausalLM.from_pretrained(cfg.model_name, revision=cfg.revision, **kwargs)
+
+
+def _check_room(folder: Path, weights: Sequence[Path], **of_config: Any) -> None:
+    """Refuse a model that claims many more parameters than its files have bytes for: transformers makes up the rest, in memory.
+
+    Raises:
+        ValueError: It does.
+    """
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, **of_config)
+    n_bytes = sum(path.stat().st_size for path in weights)
+    n_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(n_layers, int) or n_layers > MAX_LAYERS:
+        raise ValueError(f"it claims {n_layers!r:.80} layers.")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    n_numbers = sum(x.numel() for x in chain(model.parameters(), model.buffers()))
+    if n_numbers > PARAMETERS_OF_A_BYTE * n_bytes + SMALL:
+        raise ValueError(
+            f"it claims {n_numbers:,} parameters, and its files have {n_bytes:,} bytes. Is a file of weights missing?"
+        )
 
 
 def _to_bridge(
@@ -316,7 +356,15 @@ def _to_bridge(
 
 def _to_hooked_transformer(
     hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cfg: ModelConfig
-) -> HookedTransformer:
+) -> LanguageModel:
+    try:
+        from transformer_lens import HookedTransformer
+        from transformer_lens import loading_from_pretrained as tl_loading
+    except ImportError as error:
+        raise ValueError(
+            f"model_class_name='HookedTransformer' is asked for, and this TransformerLens has none ({error}). Use "
+            "model_class_name='TransformerBridge'."
+        ) from error
     if not Path(cfg.model_name).exists():
         with redirect_stdout(sys.stderr):  # it prints what it loaded, among what a command answers
             return HookedTransformer.from_pretrained_no_processing(

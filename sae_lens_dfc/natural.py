@@ -1,6 +1,5 @@
 """What natural text says of a run's latents: how strongly they fire, and how the two models map to each other."""
 
-import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.measured_run import LATENTS_FILENAME
+from sae_lens_dfc.measured_run import LATENTS_FILENAME, latents_column, read_latents
 from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.sparsity import Firing
 from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching, stitching_quality
@@ -33,15 +32,14 @@ def stored_maxima(folder: str | Path, crosscoder: Crosscoder) -> Float[Tensor, "
     path = Path(folder) / LATENTS_FILENAME
     if not path.is_file():
         return None
-    with path.open(encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_latents(path, crosscoder.cfg.d_sae)
     names = [crosscoder.partition.name_of(i) for i in range(crosscoder.cfg.d_sae)]
     if [line.get("partition") for line in lines] != names:
         raise ValueError(
             f"{path} is not of this crosscoder: it has {len(lines)} latents in other partitions than its "
             f"{len(names)}. Name the folder that `evaluate RUN --output` wrote for this run."
         )
-    return torch.tensor([float(line["max_activation"]) for line in lines])
+    return latents_column(path, lines, "max_activation")
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ def _no_bins() -> Tensor:
 class NormStatistics:
     """Mean, standard deviation and median of one model's norms, in one pass and constant memory.
 
+    The histogram is from 6e-8 to 1.1e12; what lies beyond counts as at its end, so that a median of 6e-8 may be less.
+
     Mean and deviation by the updates of Welford (1962) and Chan et al. (1983), the median off a histogram.
 
     >>> statistics = NormStatistics()
@@ -54,10 +56,18 @@ class NormStatistics:
     """Number of norms in each 256th of an octave."""
 
     def update(self, norms: Float[Tensor, " n"]) -> None:
-        """Count norms in."""
+        """Count norms in.
+
+        Raises:
+            ValueError: One is NaN or infinite.
+        """
         norms = norms.double().cpu()
         if len(norms) == 0:
             return
+        if not norms.isfinite().all():
+            raise ValueError(
+                "Activations are NaN, infinite, or so large (1e19 and above) that their norm is. Check the models' hooks and weights."
+            )
         mean = float(norms.mean())
         octaves = norms.clamp(min=2.0**LOWEST_OCTAVE).log2() - LOWEST_OCTAVE
         index = (octaves * BINS_PER_OCTAVE).long().clamp(max=len(self.bins) - 1)
@@ -94,7 +104,15 @@ class NormStatistics:
         return torch.cat([scalars, self.bins.double()])
 
     @classmethod
-    def of(cls, state: Float[Tensor, " values"]) -> "NormStatistics":
-        """The statistics back from `state`."""
+    def of(cls, state: Tensor) -> "NormStatistics":
+        """The statistics back from `state`.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        if state.shape != (3 + len(_no_bins()),) or not state.isfinite().all():
+            raise ValueError(
+                f"Statistics of norms cannot be of shape {tuple(state.shape)}, or not finite."
+            )
         n, mean, squares = state[:3].tolist()
         return cls(int(n), mean, squares, state[3:].long())

@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_lens_dfc.files import parse_json
+from sae_lens_dfc.output import replaced
+
 
 class Progress:
     """Results by name in a file of JSON lines, each written as soon as it is there; the first line says what they are of.
@@ -36,7 +39,9 @@ class Progress:
         whole = [line for line in lines[:-1] if line]
         try:
             first, *others = (
-                (json.loads(line) for line in whole) if whole else ({"settings": None},)
+                (parse_json(line, finite=False) for line in whole)
+                if whole
+                else ({"settings": None},)
             )
             self.results = {one["name"]: one["result"] for one in others}
             is_ours = not whole or first["settings"] == self._settings
@@ -49,7 +54,10 @@ class Progress:
                 f"{self.path} holds what was made so far with other settings. Give the same to go on, delete it to begin "
                 "anew, or name another --output."
             )
-        self.path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        if whole != lines[:-1] or lines[-1]:
+            # A line without its end would be joined to the next.
+            with replaced(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
 
     def done(self, name: str, make: Callable[[], Any]) -> Any:
         """The result of this name, made if it is not there; JSON can hold it."""

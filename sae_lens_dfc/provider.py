@@ -8,6 +8,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from sae_lens_dfc.activations import Bookmark, Marked, PairedRows
+from sae_lens_dfc.stopping import Stop
 
 StartRows = Callable[[Bookmark | None], Iterator[PairedRows]]
 """Starts a pass over the text, at a place or, with none, at the beginning."""
@@ -19,7 +20,7 @@ def epochs(start_rows: StartRows, start: Bookmark | None = None) -> Iterator[Mar
     Raises:
         ValueError: A pass gave no pair at all.
     """
-    first = 0 if start is None else int(start.values["epoch"])
+    first = 0 if start is None else start.number("epoch")
     for epoch in count(first):
         for row in _not_empty(start_rows(start), is_whole=start is None):
             after = Bookmark({**row.after.values, "epoch": epoch}, row.after.tensors)
@@ -33,7 +34,7 @@ def epochs_in_memory(start_rows: StartRows, start: Bookmark | None = None) -> It
     Raises:
         ValueError: The pass gave no pair at all.
     """
-    done = 0 if start is None else int(start.values["done"])
+    done = 0 if start is None else start.number("done")
     memory: list[Tensor] = []
     for i, rows in enumerate(_not_empty(start_rows(None)), start=1):
         memory.append(rows.acts.cpu())
@@ -91,10 +92,7 @@ def shuffled(
     upstream: Bookmark | None = None
     to_serve = 0
     if start is not None:
-        tensors = dict(start.tensors)
-        draws.set_state(tensors.pop("draws"))
-        buffer, to_serve = tensors.pop("buffer"), int(start.values["to_serve"])
-        upstream = Bookmark(start.values["rows"], tensors)
+        buffer, to_serve, upstream = _resumed(draws, start, batch_size)
     rows = start_rows(upstream)
     while True:
         while buffer is not None and upstream is not None and to_serve > 0:
@@ -109,6 +107,32 @@ def shuffled(
             order = torch.randperm(len(buffer), generator=draws)
             buffer = buffer.index_select(0, order)
         to_serve = max(1, (len(buffer) - int(buffer_size * mix_fraction)) // batch_size)
+
+
+def _resumed(
+    draws: torch.Generator, start: Bookmark, batch_size: int
+) -> tuple[Tensor, int, Bookmark]:
+    """Buffer, batches still to be served from it, and the place of its rows; `draws` goes on as it would have.
+
+    Raises:
+        ValueError: The place is of something else than a shuffle into such batches.
+    """
+    tensors, rows, to_serve = (
+        dict(start.tensors),
+        start.values.get("rows"),
+        start.number("to_serve"),
+    )
+    try:
+        draws.set_state(tensors.pop("draws"))
+        buffer = tensors.pop("buffer")
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"The place to go on from has no shuffle: {error!r}.") from error
+    if buffer.ndim != 2 or to_serve * batch_size > len(buffer) or not isinstance(rows, dict):
+        raise ValueError(
+            f"The place to go on from has {tuple(buffer.shape)} rows left, and says that they are {to_serve} batches of "
+            f"{batch_size}, and come from {rows!r:.80}."
+        )
+    return buffer, to_serve, Bookmark(rows, tensors)
 
 
 def _filled(
@@ -131,15 +155,29 @@ class Batches(Iterator[Tensor]):
         marked: The batches.
         prefetch: Batches made ahead in a thread; 0 makes them when they are asked for.
         start: Where they begin, when not at the beginning.
+        stop: What may end them before one is handed out.
+
+    Raises:
+        Stopped: `stop` was asked for it.
     """
 
-    def __init__(self, marked: Iterator[Marked], prefetch: int, start: Bookmark | None = None):
+    def __init__(
+        self,
+        marked: Iterator[Marked],
+        prefetch: int,
+        start: Bookmark | None = None,
+        stop: Stop | None = None,
+    ):
+        self._stop = stop or Stop()
         self._marked = PrefetchingIterator(marked, prefetch) if prefetch > 0 else marked
         self.after = start
         """Where the next batch begins; none before the first."""
 
     def __next__(self) -> Tensor:
-        batch, self.after = next(self._marked)
+        with self._stop.waiting():
+            marked = next(self._marked)
+        # Not in the block: what is interrupted in it must come again.
+        batch, self.after = marked
         return batch
 
     def close(self) -> None:

@@ -124,6 +124,18 @@ def largest(x: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
     return _reduced(x, dist.ReduceOp.MAX)
 
 
+def anyone(is_so: bool) -> bool:
+    """Whether it is so on any rank.
+
+    >>> anyone(False)
+    False
+    """
+    if world_size() == 1:
+        return is_so
+    device = "cuda" if dist.get_backend() == BACKENDS["cuda"] else "cpu"
+    return bool(largest(torch.tensor(int(is_so), device=device)))
+
+
 def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     # Shapes are the same everywhere, so all ranks leave out an empty one, which not every backend takes.
     if world_size() == 1 or x.numel() == 0:

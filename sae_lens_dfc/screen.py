@@ -48,7 +48,7 @@ from sae_lens_dfc.metrics.verification import (
     verify,
 )
 from sae_lens_dfc.nulls import Case
-from sae_lens_dfc.output import all_or_nothing, check_output, say
+from sae_lens_dfc.output import all_or_nothing, claimed, say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData
 from sae_lens_dfc.progress import Progress
@@ -157,13 +157,18 @@ def screen(options: ScreenOptions) -> Screening:
     Raises:
         ValueError: The run, the output or the judge cannot be had, or no latent could be a difference.
     """
-    check_output(options.output, options.overwrite, "screening", (SCREENING_FILENAME,))
+    with claimed(options.output, options.overwrite, "screening", (SCREENING_FILENAME,)):
+        return _screened(options)
+
+
+def _screened(options: ScreenOptions) -> Screening:
     concerns = CONCERNS if options.concerns is None else read_concerns(options.concerns)
     judge = judge_for(options)
     if judge is None and (options.concerns is not None or options.flagged_only):
         raise ValueError("--concerns, --flagged-only: for --judge. Give it too.")
     if judge is not None:
         logger.warning("%s", what_it_costs(options.keep, concerns))
+    stored = stored_metrics(options.evidence or options.run, options)
     on = _opened(options)
     output = Path(options.output)
     progress = Progress(output.with_name(f"{output.name}.progress.jsonl"), _settings(options))
@@ -184,7 +189,7 @@ def screen(options: ScreenOptions) -> Screening:
     results = _tested(on, first.latents, options, progress)
     found = findings(on.crosscoder, first.latents, results, said, evidence.is_exclusive)
     screening = Screening([*first.stages, verdict_stage(found)], found)
-    _write(on, screening, options)
+    _write(on, screening, stored, options)
     progress.forget()
     return screening
 
@@ -265,8 +270,9 @@ def _settings(options: ScreenOptions) -> dict[str, Any]:
     return {**given, "weights": digest}
 
 
-def _write(on: Screened, screening: Screening, options: ScreenOptions) -> None:
-    stored = stored_metrics(options.evidence or options.run, options)
+def _write(
+    on: Screened, screening: Screening, stored: Mapping[str, float], options: ScreenOptions
+) -> None:
     metrics = {**stored, **on.evaluation.metrics}
     measured = Measured(on.crosscoder, on.evaluation._replace(metrics=metrics))
     page = report_data(measured, on.data, on.pair, settings(on.cfg))

@@ -78,8 +78,8 @@ class Source:
         """The column that is read; none for contrastive rows, of which all three are."""
 
     @classmethod
-    def open(cls, cfg: SourceConfig, rank: int = 0, world_size: int = 1) -> "Source":
-        """The data set that `cfg` names, or one process's share of it.
+    def open(cls, cfg: SourceConfig) -> "Source":
+        """The data set that `cfg` names.
 
         Raises:
             ValueError: There is no such data set, or no column of it can be read.
@@ -91,7 +91,11 @@ class Source:
             cfg.streaming,
             cfg.dataset_name,
         )
-        return cls(cfg, rows.share(rank, world_size))
+        return cls(cfg, rows)
+
+    def share(self, rank: int, world_size: int) -> "Source":
+        """The part that one of several processes reads."""
+        return self if world_size == 1 else Source(self.cfg, self.rows.share(rank, world_size))
 
     @property
     def fingerprint(self) -> str:

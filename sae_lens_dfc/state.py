@@ -11,6 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from xxhash import xxh3_128
 
+from sae_lens_dfc.files import check_header, parse_json
+
+MAX_VALUES = 64_000_000
+"""Bytes of a file's values: a cache that is being made names each of its files there."""
+
 
 class State(NamedTuple):
     """What one file holds."""
@@ -34,10 +39,13 @@ def load_state(path: Path) -> State:
         ValueError: The file is missing or damaged; the message says how, the caller what to do.
     """
     try:
+        check_header(path, MAX_VALUES)
         with safe_open(path, framework="pt") as file:
-            values = json.loads(file.metadata()["values"])
+            values = parse_json(file.metadata()["values"], finite=False)
+            if not isinstance(values, dict):
+                raise ValueError(f"its values are of type {type(values).__name__}.")
             return State(values, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from error
 
 

@@ -77,13 +77,15 @@ def headlines(metrics: Mapping[str, float]) -> list[Headline]:
 
 def _calls(metrics: Mapping[str, float], prefix: str) -> tuple[int, int | None]:
     """How many are called and judged, of both models; None where it was not measured."""
-    called, judged = (
-        [metrics[f"{prefix}exclusive/{what}/{g}"] for g in (A_EXCLUSIVE, B_EXCLUSIVE)]
-        if f"{prefix}exclusive/{what}/{A_EXCLUSIVE}" in metrics
-        else None
+    keys = [
+        [f"{prefix}exclusive/{what}/{group}" for group in (A_EXCLUSIVE, B_EXCLUSIVE)]
         for what in ("called", "judged")
+    ]
+    called, judged = (
+        sum(metrics[key] for key in both) if all(key in metrics for key in both) else None
+        for both in keys
     )
-    return int(sum(called or [])), None if judged is None else int(sum(judged))
+    return int(called or 0), None if judged is None else int(judged)
 
 
 def _null_calls(metrics: Mapping[str, float]) -> str:
@@ -99,6 +101,10 @@ def warnings(metrics: Mapping[str, float]) -> list[str]:
     result: list[str] = []
     if not any(key.startswith("null/") for key in metrics):
         result.append("This page has no null: no pair with nothing to find was measured beside it.")
+    if metrics.get("l0") == 0:
+        result.append(
+            "No latent fires on the held-out text: the crosscoder rebuilds its bias and nothing else."
+        )
     called, judged = _calls(metrics, "")
     null_called, null_judged = _calls(metrics, "null/self/")
     if called and judged and null_judged and null_called / null_judged >= called / judged:

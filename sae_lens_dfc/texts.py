@@ -14,11 +14,17 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from datasets.utils.extract import Extractor
+from pyarrow import parquet
 from tqdm.auto import tqdm
 from xxhash import xxh3_64
 
+from sae_lens_dfc.files import file_in, read_object
+
 CPYTHON_DOCS = "cpython-docs"
 DOCUMENT_CHARS = 4_000
+MAX_ROWS_OF_A_BYTE = 10
 
 TABLE_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _NOT_LIBRARY = {
@@ -163,13 +169,19 @@ class Rows:
         return Rows(part, self.name)
 
     def read(self, place: Place | None = None) -> Iterator[tuple[dict[str, Any], Place]]:
-        """Each row with the place after it."""
+        """Each row with the place after it.
+
+        Raises:
+            ValueError: There is no such place, or a row is not UTF-8.
+        """
         with _utf8_only(self.name):
             yield from self._read(place)
 
     def _read(self, place: Place | None) -> Iterator[tuple[dict[str, Any], Place]]:
         if isinstance(self.dataset, Dataset):
-            start = 0 if place is None else int(place["row"])
+            start = 0 if place is None else place.get("row")
+            if not isinstance(start, int) or start < 0:
+                raise ValueError(f"{place!r:.80} is no place in data set {self.name!r}.")
             if start < len(self.dataset):
                 rest = self.dataset.select(range(start, len(self.dataset)))
                 for i, row in enumerate(rest, start=start + 1):
@@ -178,7 +190,12 @@ class Rows:
         # A streamed data set holds one place at a time; each reading has its own.
         dataset = deepcopy(self.dataset)
         if place is not None:
-            dataset.load_state_dict(place)
+            try:
+                dataset.load_state_dict(place)
+            except Exception as error:
+                raise ValueError(
+                    f"{place!r:.80} is no place in data set {self.name!r}: {first_line(error)}"
+                ) from error
         for row in dataset:
             yield row, dataset.state_dict()
 
@@ -197,9 +214,15 @@ def _open_dataset(
 ) -> Dataset | IterableDataset:
     try:
         if path.suffix in TABLE_LOADERS and path.is_file():
+            _check_table(path)
             return load_dataset(TABLE_LOADERS[path.suffix], data_files=str(path), split=split)
         if (path / "dataset_info.json").is_file():
+            _check_saved(path)
             return load_from_disk(str(path))  # type: ignore[return-value]
+        if name in _PACKAGED_DATASETS_MODULES:
+            raise ValueError(
+                "it is the name of a format, which would read whatever lies in the current folder."
+            )
         return load_dataset(name, config, split=split, streaming=streaming)  # type: ignore[return-value]
     except Exception as error:
         # Errors of datasets say that there was one, and have the one that there was as their cause.
@@ -208,6 +231,36 @@ def _open_dataset(
             f"Could not read data set {name!r}: {type(cause).__name__}: {first_line(cause)} "
             "Give a hub name, a file (.txt, .jsonl, .csv, .parquet) or a folder written by save_to_disk."
         ) from error
+
+
+def _check_table(path: Path) -> None:
+    """Refuse a file that is small and stands for a very large one.
+
+    Raises:
+        ValueError: It is compressed, which datasets would unpack without asking how large that makes it, or a Parquet file of far
+            more rows than bytes.
+    """
+    if path.suffix == ".parquet":
+        described = parquet.read_metadata(path)
+        if described.num_rows > MAX_ROWS_OF_A_BYTE * path.stat().st_size:
+            raise ValueError(
+                f"it claims {described.num_rows:,} rows in {path.stat().st_size:,} bytes."
+            )
+    elif kind := Extractor.infer_extractor_format(path):
+        raise ValueError(f"it is compressed ({kind}). Unpack it first.")
+
+
+def _check_saved(folder: Path) -> None:
+    """Refuse a data set whose description names files outside its folder.
+
+    Raises:
+        ValueError: It does, or is not a description.
+    """
+    files = read_object(folder / "state.json").get("_data_files")
+    if not isinstance(files, list):
+        raise ValueError(f"state.json has {files!r:.80} as its files.")
+    for file in files:
+        file_in(folder, str(file.get("filename")) if isinstance(file, dict) else "")
 
 
 class _Column:

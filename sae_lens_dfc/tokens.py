@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from sae_lens_dfc.gguf_file import check_gguf
 from sae_lens_dfc.spans import true_spans
 from sae_lens_dfc.texts import first_line
 
@@ -89,7 +90,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer from a hub name, a folder or a GGUF file.
+    """A tokenizer from a hub name, a folder or a GGUF file; code that comes with it is not run.
 
     Raises:
         ValueError: There is none at that place.
@@ -101,8 +102,14 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     path = Path(name_or_path)
     try:
         if path.suffix == ".gguf" and path.is_file():
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+            check_gguf(path)
+            # Of a tokenizer's own code transformers would ask on the terminal whether to run it: nobody may be there.
+            return AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, trust_remote_code=False
+            )
+        return AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=False
+        )
     except Exception as error:
         raise ValueError(
             f"Could not load a tokenizer from {name_or_path!r}: {type(error).__name__}: "

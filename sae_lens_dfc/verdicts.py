@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.files import from_plain
 from sae_lens_dfc.findings import EffectView, Finding, StageCount, SteeringSample
 from sae_lens_dfc.generate import Sampling, answer
 from sae_lens_dfc.metrics.effects import Effect, interval
@@ -53,13 +54,23 @@ class CausalTest:
     samples: list[SteeringSample]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CausalTest":
-        """From what `dataclasses.asdict` gave."""
+    def from_dict(cls, values: Any) -> "CausalTest":
+        """From what `dataclasses.asdict` gave.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        if not isinstance(values, Mapping) or not all(
+            isinstance(values.get(name), list) for name in ("effects", "samples")
+        ):
+            raise ValueError(
+                f"A causal test must have lists of effects and samples, got {values!r:.80}."
+            )
         parts: dict[str, Any] = {
-            "effects": [EffectView(**one) for one in values["effects"]],
-            "samples": [SteeringSample(**one) for one in values["samples"]],
+            "effects": [from_plain(EffectView, one, "An effect") for one in values["effects"]],
+            "samples": [from_plain(SteeringSample, one, "A sample") for one in values["samples"]],
         }
-        return cls(**{**values, **parts})
+        return from_plain(cls, {**values, **parts}, "A causal test")
 
 
 def tested(

@@ -41,6 +41,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=100_000,
         help="how many strings the fuzz of the alignment tries (tests/reliability), about 2 ms each",
     )
+    parser.addoption(
+        "--kills", type=int, default=4, help="kills of each job in tests/reliability/test_kills.py"
+    )
+    parser.addoption(
+        "--minutes",
+        type=float,
+        default=1,
+        help="length of each loop in tests/reliability/test_long_runs.py",
+    )
+    parser.addoption(
+        "--mutations",
+        type=int,
+        default=300,
+        help="damaged files of each kind in tests/reliability/test_hostile_mutations.py",
+    )
 
 
 def _save(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerBase:

@@ -29,7 +29,7 @@ def test_our_own_list_is_one_that_could_be_read_from_a_file(tmp_path: Path) -> N
         ("", "must map names to what they cover.*got nothing"),
         ("- deception\n- hate\n", "must map names to what they cover.*got list"),
         ("deception", "must map names to what they cover.*got str"),
-        ("a: b: c", "Could not read concerns .*Give a YAML or JSON file"),
+        ("a: b: c", "Could not read concerns: .*Give a YAML or JSON file"),
         ("deception:\n", "Concern 'deception' in .* must say in words what it covers, got None"),
         ("deception: ' '\n", "must say in words what it covers, got ' '"),
         ("deception: {lies: all}\n", "must say in words what it covers, got {'lies': 'all'}"),
@@ -51,13 +51,11 @@ def test_what_is_no_list_of_concerns_is_refused(text: str, message: str, tmp_pat
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Could not read concerns .*none.yaml: FileNotFoundError"):
+    with pytest.raises(ValueError, match="Could not read concerns: .*No such file.*none.yaml"):
         read_concerns(tmp_path / "none.yaml")
     (tmp_path / "cut.json").write_text('{"deception": "lies"')
-    with pytest.raises(ValueError, match="Could not read concerns .*cut.json: JSONDecodeError"):
+    with pytest.raises(ValueError, match="Could not read concerns: .*cut.json is not sound JSON"):
         read_concerns(tmp_path / "cut.json")
     (tmp_path / "latin.yaml").write_bytes("café: x".encode("latin-1"))
-    with pytest.raises(
-        ValueError, match="Could not read concerns .*latin.yaml: UnicodeDecodeError"
-    ):
+    with pytest.raises(ValueError, match="Could not read concerns: .*latin.yaml is not text"):
         read_concerns(tmp_path / "latin.yaml")

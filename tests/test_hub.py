@@ -185,7 +185,7 @@ def test_nothing_goes_up_when_something_is_wrong(hub: FolderHub, run: Path, tmp_
     with pytest.raises(ValueError, match="is not a crosscoder"):
         push_to_hub(tmp_path, "me/pair")
     (run / "metrics.json").write_text("[1]")
-    with pytest.raises(ValueError, match="metrics.json is not a set of measures"):
+    with pytest.raises(ValueError, match="metrics.json must hold a JSON object"):
         push_to_hub(run, "me/pair")
     assert hub.private == {} and not hub.root.exists()
 

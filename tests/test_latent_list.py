@@ -103,7 +103,7 @@ def test_by_evidence_they_stand_as_the_evaluation_ranks_them(
     small = ["--downstream-pairs", "0", "--behaviour-latents", "0", "--null", "none"]
     assert main(["evaluate", str(run), "--output", str(output), *small]) == 0
     result = listed("--sort", "evidence", "--evidence", str(output), "--top", "64")
-    evidence = read_evidence(output / "latents.csv")
+    evidence = read_evidence(output / "latents.csv", d_sae=64)
     assert evidence is not None and result["has_evidence"] is True
     latents = [card["latent"] for card in result["latents"]]
     assert latents == [i for i in ranking(evidence).tolist() if i in latents] and len(latents) > 20

@@ -10,7 +10,11 @@ PACKAGE = Path(sae_lens_dfc.__file__).parent
 # The data's way, from top to bottom.
 LAYERS = [
     "ranks",
+    "stopping",
+    "terminal",
     "output",
+    "files",
+    "gguf_file",
     "state",
     "texts",
     "spans",
@@ -85,6 +89,7 @@ LAYERS = [
     "recipes",
     "training.caching",
     "training.checkpoint",
+    "training.divergence",
     "training.checks",
     "training.trainer",
     "training.parallel",

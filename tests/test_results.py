@@ -95,7 +95,7 @@ def test_the_benchmarks_page_has_the_measured_steps() -> None:
         for figure in ("ratio_to_encoder_product", "peak_memory_ratio"):
             assert f"{step[figure]:.2f}" in page
     readme = (root / "README.md").read_text(encoding="utf-8")
-    for other in ("saelens", "reference"):
+    for other in ("saelens", "reference", "dictionary_learning"):
         assert f"| {STEPS['float32', 8192][f'speedup_over_{other}']:.1f}" in readme
 
 

@@ -9,8 +9,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.standard import StandardTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import evaluate
+from sae_lens_dfc.files import read_json
 from sae_lens_dfc.metrics.moments import PairMoments
 from sae_lens_dfc.metrics.recovery import OF_CALLS, Truth, recovery, recovery_of_calls
 from sae_lens_dfc.metrics.stitching import fit_stitching
@@ -331,7 +333,7 @@ def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str,
     if not path.exists():
         return
     try:
-        rows = json.loads(path.read_text())
+        rows = read_json(path, finite=False)
         if not isinstance(rows, list):
             raise TypeError("not a list of rows")
         known = {
@@ -370,7 +372,7 @@ def _results(todo: Mapping[int, Run], jobs: int) -> Iterator[tuple[int, dict[str
         return
     # Spawned, not forked: a forked child inherits torch's thread pool in whatever state it is.
     with (
-        ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+        ProcessPoolExecutor(jobs, get_context("spawn"), _be_a_worker) as pool,
         _no_bars_in_children(),
     ):
         pending = {pool.submit(row, run): i for i, run in todo.items()}
@@ -380,6 +382,19 @@ def _results(todo: Mapping[int, Run], jobs: int) -> Iterator[tuple[int, dict[str
         finally:
             # After one failure the others are not worth hours of waiting.
             pool.shutdown(cancel_futures=True)
+
+
+def _be_a_worker() -> None:
+    """One thread, and an end with the process that started this one, even if that was killed."""
+    torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

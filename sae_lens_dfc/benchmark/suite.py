@@ -42,8 +42,9 @@ from sae_lens_dfc.benchmark.tables import (
     tables,
 )
 from sae_lens_dfc.demo import DemoConfig, demo_models
+from sae_lens_dfc.files import read_json
 from sae_lens_dfc.measures import text_table
-from sae_lens_dfc.output import say
+from sae_lens_dfc.output import say, sole_user
 from sae_lens_dfc.pair import ModelPair
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,11 @@ def benchmark(options: BenchmarkOptions) -> int:
         return compare_results(*map(Path, options.paths), as_json=options.json)
     kind = "step" if options.name == "step" else options.preset
     folder = Path(options.output or f"runs/benchmark/{kind}")
+    with sole_user(folder):
+        return _benchmark(options, folder)
+
+
+def _benchmark(options: BenchmarkOptions, folder: Path) -> int:
     if options.name != "all":
         SUITE[options.name].run(options, folder)
         _say(present(folder, options.name), folder / options.name)
@@ -263,10 +269,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: It is not JSON.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a file of results: {error}.") from error
-    return content if isinstance(content, list) else [content]
+        content = read_json(path, finite=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of results: {error}") from error
+    rows = content if isinstance(content, list) else [content]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is not a file of results: it must hold rows, each a JSON object.")
+    return rows
 
 
 def compare_results(old: Path, new: Path, as_json: bool = False) -> int:
@@ -286,9 +295,22 @@ def compare_results(old: Path, new: Path, as_json: bool = False) -> int:
 
 
 def figures_of(path: Path) -> list[Figure]:
-    """The figures of all results of a folder or file, each under its benchmark's name."""
-    return [
-        replace(figure, name=f"{name}: {figure.name}")
-        for name, rows in results_in(path).items()
-        for figure in SUITE[name].figures(rows)
-    ]
+    """The figures of all results of a folder or file, each under its benchmark's name.
+
+    Raises:
+        ValueError: It has none, or rows that are not those of a benchmark.
+    """
+    try:
+        figures = [
+            replace(figure, name=f"{name}: {figure.name}")
+            for name, rows in results_in(path).items()
+            for figure in SUITE[name].figures(rows)
+        ]
+        numbers = [n for one in figures for n in (*one.values.values(), *(one.range or ()))]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError("a figure is no number")
+    except (KeyError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(
+            f"{path} has results that no benchmark wrote ({error!r:.200}). Give a folder that `benchmark` wrote."
+        ) from error
+    return figures

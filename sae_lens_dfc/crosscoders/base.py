@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -39,8 +39,18 @@ from sae_lens_dfc.crosscoders.sparse import firing_counts
 
 # A latent whose decoder vanished must not turn the scores into NaN.
 MIN_DECODER_NORM = 1e-8
+# Rows that differ by less than this share of their mean's norm differ by no more than float32's rounding.
+ROUNDING = 1e-6
 # Name of the dead latents' loss in SAELens.
 DEAD = "auxiliary_reconstruction_loss"
+
+
+def require_finite(cfg: object, names: Sequence[str]) -> None:
+    """Raise ValueError for the first of these settings that is not a finite number of at least 0."""
+    for name in names:
+        value = getattr(cfg, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
 
 
 @dataclass(kw_only=True)
@@ -104,6 +114,11 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
             )
         if self.k_aux is not None and self.k_aux < 1:
             raise ValueError(f"k_aux must be at least 1, got {self.k_aux}.")
+        if self.decoder_init_norm is not None and not 0 < self.decoder_init_norm < math.inf:
+            raise ValueError(
+                f"decoder_init_norm must be a finite number above 0, got {self.decoder_init_norm}."
+            )
+        require_finite(self, ("aux_loss_coefficient",))
         if self.d_sae < 1:
             raise ValueError(f"d_sae must be at least 1, got {self.d_sae}.")
         _ = self.partition  # raises when the sizes do not fit
@@ -135,6 +150,19 @@ def latents_together(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in 
     (1, 2)
     """
     return W_enc.T.clone(memory_format=torch.contiguous_format).T
+
+
+def _no_scale(model: str, power: float, n_rows: int) -> str:
+    start = f"Model {model.upper()}'s activations have no scale: over {n_rows} pairs their mean square is {power:g}"
+    if math.isfinite(power):
+        return (
+            f"{start}, no more than rounding. All are alike, or too small to be squared in float32 (1e-19 and below). Check the "
+            "hook and the text, or give more pairs (n_batches_for_norm_estimate)."
+        )
+    return (
+        f"{start}. Some are NaN or infinite, or too large to be squared in float32 (1e19 and above). Check the hook, leave "
+        "such pairs out, or load the model in bfloat16 or float32: float16 overflows in some."
+    )
 
 
 @dataclass
@@ -214,20 +242,27 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
 
         Each rank gives as many. It is no matter of one rank's first batch that the others take over: the first
         training step may fit them too, when `DistributedDataParallel` has long made the ranks alike.
+
+        Raises:
+            ValueError: A model's activations have no scale: they are not finite, all alike, or too large or small for float32.
         """
         target = self.cfg.d_in / 2
         acts = acts.float()
-        for i, inputs in enumerate(self.partition.models.values()):
+        for i, (model, inputs) in enumerate(self.partition.models.items()):
             x = acts[:, inputs]
+            mean = ranks.mean_of_rows(x)
+            least = mean.new_zeros(())
             if self.cfg.normalization == "variance":
-                mean = ranks.mean_of_rows(x)
                 self.input_mean[inputs] = mean
                 power = ranks.mean_of_rows((x - mean).pow(2).sum(dim=-1))
+                least = (ROUNDING * mean.norm()).pow(2)
             elif self.cfg.normalization == "median_norm":
                 power = ranks.gathered(x.norm(dim=-1)).median().pow(2)
             else:
                 power = x.new_tensor(target)
-            self.input_scale[i] = math.sqrt(target) / power.sqrt().clamp(min=1e-12)
+            if not (least < power < torch.inf and mean.isfinite().all()):
+                raise ValueError(_no_scale(model, power.item(), ranks.n_rows(x)))
+            self.input_scale[i] = math.sqrt(target) / power.sqrt()
         self._is_fitted = True
         self.b_dec.data = ranks.mean_of_rows(self._normalize(acts)).to(self.dtype)
 
@@ -300,6 +335,13 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         return self.run_time_activation_norm_fn_out(reconstruction)
 
     # --- training ---
+
+    def check_batch(self, n_rows: int) -> None:
+        """Refuse a size of batches, that of all ranks together, with which it could not train.
+
+        Raises:
+            ValueError: Some latents would never fire.
+        """
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -407,6 +449,9 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
 
         Decoder norms are folded first and the models' scales after, so that the scores, and with
         them the selection, do not change.
+
+        Raises:
+            ValueError: A weight is NaN or infinite.
         """
         norms, scales = self.competing_norms(), self._scales()
         W_enc = self.W_enc * norms * scales[:, None]
@@ -419,6 +464,13 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
         state_dict["b_dec"] = self._denormalize(self.b_dec).to(self.dtype)
         state_dict["threshold"] = self.latent_thresholds().contiguous()
         state_dict["input_scale"] = self._scale_of_each().to(self.dtype)
+        # A threshold that is infinite says that the latent never fires.
+        broken = [n for n, x in state_dict.items() if n != "threshold" and not x.isfinite().all()]
+        if broken or state_dict["threshold"].isnan().any():
+            raise ValueError(
+                f"This crosscoder has NaN or infinity in {', '.join(broken) or 'threshold'}, so it says nothing and is not "
+                "saved: its training diverged. Train again with a lower lr or a longer warm-up."
+            )
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_dfc.crosscoders.base import require_finite
 from sae_lens_dfc.crosscoders.losses import difference_loss
 from sae_lens_dfc.crosscoders.topk import (
     Part,
@@ -47,15 +48,17 @@ class DeltaTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
                 "A Delta-Crosscoder learns from the difference of the two models' activations, which needs one width "
                 f"and one basis; got d_a={self.d_a} and d_b={self.d_b}. Use dfc or batchtopk_crosscoder."
             )
+        if not 0 <= self.shared_fraction <= 1:
+            raise ValueError(f"shared_fraction must be from 0 to 1, got {self.shared_fraction}.")
         if not 0 < self.n_delta < self.d_sae:
             raise ValueError(
                 f"shared_fraction={self.shared_fraction} of d_sae={self.d_sae} leaves {self.n_delta} latents for the "
                 "difference; there must be some of both."
             )
-        if self.k_shared_ratio <= 0 or self.delta_loss_coefficient < 0:
+        require_finite(self, ("delta_loss_coefficient",))
+        if not 0 < self.k_shared_ratio < math.inf:
             raise ValueError(
-                "k_shared_ratio must be above 0 and delta_loss_coefficient at least 0, "
-                f"got {self.k_shared_ratio} and {self.delta_loss_coefficient}."
+                f"k_shared_ratio must be above 0 and finite, got {self.k_shared_ratio}."
             )
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_dfc import ranks
+from sae_lens_dfc.crosscoders.base import ROUNDING
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder, TopKTrainingCrosscoderConfig
 
 
@@ -41,6 +42,8 @@ class DSFTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.tied_fraction <= 1:
+            raise ValueError(f"tied_fraction must be from 0 to 1, got {self.tied_fraction}.")
         if not 0 < self.n_tied < self.d_sae:
             raise ValueError(
                 f"tied_fraction={self.tied_fraction} of d_sae={self.d_sae} ties {self.n_tied} latents; "
@@ -124,7 +127,7 @@ def linear_map(
     """The least-squares map from all ranks' `x` to `y`, both centred, with a ridge of a share of `x`'s mean variance.
 
     Raises:
-        ValueError: There are fewer than twice as many pairs as dimensions.
+        ValueError: There are fewer than twice as many pairs as dimensions, or `x` does not vary.
     """
     n, d_x, dtype = ranks.n_rows(x), x.shape[1], x.dtype
     if n < 2 * d_x:
@@ -132,7 +135,13 @@ def linear_map(
             f"A linear map from {d_x} dimensions needs at least {2 * d_x} pairs, got {n}. "
             "Raise n_batches_for_norm_estimate or the batch."
         )
-    x, y = (v.double() - ranks.mean_of_rows(v.double()) for v in (x, y))
+    mean = ranks.mean_of_rows(x.double())
+    x, y = x.double() - mean, y.double() - ranks.mean_of_rows(y.double())
     covariance, products = ranks.total(x.T @ x), ranks.total(x.T @ y)
+    if not covariance.diagonal().sum() > n * (ROUNDING * mean.norm()).pow(2):
+        raise ValueError(
+            f"A linear map from {d_x} dimensions in which nothing varies over {n} pairs says nothing. Check model A's hook "
+            "and the text, or give more pairs (n_batches_for_norm_estimate)."
+        )
     covariance += ridge * covariance.diagonal().mean() * torch.eye(d_x).to(covariance)
     return torch.linalg.solve(covariance, products).to(dtype)

@@ -15,6 +15,8 @@ OTHER_MODEL = {A_EXCLUSIVE: "b", B_EXCLUSIVE: "a"}
 MIN_FIRINGS = 10
 """Firings in each half of the data below which a latent is not judged: of pure noise of the latent's own size, 15 % would
 be taken for the latent at 2 firings in each half, 0.5 % at 5, none at 10."""
+ROUNDING = 1e-4
+"""Share of an activation's mean square below which its variance, a difference of sums in float32, may be rounding alone."""
 
 
 class Evidence(NamedTuple):
@@ -27,7 +29,7 @@ class Evidence(NamedTuple):
     """`own / (own + other)` of the norms of a latent's decoder and of its slope: 1 when the other model has nothing of
     it, 1/2 when it has all of it. It is the relative decoder norm that a shared latent in its place would have."""
     enough: Bool[Tensor, " latents"]
-    """Which latents fired often enough to be judged."""
+    """Which latents fired often enough, and vary enough, to be judged."""
 
 
 @dataclass
@@ -139,10 +141,24 @@ class _Sums:
         sums = self.firings, self.x, self.y, self.squares, self.products
         return _Sums(n, *(ranks.total(x) for x in sums))
 
+    @property
+    def varies(self) -> Bool[Tensor, " n_x"]:
+        """Which latents' activations vary by more than sums in float32 can be off."""
+        return self._variance > ROUNDING * self.squares
+
+    @property
+    def _variance(self) -> Float[Tensor, " n_x"]:
+        return self.squares - self.x.pow(2) / self.n
+
     def slopes(self) -> Float[Tensor, "n_x n_y"]:
+        """0 of a latent that does not vary, of which nothing is known."""
         covariance = self.products - torch.outer(self.x, self.y) / self.n
-        variance = self.squares - self.x.pow(2) / self.n
-        return covariance / variance.clamp(min=1e-12)[:, None]
+        slopes = covariance / self._variance[:, None]
+        return slopes.where(self.varies[:, None], 0.0)
+
+
+def _can_tell(half: _Sums) -> Bool[Tensor, " n_x"]:
+    return (half.firings >= MIN_FIRINGS) & half.varies
 
 
 def _evidence(one: _Sums, other: _Sums) -> Evidence:
@@ -152,5 +168,5 @@ def _evidence(one: _Sums, other: _Sums) -> Evidence:
         slopes=(slopes[0] + slopes[1]) / 2,
         # An activation is in units of the latent's own norm, which is therefore 1.
         own_share=1 / (1 + norms),
-        enough=(one.firings >= MIN_FIRINGS) & (other.firings >= MIN_FIRINGS),
+        enough=_can_tell(one) & _can_tell(other),
     )

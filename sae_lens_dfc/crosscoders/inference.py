@@ -1,7 +1,6 @@
 """The saved form of every crosscoder: raw activations in, a threshold on each latent, no training code."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from typing_extensions import override
 
 from sae_lens_dfc.crosscoders.export import exported
 from sae_lens_dfc.crosscoders.partition import Partition, decoder_norms, leak
+from sae_lens_dfc.files import check_types, read_object, tensors_in
 from sae_lens_dfc.metrics.stitching import Stitching
 from sae_lens_dfc.texts import first_line
 
@@ -166,21 +166,73 @@ def load_crosscoder(path: str | Path, device: str = "cpu") -> Crosscoder:
             f"{path} is not a crosscoder: it has no {' and no '.join(missing)}. "
             "Give the folder that training wrote."
         )
-    try:
-        architecture = json.loads((path / SAE_CFG_FILENAME).read_text()).get("architecture")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path / SAE_CFG_FILENAME} is not a JSON configuration: {error}"
-        ) from None
+    cfg = read_object(path / SAE_CFG_FILENAME)
+    architecture = cfg.get("architecture")
     if architecture != CrosscoderConfig.architecture():
         raise ValueError(
             f"{path} holds a SAELens {architecture!r}, not a crosscoder. "
             "Give the folder that training wrote."
         )
     try:
+        check_metadata(cfg.get("metadata"))
+        _check_sizes(cfg, path)
         return SAE.load_from_disk(path, device=device)  # type: ignore[return-value]
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
             f"The crosscoder in {path} cannot be read: {type(error).__name__}: {first_line(error)} "
             "The files are damaged or incomplete; train or download it again."
         ) from error
+
+
+FORMATS = ("F64", "F32", "BF16", "F16")
+
+
+def _check_sizes(cfg: Mapping[str, Any], path: Path) -> None:
+    """Refuse weights of other shapes than the configuration says, before memory is taken for either.
+
+    Raises:
+        ValueError: They do not fit each other, or a setting is of another type.
+    """
+    check_types(CrosscoderConfig, cfg, str(path / SAE_CFG_FILENAME))
+    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
+    wanted = {
+        "W_enc": (d_in, d_sae),
+        "W_dec": (d_sae, d_in),
+        "b_enc": (d_sae,),
+        "b_dec": (d_in,),
+        "threshold": (d_sae,),
+        "input_scale": (2,),
+    }
+    found = tensors_in(path / SAE_WEIGHTS_FILENAME)
+    for name in [*wanted, *found]:
+        shape = found[name].shape if name in found else "nothing"
+        if shape != wanted.get(name):
+            raise ValueError(
+                f"{path} holds {shape} as {name}, and its {SAE_CFG_FILENAME} says {wanted.get(name, 'nothing')}. "
+                "The files are damaged, or not of one crosscoder; train or download it again."
+            )
+        if found[name].dtype not in FORMATS:
+            raise ValueError(
+                f"{path} holds {name} as {found[name].dtype}; the weights of a crosscoder are {', '.join(FORMATS)}."
+            )
+
+
+def check_metadata(metadata: Any) -> None:
+    """Refuse a description of where a crosscoder comes from that would stand for more than that.
+
+    SAELens makes each of its names an attribute, and tells the user to open models with what `model_from_pretrained_kwargs` says.
+
+    Raises:
+        ValueError: It is no mapping, has a name that SAELens uses itself, or asks for a model's own code to be run.
+    """
+    if not isinstance(metadata, dict):
+        raise ValueError(f"A crosscoder's metadata must be a mapping, and is {metadata!r:.80}.")
+    taken = [name for name in metadata if name.startswith("_") or hasattr(SAEMetadata, name)]
+    if taken:
+        raise ValueError(f"A crosscoder's metadata cannot have the name {taken[0]!r:.80}.")
+    kwargs = metadata.get("model_from_pretrained_kwargs") or {}
+    if not isinstance(kwargs, dict) or kwargs.get("trust_remote_code"):
+        raise ValueError(
+            "The crosscoder asks for its models to be opened with trust_remote_code, which runs code that comes with them. "
+            "A file cannot ask for that: look at the code, open the models yourself, and take it out of the metadata."
+        )

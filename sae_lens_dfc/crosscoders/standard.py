@@ -7,7 +7,11 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
+from sae_lens_dfc.crosscoders.base import (
+    CrosscoderTrainingConfig,
+    TrainingCrosscoder,
+    require_finite,
+)
 
 
 @dataclass(kw_only=True)
@@ -32,9 +36,7 @@ class StandardTrainingCrosscoderConfig(CrosscoderTrainingConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("l1_coefficient", "l1_warm_up_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        require_finite(self, ("l1_coefficient", "l1_warm_up_steps"))
 
     @override
     @classmethod

@@ -79,6 +79,10 @@ class TopKTrainingCrosscoderConfig(CrosscoderTrainingConfig, ABC):
                 raise ValueError(
                     f"{name} must be above 0 and at most d_sae, got {name}={k:g} and d_sae={self.d_sae}."
                 )
+        if not 0 < self.topk_threshold_lr <= 1:
+            raise ValueError(
+                f"topk_threshold_lr must be above 0 and at most 1, got {self.topk_threshold_lr}."
+            )
         if self.k_anneal_steps < 0 or (self.k_initial is None) != (self.k_anneal_steps == 0):
             raise ValueError(
                 "Annealing needs both k_initial and k_anneal_steps (above 0), or neither; "
@@ -152,6 +156,16 @@ class TopKTrainingCrosscoder(TrainingCrosscoder[T_TOPK_CONFIG], Generic[T_TOPK_C
         output = super().training_forward_pass(step_input)
         self._update_thresholds(output.feature_acts)
         return output
+
+    @override
+    def check_batch(self, n_rows: int) -> None:
+        k = self.cfg.k
+        for latents, share in self.budgets():
+            if share * k * n_rows < 1:
+                raise ValueError(
+                    f"Of a batch of {n_rows} pairs and k={k:g}, latents {latents.start} to {latents.stop - 1} get {share * k:.3g} a "
+                    "pair: less than one in all, so they would never fire. Raise k or the batch (train_batch_size_tokens)."
+                )
 
     @override
     def _step(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -251,19 +251,24 @@ def _latent_behaviour(
     by_strength = {k: torch.stack([f[k] for f in found]).mean(dim=0) for k in found[0]}
     mean = {name: value.mean().item() for name, value in by_strength.items()}
     return LatentBehaviour(
-        score=mean["unshared"] / mean["moved"] if mean["moved"] > 0 else 0.0,
+        score=_share(mean["unshared"], mean["moved"]),
         moved=mean["moved"],
         divergence=mean["divergence"],
         effect_in_source=mean["effect_in_source"],
         effect_in_target=mean["effect_in_target"],
         other_mass=(mean["other_a"], mean["other_b"]),
         score_by_strength=[
-            unshared / moved if moved > 0 else 0.0
+            _share(unshared, moved)
             for unshared, moved in zip(
                 by_strength["unshared"].tolist(), by_strength["moved"].tolist(), strict=True
             )
         ],
     )
+
+
+def _share(unshared: float, moved: float) -> float:
+    """0 where nothing moves; NaN, of logits that overflowed, stays."""
+    return 0.0 if moved == 0 else unshared / moved
 
 
 def compare(source: Steered, target: Steered) -> dict[str, Float[Tensor, " strengths"]]:

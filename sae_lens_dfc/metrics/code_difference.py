@@ -52,7 +52,11 @@ class CodeDifference:
         rebuilt_two: Float[Tensor, "batch d_own"],
         rebuilt_one: Float[Tensor, "batch d_own"],
     ) -> None:
-        """Count a batch in: the model's raw activations, both codes, and what each rebuilds."""
+        """Count a batch in: the model's raw activations, both codes, and what each rebuilds.
+
+        Raises:
+            ValueError: Some of it is NaN or infinite, which would count as silence.
+        """
         if len(acts) == 0:
             return
         sums = {f"acts/{n}": x for n, x in moments((acts - self.centre).double()).items()}
@@ -63,6 +67,10 @@ class CodeDifference:
         sums["both"] = (fires_two & fires_one).sum(dim=0)
         sums["error_two"] = (acts - rebuilt_two).double().pow(2).sum()
         sums["error_one"] = (acts - rebuilt_one).double().pow(2).sum()
+        if not all(x.isfinite().all() for x in sums.values()):
+            raise ValueError(
+                "The rows to measure on, or their codes, hold NaN or infinity. Leave such rows out."
+            )
         self._sums.update(sums)
 
     def compute(self) -> dict[str, float]:

@@ -58,10 +58,17 @@ class ContextMaxima:
         Args:
             feature_acts: Activations of the latents.
             context: The number of each row's context.
+
+        Raises:
+            ValueError: The activations hold NaN or infinity, which would count as silence.
         """
         if len(feature_acts) == 0:
             return
         acts = feature_acts.to(self.device).float()
+        if not acts.isfinite().all():
+            raise ValueError(
+                "Activations of latents are NaN or infinite. Leave out rows that are not finite or huge."
+            )
         numbers, index = context.to(self.device).unique(return_inverse=True)
         maxima = acts.new_zeros(len(numbers), self.d_sae)
         maxima = maxima.scatter_reduce(0, index[:, None].expand_as(acts), acts, "amax")

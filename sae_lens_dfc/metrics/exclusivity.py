@@ -21,10 +21,12 @@ MIN_COSINE = 0.8
 def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " d_sae"]:
     """`norm_a / (norm_a + norm_b)` of each latent: 1 is A's alone, 0.5 is shared evenly, 0 is B's alone.
 
-    arXiv 2602.11729, section 2.1; on the scale that both models had in training.
+    arXiv 2602.11729, section 2.1; on the scale that both models had in training. A latent without a decoder in either is
+    nobody's alone: 0.5.
     """
     norms = crosscoder.decoder_norms()
-    return norms[0] / norms.sum(dim=0).clamp(min=1e-12)
+    total = norms.sum(dim=0)
+    return torch.where(total > 0, norms[0] / total, 0.5)
 
 
 def moved_decoders(
@@ -56,9 +58,8 @@ def moved_decoders(
     if stitching is not None:
         to_b, to_a = stitching.direction_to_b(to_b), stitching.direction_to_a(to_a)
     norms, scale = crosscoder.decoder_norms()[:, chosen, None], crosscoder.input_scale
-    return normalize(to_b) * (norms[0] / scale[1]).float(), normalize(to_a) * (
-        norms[1] / scale[0]
-    ).float()
+    unit_b, unit_a = (normalize(x, eps=torch.finfo(x.dtype).tiny) for x in (to_b, to_a))
+    return unit_b * (norms[0] / scale[1]).float(), unit_a * (norms[1] / scale[0]).float()
 
 
 def _check_widths(crosscoder: Crosscoder, stitching: Stitching | None) -> None:
@@ -142,7 +143,8 @@ def relative_difference(
     >>> relative_difference(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]]))
     tensor([0.7143, 1.0000])
     """
-    return (y - x).norm(dim=-1) / (x.norm(dim=-1) + y.norm(dim=-1)).clamp(min=1e-12)
+    total = x.norm(dim=-1) + y.norm(dim=-1)
+    return torch.where(total == 0, 0.0, (y - x).norm(dim=-1) / total)
 
 
 def decoder_metrics(crosscoder: Crosscoder) -> dict[str, float]:
@@ -182,8 +184,8 @@ def decoder_cosines(crosscoder: Crosscoder, stitching: Stitching) -> dict[str, f
         return {}
     in_a, in_b = (shared[:, m] for m in crosscoder.partition.models.values())
     cosines = {
-        "a_to_b": cosine_similarity(stitching.direction_to_b(in_a), in_b),
-        "b_to_a": cosine_similarity(stitching.direction_to_a(in_b), in_a),
+        "a_to_b": _cosines(stitching.direction_to_b(in_a), in_b),
+        "b_to_a": _cosines(stitching.direction_to_a(in_b), in_a),
     }
     return {
         key: value
@@ -203,12 +205,14 @@ def encoder_decoder_cosines(
     """
     rows = list(latents)
     return {
-        m: cosine_similarity(
-            crosscoder.W_enc[inputs, :][:, rows].T.float(),
-            crosscoder.W_dec[rows, inputs].float(),
-        )
+        m: _cosines(crosscoder.W_enc[inputs, :][:, rows].T, crosscoder.W_dec[rows, inputs])
         for m, inputs in crosscoder.partition.models.items()
     }
+
+
+def _cosines(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """Whatever the units, in which a decoder may be very short; 0 where one of them is."""
+    return cosine_similarity(x.double(), y.double(), eps=torch.finfo(torch.double).tiny).float()
 
 
 def quantiles(name: str, values: Float[Tensor, " n"]) -> dict[str, float]:

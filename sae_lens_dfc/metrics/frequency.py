@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lens_dfc.activations import after_first_position
 from sae_lens_dfc.crosscoders.partition import Partition
-from sae_lens_dfc.metrics.spread import Jackknife, Sums
+from sae_lens_dfc.metrics.spread import ROUNDING, Jackknife, Sums
 from sae_lens_dfc.segments import Segments
 
 N_DECILES = 10
@@ -107,7 +107,7 @@ class ExplainedVarianceByFrequency:
         self._sums.update(sums)
 
     def compute(self) -> dict[str, float]:
-        """`explained_variance/m/token_decile_0` (rarest) to `…_9`, with `/se`; a decile without rows has no key.
+        """`explained_variance/m/token_decile_0` (rarest) to `…_9`, with `/se`; a decile without rows, or whose rows do not vary, has no key.
 
         Nor has one an `/se` whose rows are all in one stretch of the text.
 
@@ -123,7 +123,8 @@ class ExplainedVarianceByFrequency:
             mean = x.sum(dim=0) / n.sum()
             around_mean = xx - 2 * x @ mean + n * mean.pow(2).sum()
             explained = 1 - sums[f"error/{model}"] / around_mean
-            for i, value in enumerate(torch.where(n > 0, explained, torch.nan).tolist()):
+            known = (n > 0) & (around_mean > ROUNDING * xx)
+            for i, value in enumerate(torch.where(known, explained, torch.nan).tolist()):
                 result[f"explained_variance/{model}/token_decile_{i}"] = value
         return result
 

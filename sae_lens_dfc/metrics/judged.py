@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, nan
+from math import inf, isnan, nan
 from statistics import fmean
 from typing import NamedTuple
 
@@ -116,7 +116,7 @@ def judged_behaviour(
     directions. Both models draw with the same random numbers.
 
     Keys of the metrics: `behaviour/judged/GROUP` for each group of latents and for `random`, with `/se` the standard
-    error over its latents.
+    error over its latents, as far as they have a score.
 
     Args:
         pair: The two models, with all their layers.
@@ -162,7 +162,9 @@ def judged_behaviour(
     scores = {latent: score(judged) for latent, judged in latents.items()}
     metrics: dict[str, float] = {}
     for group, values in by_group(scores, groups, [score(judged) for judged in random]).items():
-        metrics |= mean_and_error(f"behaviour/judged/{group}", values)
+        # A latent of which the judge gave no number at all has no score.
+        if with_number := [value for value in values if not isnan(value)]:
+            metrics |= mean_and_error(f"behaviour/judged/{group}", with_number)
     every = [one for judged in found for one in judged]
     without = sum(one.similarity is None for one in every)
     metrics["behaviour/judged/without_number"] = without / max(1, len(every))

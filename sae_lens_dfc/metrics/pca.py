@@ -1,5 +1,6 @@
 """Principal components of both models together: what a linear code of the same width would explain."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,13 +33,19 @@ class JointPCA:
             k: Number of components.
 
         Raises:
-            ValueError: There are no activations.
+            ValueError: There are no activations, or a model's do not vary or are not finite.
         """
         moments = PairMoments.of(tqdm(acts, "Principal components", leave=False))
         centre, covariance = moments.mean, moments.covariance
         scale = torch.ones_like(centre)
-        for inputs in partition.models.values():
-            scale[inputs] = covariance.diagonal()[inputs].sum().rsqrt()
+        for model, inputs in partition.models.items():
+            variance = covariance.diagonal()[inputs].sum()
+            if not 0 < variance < math.inf:
+                raise ValueError(
+                    f"No principal components: over {moments.n} pairs the variance of model {model.upper()}'s activations is "
+                    f"{variance:g}. Check its hook, and give more text."
+                )
+            scale[inputs] = variance.rsqrt()
         _, vectors = torch.linalg.eigh(covariance * scale[:, None] * scale)
         return cls(centre.float(), scale.float(), vectors[:, -k:].T.float())
 

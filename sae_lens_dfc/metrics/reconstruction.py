@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sae_lens_dfc.crosscoders.partition import Partition
-from sae_lens_dfc.metrics.spread import Jackknife, Sums
+from sae_lens_dfc.metrics.spread import Jackknife, Sums, variation
+
+TINY = torch.finfo(torch.double).tiny
 
 
 def moments(x: Float[Tensor, "n d"]) -> dict[str, Tensor]:
@@ -23,7 +25,7 @@ def squared_deviations(sums: Sums) -> Float[Tensor, " d"]:
     >>> squared_deviations(moments(torch.tensor([[1.0], [2.0], [3.0]])))
     tensor([2.])
     """
-    return sums["xx"] - sums["x"].pow(2) / sums["n"]
+    return variation(sums["n"], sums["x"], sums["xx"])
 
 
 @dataclass
@@ -55,8 +57,9 @@ class ExplainedVariance:
             return
         acts = acts.double()
         if self._origin is None:
-            # Sums of squares around a fixed first guess: around 0 they cancel where the mean is most of the norm.
-            self._origin = acts.mean(dim=0)
+            # Sums of squares around a fixed first guess: around 0 they cancel where the mean is most of the norm. One row, not
+            # their mean: what does not vary is then exactly 0.
+            self._origin = acts[0].clone()
         error = (acts - reconstruction).pow(2).sum(dim=0)
         self._sums.update({**moments(acts - self._origin), "error": error})
 
@@ -88,7 +91,7 @@ class ReconstructionByRow:
     - `mse/m`: squared L2 norm of the error, summed over the model's dimensions, in the normalised units of training
       (the raw error times the model's `input_scale`). There, by default, each model's total variance is
       `(d_a + d_b) / 2`, so both models' figures compare, and with the training loss.
-    - `cosine/m`: cosine of `reconstruction - centre` and `x - centre`.
+    - `cosine/m`: cosine of `reconstruction - centre` and `x - centre`, 0 where the centre itself is rebuilt.
     - `norm_ratio/m`: `|reconstruction - centre| / |x - centre|`; below 1 the reconstruction shrinks.
 
     Around 0 the last two would be near 1 for any reconstruction: the mean is 94 % of the squared norm in Gemma.
@@ -130,7 +133,7 @@ class ReconstructionByRow:
         ):
             x_m, y_m = x[:, where], y[:, where]
             sums[f"mse/{model}"] = (scale * (y_m - x_m)).pow(2).sum()
-            sums[f"cosine/{model}"] = cosine_similarity(x_m, y_m).sum()
+            sums[f"cosine/{model}"] = cosine_similarity(x_m, y_m, eps=TINY).sum()
             sums[f"norm_ratio/{model}"] = (y_m.norm(dim=-1) / x_m.norm(dim=-1)).sum()
         self._sums.update(sums)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.exclusivity import moved_decoders
-from sae_lens_dfc.metrics.spread import Estimate, Jackknife, Sums
+from sae_lens_dfc.metrics.spread import Estimate, Jackknife, Sums, variation
 from sae_lens_dfc.metrics.stitching import Stitching
 
 
@@ -81,10 +81,10 @@ class LatentScaling:
         is_a = owned_by_a(crosscoder)
 
         def nu(sums: Sums) -> dict[str, Tensor]:
-            variation = sums["squares"] - sums["f"].pow(2) / sums["n"]
+            varies = variation(sums["n"], sums["f"], sums["squares"])
             fit = {
                 name: (sums[name] - sums["f"] * sums[f"{name} sum"] / sums["n"])
-                / (squares * variation)
+                / (squares * varies.where(varies > 0, torch.nan))
                 for name in ("error", "reconstruction")
             }
             betas = {"error": fit["error"] + own, "reconstruction": fit["reconstruction"]}
@@ -123,7 +123,7 @@ class LatentScaling:
         self._nu.update(sums)
 
     def estimates(self) -> dict[str, Estimate]:
-        """`nu_error` and `nu_reconstruction` of each latent; NaN where it did not fire, or has no direction in the target.
+        """`nu_error` and `nu_reconstruction` of each latent; NaN where it did not fire, or always alike, or has no direction in the target.
 
         Raises:
             ValueError: No batch was counted.

@@ -50,7 +50,9 @@ def _chunk(
     for _ in range(min(n_parts, len(atoms))):
         fit = (residual @ atoms.T).abs()
         fit[has_own, own[has_own]] = -1
-        atom = atoms[fit.argmax(dim=1)]
+        best = fit.max(dim=1)
+        # Where itself is all there is, nothing is left to explain it with.
+        atom = atoms[best.indices] * (best.values >= 0)[:, None]
         # Gram-Schmidt; one chosen already leaves nothing, and adds nothing.
         rest = atom - torch.einsum("nk,nkd->nd", torch.einsum("nd,nkd->nk", atom, basis), basis)
         norm = rest.norm(dim=-1, keepdim=True)

@@ -35,12 +35,22 @@ class Firing:
         self.maxima = torch.zeros(self.partition.d_sae)
 
     def update(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
-        """Count a batch in."""
+        """Count a batch in.
+
+        Raises:
+            ValueError: It holds NaN or infinity, which would count as silence.
+        """
         if len(feature_acts) == 0:
             return
+        sums = feature_acts.double().sum(dim=0).cpu()
+        if not sums.isfinite().all():
+            raise ValueError(
+                f"{int((~sums.isfinite()).sum())} of {len(sums)} latents have activations that are NaN or infinite. Leave out "
+                "rows that are not finite or huge, and see that the crosscoder is of these models."
+            )
         self.n += len(feature_acts)
         self.counts += (feature_acts > 0).sum(dim=0).cpu()
-        self.sums += feature_acts.double().sum(dim=0).cpu()
+        self.sums += sums
         self.maxima = torch.maximum(self.maxima, feature_acts.float().max(dim=0).values.cpu())
 
     @property

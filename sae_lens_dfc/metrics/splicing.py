@@ -124,4 +124,6 @@ def loss_and_kl(
     if untouched is None:
         return loss, torch.zeros_like(loss)
     log_p = untouched.float().log_softmax(dim=-1)
-    return loss, (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    p = log_p.exp()
+    # What is impossible adds nothing, be it impossible in both: infinity less infinity is no number.
+    return loss, (p * (log_p - log_q)).where(p != 0, 0.0).sum(dim=-1)

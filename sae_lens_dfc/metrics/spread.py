@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,9 @@ Sums = Mapping[str, Tensor]
 N_BLOCKS = 10
 SE = "/se"
 """Ends the name under which a measure's standard error stands."""
+ROUNDING = 1e-13
+"""Share of a sum of squares below which its deviation from the mean may be rounding alone: values are of float32, whose own
+rounding is 4e-15 of their square."""
 
 
 class Estimate(NamedTuple):
@@ -25,6 +27,18 @@ class Estimate(NamedTuple):
     """Its standard error; NaN where nothing is known of it."""
     degrees: int
     """Degrees of freedom of the standard error."""
+
+
+def variation(
+    n: Float[Tensor, ""] | int, x: Float[Tensor, "*shape"], xx: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Sum of squared deviations from the mean, from sums in float64 of values and of their squares; 0 where it is rounding.
+
+    >>> variation(3, torch.tensor([6.0, 6.0]), torch.tensor([14.0, 12.0]))
+    tensor([2., 0.])
+    """
+    squares = xx - x.pow(2) / n
+    return squares.where(~(squares <= ROUNDING * xx), 0.0)
 
 
 @dataclass
@@ -108,7 +122,7 @@ def _tensor(x: float | Tensor) -> Tensor:
 def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
     """The mean of independent values, and under its name with `/se` its standard error where there are two or more.
 
-    `s / sqrt(n)`, with `s` the standard deviation of a sample (divided by n - 1).
+    `s / sqrt(n)`, with `s` the standard deviation of a sample (divided by n - 1). NaN where one of them is.
 
     Raises:
         ValueError: There is no value.
@@ -118,7 +132,8 @@ def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
     """
     if not values:
         raise ValueError(f"There is no value of {name}, so it has no mean.")
-    mean = fmean(values)
-    if len(values) < 2:
-        return {name: mean}
-    return {name: mean, name + SE: stdev(values) / math.sqrt(len(values))}
+    # Not those of `statistics`, which have no word for NaN.
+    x = torch.tensor(values, dtype=torch.double)
+    if len(x) < 2:
+        return {name: x.item()}
+    return {name: x.mean().item(), name + SE: x.std().item() / math.sqrt(len(x))}

@@ -1,5 +1,6 @@
 """Affine maps between two models' activations: how a direction of one is written in the other."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -72,14 +73,30 @@ def fit_stitching(
         method: See above.
         ridge: Share of the mean variance that is added to every dimension's.
         inversion_weight: `w`, the penalty on maps that are not each other's inverse; of `gradient` only.
+
+    Raises:
+        ValueError: A model's activations do not vary or are not finite, or the map is beyond float32.
     """
     a, b = slice(0, d_a), slice(d_a, None)
     covariance, mean = moments.covariance, moments.mean
+    for model, inputs in (("A", a), ("B", b)):
+        variance = covariance.diagonal()[inputs].sum().item()
+        if not 0 < variance < math.inf:
+            raise ValueError(
+                f"No map between the models: over {moments.n} pairs the variance of model {model}'s activations is {variance:g}. "
+                "Check its hook, and give more text."
+            )
     a_to_b = _ridge(covariance[a, a], covariance[a, b], ridge)
     b_to_a = _ridge(covariance[b, b], covariance[b, a], ridge)
     if method == "gradient":
         a_to_b, b_to_a = _descend(covariance, a_to_b, b_to_a, inversion_weight)
-    return Stitching(mean[a].float(), mean[b].float(), a_to_b.float(), b_to_a.float())
+    maps = a_to_b.float(), b_to_a.float()
+    if not all(x.isfinite().all() for x in maps):
+        raise ValueError(
+            "No map between the models: one's activations are so much larger than the other's that its numbers are beyond "
+            "float32. Check the hooks."
+        )
+    return Stitching(mean[a].float(), mean[b].float(), *maps)
 
 
 def _ridge(
@@ -177,7 +194,7 @@ def have_one_basis(moments: PairMoments, d_a: int) -> bool:
     (True, False)
     """
     variances = moments.covariance.diagonal()
-    if 2 * d_a != len(variances):
+    if 2 * d_a != len(variances) or not variances.sum() > 0:
         return False
     of_a, of_b = variances[:d_a].sum(), variances[d_a:].sum()
     both = moments.covariance.diagonal(offset=d_a).sum()

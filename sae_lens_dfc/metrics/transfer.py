@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.scaling import owned_by_a
+from sae_lens_dfc.metrics.spread import variation
 from sae_lens_dfc.metrics.stitching import Stitching
 
 BINS_PER_STD = 8
@@ -17,6 +18,7 @@ LOWEST, HIGHEST = -6, 14
 N_BINS = BINS_PER_STD * (HIGHEST - LOWEST)
 MIN_FOR_SCALE = 256
 """Pairs from which the bins' place is taken; values wait until there are so many."""
+TINY = torch.finfo(torch.float).tiny
 MAX_NUMBERS = 2**26
 """Of pairs times latents at a time."""
 
@@ -33,7 +35,7 @@ class Transfer:
 
     `auc` is the chance that a pair on which the latent fires has a higher prediction than one on which it does not
     (ROC-AUC; on a histogram of 1/8 standard deviation), 1/2 when the target knows nothing of it. `r2` is the
-    squared correlation of the score, where the latent fires, with the prediction's positive part.
+    squared correlation of the score, where the latent fires, with the prediction's positive part, 0 where that is always the same.
 
     Batches are gone over twice: first all with `calibrate`, then all with `update`.
 
@@ -120,7 +122,7 @@ class Transfer:
         silent, fires = self._guesses.counts
         s, n = self._sums, self._n
         covariance = s["xy"] - s["x"] * s["y"] / n
-        variances = (s["xx"] - s["x"].pow(2) / n) * (s["yy"] - s["y"].pow(2) / n)
+        variances = variation(n, s["x"], s["xx"]) * variation(n, s["y"], s["yy"])
         r2 = torch.where(variances > 0, covariance.pow(2) / variances, 0)
         known = (s["firings"] > 0) & (s["firings"] < n)
         return {
@@ -148,10 +150,16 @@ class _Histogram:
         values, fires = (torch.cat(part) for part in zip(*self._waiting, strict=True))
         self._waiting = []
         if self._scale is None:
-            std = values.std(dim=0, unbiased=False).clamp(min=1e-12)
+            # In float64: the squares of large values are beyond float32.
+            std = values.double().std(dim=0, unbiased=False).to(values).clamp(min=TINY)
             self._scale = values.mean(dim=0), std
         mean, std = self._scale
-        bins = (((values - mean) / std - LOWEST) * BINS_PER_STD).clamp(0, N_BINS - 1).long()
+        bins = ((values - mean) / std - LOWEST) * BINS_PER_STD
+        if bins.isnan().any():
+            raise ValueError(
+                "A latent's score is NaN or infinite. Leave out rows that are not finite or huge."
+            )
+        bins = bins.clamp(0, N_BINS - 1).long()
         bins += N_BINS * torch.arange(values.shape[1], device=values.device)
         size = N_BINS * values.shape[1]
         counted = [torch.bincount(bins[chosen], minlength=size) for chosen in (~fires, fires)]

@@ -1,6 +1,6 @@
 """The causal test of a difference: without what a latent writes in one model alone, are the two models more alike?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Literal, NamedTuple
 
 import torch
@@ -86,6 +86,8 @@ def texts_of(
 ) -> Texts:
     """Read the windows, and keep those at whose end the latent fires, or does not; there may be none.
 
+    Those in which a model has an activation that is NaN or infinite are left out: all that it says after is no number.
+
     Args:
         crosscoder: The saved crosscoder.
         pair: The two models, whole.
@@ -101,8 +103,19 @@ def texts_of(
     ends = torch.tensor([len(window) - 1 for window in windows])
     at_end = rows.segment == ends[rows.context]
     ended = set(rows.context[at_end & ((feature_acts > 0) == fires)].tolist())
-    here = torch.tensor([c in ended for c in rows.context.tolist()], dtype=torch.bool)
-    kept = tuple(c for c in contexts if c.number in ended)
+    texts = _texts(pair, rows._replace(contexts=contexts), feature_acts, ended)
+    broken = {
+        context.number
+        for i, context in enumerate(texts.rows.contexts)
+        if not all(acts[i].isfinite().all() for acts in texts.acts.values())
+    }
+    return _texts(pair, texts.rows, texts.feature_acts, ended - broken) if broken else texts
+
+
+def _texts(pair: ModelPair, rows: PairedRows, feature_acts: Tensor, numbers: Set[int]) -> Texts:
+    """The contexts of these numbers among the rows', as both models read them."""
+    here = torch.tensor([c in numbers for c in rows.context.tolist()], dtype=torch.bool)
+    kept = tuple(c for c in rows.contexts if c.number in numbers)
     on = here.to(rows.acts.device)
     rows = PairedRows(rows.acts[on], rows.context[here], rows.segment[here], kept)
     readings: dict[Source, Reading] = {}
@@ -148,7 +161,7 @@ def verify(
         outcomes: What both may say; none finds out.
 
     Raises:
-        ValueError: There are no texts.
+        ValueError: There are no texts, or a model's probabilities are NaN.
     """
     if not texts.rows.contexts:
         raise ValueError(f"Latent {own.latent} fires at the end of none of the texts. Give others.")
@@ -165,7 +178,13 @@ def verify(
             acts[where] += texts.feature_acts.to(acts)[:, None] * direction.to(acts)
         reading = texts.readings[m]
         found = logits_at_end(models[m], reading.ids, reading.mask, acts)
-        return outcome_probabilities(found, of_models[m]).cpu()
+        probabilities = outcome_probabilities(found, of_models[m]).cpu()
+        if probabilities.isnan().any():
+            raise ValueError(
+                f"Model {m.upper()}'s next-token probabilities are NaN{'' if direction is None else ' when it is changed'}: its "
+                "activations overflow. Load it in bfloat16 or float32."
+            )
+        return probabilities
 
     untouched = {m: told(m, None) for m in models}
     apart = jensen_shannon(untouched["a"], untouched["b"])

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.cache import PairedActivationsCache, is_manifest
 from sae_lens_dfc.cache_writer import CacheWriter
 from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.files import check_types, from_plain
 from sae_lens_dfc.manifest import (
     MANIFEST_FILENAME,
     CacheHeader,
@@ -23,7 +25,7 @@ from sae_lens_dfc.manifest import (
     write_manifest,
 )
 from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.output import check_output
+from sae_lens_dfc.output import check_output, sole_user
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -81,7 +83,13 @@ def cache_activations(cfg: CacheConfig, pair: ModelPair | None = None) -> Paired
     """
     folder = Path(cfg.cache_path)
     _check_folder(folder, cfg)
-    pair = pair or open_pair(cfg)
+    with sole_user(folder) if ranks.rank() == 0 else nullcontext():
+        return _cached(cfg, folder, pair or open_pair(cfg))
+
+
+def _cached(cfg: CacheConfig, folder: Path, pair: ModelPair) -> PairedActivationsCache:
+    # While this one came here, another process may have ended with it.
+    _check_folder(folder, cfg)
     text = PairedText(cfg, pair, ranks.rank())
     header = cache_header(cfg, pair, text)
     if cfg.overwrite:
@@ -144,10 +152,10 @@ def _check_space(folder: Path, header: CacheHeader, cfg: CacheConfig, n_done: in
     of_row = str_to_dtype(header.dtype).itemsize * (header.d_a + header.d_b) + 48 * header.origins
     needed = of_row * (cfg.training_pairs // cfg.n_ranks - n_done) * cfg.n_ranks
     here = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(here).free
+    free, format_sizeof = shutil.disk_usage(here).free, tqdm.format_sizeof
     if needed > free:
         raise ValueError(
-            f"{cfg.training_pairs:,} pairs take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Make "
+            f"{cfg.training_pairs:,} pairs take {format_sizeof(needed, 'B')}, and {folder} has {format_sizeof(free, 'B')} free. Make "
             "room, lower training_pairs, or name another cache_path."
         )
 
@@ -210,8 +218,8 @@ def _remove(folder: Path) -> None:
 
 
 def _check_length(cfg: CacheConfig, cache: PairedActivationsCache) -> None:
-    counts = cache.manifest["counts"]
-    n = sum(counts[name] for name in ("pairs", "first_position", "outlier", "not_finite"))
+    counts = cache.counts
+    n = counts.pairs + counts.first_position + counts.outlier + counts.not_finite
     if cfg.training_pairs is not None and n < cfg.training_pairs:
         raise ValueError(
             f"The text ended after {n} of the {cfg.training_pairs} pairs asked for (training_pairs). The cache in "
@@ -231,9 +239,18 @@ def with_cache(
         _check_model(which, getattr(cfg, which), cache)
     taken: dict[str, Any] = {}
     given, default = _data(cfg), _data(DataConfig())
-    for name, made in cache.manifest["data"].items():
+    made_of = cache.manifest["data"]
+    # Of the types that the settings have: a cache may be somebody else's.
+    check_types(DataConfig, {**made_of, "sources": []}, f"The cache in {cache.folder}")
+    if not isinstance(made_of.get("sources", []), list):
+        raise ValueError(f"The cache in {cache.folder} has no list as sources.")
+    for name, made in made_of.items():
         if name in OWN_IN_TRAINING:
             continue
+        if name not in given:
+            raise ValueError(
+                f"The cache in {cache.folder} was made with a setting that this version does not know: {name!r:.80}."
+            )
         if name != "n_ranks" and given[name] not in (default[name], made):
             raise ValueError(
                 f"{name}={given[name]!r} is asked for, and the cache in {cache.folder} was made with {made!r}. Leave "
@@ -242,13 +259,24 @@ def with_cache(
         if given[name] != made:
             logger.info("As the cache was made: %s=%r, not %r", name, made, given[name])
         taken[name] = made
-    taken["sources"] = [SourceConfig(**source) for source in taken["sources"]]
-    configs = {name: ModelConfig(**c) for name, c in cache.manifest["configs"].items()}
+    taken["sources"] = [
+        from_plain(SourceConfig, source, "A source of the cache")
+        for source in taken.get("sources", [])
+    ]
+    configs = {name: _config_of(cache, name) for name in ("model_a", "model_b")}
     return replace(cfg, **taken, **configs)
 
 
+def _config_of(cache: PairedActivationsCache, which: str) -> ModelConfig:
+    return from_plain(ModelConfig, cache.manifest["configs"].get(which), f"The cache's {which}")
+
+
 def _check_model(which: str, asked: ModelConfig, cache: PairedActivationsCache) -> None:
-    made, config = cache.models[which], ModelConfig(**cache.manifest["configs"][which])
+    made, config = cache.models[which], _config_of(cache, which)
+    if not all(isinstance(made.get(name), str) for name in ("model_name", "hook_name")):
+        raise ValueError(
+            f"The cache in {cache.folder} does not say what its {which} is called, or where it was read."
+        )
     path, was_at = Path(asked.model_name), Path(config.model_name)
     name = path.name if path.exists() else asked.model_name
     if asked.model_name and path.exists() and was_at.exists() and not path.samefile(was_at):

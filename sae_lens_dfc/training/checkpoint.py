@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_lens_dfc import ranks
 from sae_lens_dfc.activations import Bookmark
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.files import alike, read_object
 from sae_lens_dfc.output import os_errors
 from sae_lens_dfc.state import State, checksum, load_state, save_state
 
@@ -30,15 +32,17 @@ TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
 # --- SAELens' trainer ---
 
 
-def trainer_state(trainer: SAETrainer[Any, Any]) -> State:
+def trainer_state(trainer: SAETrainer[Any, Any], n_training_steps: int) -> State:
     """Optimizer, schedules and counters of SAELens' trainer, which itself pickles them.
 
-    SAELens checkpoints before it counts the step that it has just made; here the step is counted.
+    Args:
+        trainer: The trainer.
+        n_training_steps: Steps that it has made; it counts the last one after its own checkpoints.
     """
     optimizer = trainer.optimizer.state_dict()
     values = {
         **{name: getattr(trainer, name) for name in COUNTERS},
-        "n_training_steps": trainer.n_training_steps + 1,
+        "n_training_steps": n_training_steps,
         "param_groups": optimizer["param_groups"],
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
         "coefficients": {n: s.state_dict() for n, s in trainer.coefficient_schedulers.items()},
@@ -50,8 +54,13 @@ def trainer_state(trainer: SAETrainer[Any, Any]) -> State:
 
 
 def load_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
-    """Take over what `trainer_state` gave."""
+    """Take over what `trainer_state` gave.
+
+    Raises:
+        ValueError: It is of another trainer, or was altered.
+    """
     values, tensors = state
+    _check_trainer_state(trainer, state)
     for name in (*COUNTERS, "n_training_steps"):
         setattr(trainer, name, values[name])
     for name in TENSORS:
@@ -70,12 +79,32 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
         trainer.coefficient_schedulers[name].load_state_dict(scheduler)
 
 
+def _check_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
+    """Refuse a state that is not built like the trainer's own: torch's `load_state_dict` takes over what it is given."""
+    own, own_tensors = trainer_state(trainer, trainer.n_training_steps)
+    for group in (*own["param_groups"], *state.values["param_groups"]):
+        group["fused"] = None
+    if not alike(state.values, own):
+        raise ValueError("its counters, schedules or optimizer are not built like this training's.")
+    shapes = {name: x.shape for name, x in own_tensors.items() if name in TENSORS}
+    group = trainer.optimizer.param_groups[0]["params"]
+    for name in state.tensors.keys() - shapes.keys():
+        _, parameter, moment = name.split(".")
+        shapes[name] = torch.Size() if moment == "step" else group[int(parameter)].shape
+    for name, shape in shapes.items():
+        if state.tensors[name].shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state.tensors[name].shape)}, not {tuple(shape)}."
+            )
+
+
 # --- a whole checkpoint ---
 
 
 def save_checkpoint(
     folder: Path,
     trainers: Mapping[str, SAETrainer[Any, Any]],
+    n_training_steps: int,
     data: Bookmark | None,
     values: Mapping[str, Any],
 ) -> None:
@@ -86,7 +115,8 @@ def save_checkpoint(
 
     Args:
         folder: The checkpoint, a new folder named by the number of samples.
-        trainers: SAELens' trainers by name of crosscoder, at a step's end.
+        trainers: SAELens' trainers by name of crosscoder, between two steps.
+        n_training_steps: Steps that they have made.
         data: Where the batches stand.
         values: What else is to be had again.
     """
@@ -94,7 +124,9 @@ def save_checkpoint(
         if ranks.rank() == 0:
             for name, trainer in trainers.items():
                 trainer.sae.save_model(temporary / name)
-                save_state(temporary / name / TRAINER_FILENAME, trainer_state(trainer))
+                save_state(
+                    temporary / name / TRAINER_FILENAME, trainer_state(trainer, n_training_steps)
+                )
         own = _own_state(trainers, data)
         save_state(temporary / _own_filename(), State({**own.values, **values}, own.tensors))
     remove_checkpoints(checkpoints(folder.parent)[:-KEPT])
@@ -106,18 +138,19 @@ def load_checkpoint(folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]]) 
     Raises:
         ValueError: A file is missing or damaged.
     """
-    for name, trainer in trainers.items():
-        state = _load(folder / name / TRAINER_FILENAME)
-        trainer.sae.load_weights_from_checkpoint(folder / name)
-        load_trainer_state(trainer, state)
-    _, tensors = _load(folder / _own_filename())
-    for name, trainer in trainers.items():
-        crosscoder: TrainingCrosscoder[Any] = trainer.sae
-        crosscoder.load_training_state(_under(f"crosscoder.{name}.", tensors))
-    torch.set_rng_state(tensors["random.cpu"])
-    on_gpus = [*_under("random.cuda.", tensors).values()]
-    if len(on_gpus) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(on_gpus)
+    with _readable(folder):
+        for name, trainer in trainers.items():
+            state = _load(folder / name / TRAINER_FILENAME)
+            trainer.sae.load_weights_from_checkpoint(folder / name)
+            load_trainer_state(trainer, state)
+        _, tensors = _load(folder / _own_filename())
+        for name, trainer in trainers.items():
+            crosscoder: TrainingCrosscoder[Any] = trainer.sae
+            crosscoder.load_training_state(_under(f"crosscoder.{name}.", tensors))
+        torch.set_rng_state(tensors["random.cpu"])
+        on_gpus = [*_under("random.cuda.", tensors).values()]
+        if len(on_gpus) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(on_gpus)
 
 
 def load_place(folder: Path) -> tuple[Bookmark | None, dict[str, Any]]:
@@ -127,9 +160,12 @@ def load_place(folder: Path) -> tuple[Bookmark | None, dict[str, Any]]:
         ValueError: A file of the checkpoint is missing or damaged.
     """
     check_files(folder)
-    values, tensors = _load(folder / _own_filename())
-    data = values.pop("data")
-    return None if data is None else Bookmark(data, _under("data.", tensors)), values
+    with _readable(folder):
+        values, tensors = _load(folder / _own_filename())
+        data = values.pop("data")
+        if not isinstance(data, dict | None):
+            raise TypeError(f"its place is {data!r:.80}")
+        return None if data is None else Bookmark(data, _under("data.", tensors)), values
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -167,6 +203,25 @@ def _load(path: Path) -> State:
         raise ValueError(f"Checkpoint {path} cannot be read: {error} {_REMOVE}") from error
 
 
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What torch and SAELens raise for a state that is not theirs, as an error that says what to do."""
+    try:
+        yield
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        said = str(error) if isinstance(error, ValueError) else repr(error)
+        if said.endswith(_REMOVE):
+            raise
+        raise ValueError(f"Checkpoint {folder} cannot be read: {said} {_REMOVE}") from error
+
+
 def _own_filename() -> str:
     return f"rank-{ranks.rank():05d}.safetensors"
 
@@ -202,15 +257,22 @@ def _made_by_all(folder: Path) -> Iterator[Path]:
 
 
 def check_files(folder: Path) -> None:
-    """Compare all files of a checkpoint with the checksums it was written with.
+    """Compare all files of a checkpoint with the checksums it was written with; no file outside it is opened.
 
     Raises:
-        ValueError: One is damaged or missing.
+        ValueError: One is damaged, missing, or was not there when it was written.
     """
     try:
-        sums = json.loads((folder / SUMS_FILENAME).read_text())
-        damaged = [name for name, was in sums.items() if checksum(folder / name) != was]
-    except (OSError, ValueError, AttributeError) as error:
+        sums = read_object(folder / SUMS_FILENAME)
+        files = [path for path in folder.rglob("*") if not path.is_dir()]
+        there = {str(path.relative_to(folder)): path for path in files if path.name[0] != "."}
+        del there[SUMS_FILENAME]
+        links = [name for name, path in there.items() if path.is_symlink()]
+        if links or sums.keys() != there.keys():
+            odd = sorted(links or sums.keys() ^ there.keys())
+            raise ValueError(f"{odd[0]!r:.80} is a link, missing, or not of it.")
+        damaged = [name for name, path in there.items() if checksum(path) != sums[name]]
+    except (OSError, ValueError) as error:
         raise ValueError(f"Checkpoint {folder} cannot be read: {error} {_REMOVE}") from error
     if damaged:
         raise ValueError(f"Checkpoint {folder} is damaged: {', '.join(damaged)}. {_REMOVE}")

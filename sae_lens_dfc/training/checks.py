@@ -1,6 +1,7 @@
 """What must fit before a training starts: the models, the output folder, and the checkpoints there are."""
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
+from sae_lens_dfc.activations import PairedRows
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivity_tests
+from sae_lens_dfc.files import read_object
 from sae_lens_dfc.manifest import first_difference
 from sae_lens_dfc.training.checkpoint import checkpoints
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -23,8 +26,18 @@ MAY_CHANGE = (
 
 
 def deciding_settings(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is trained, as JSON gives them back."""
+    """The settings that decide what is trained, as JSON gives them back.
+
+    Raises:
+        ValueError: They are not those of a training.
+    """
     kept = {name: value for name, value in cfg.items() if name not in MAY_CHANGE}
+    parts = [kept.get("sae"), kept.get("model_a"), kept.get("model_b")]
+    others = kept.get("other_saes")
+    if not isinstance(others, list) or not all(isinstance(x, dict) for x in (*parts, *others)):
+        raise ValueError(
+            "These are not settings of a training: a crosscoder or a model is missing."
+        )
     for sae in (kept["sae"], *kept["other_saes"]):
         sae["metadata"] = None
     for model in ("model_a", "model_b"):
@@ -46,8 +59,11 @@ def is_run_of(cfg: CrosscoderRunnerConfig) -> bool:
     path = Path(cfg.output_path or "") / RUNNER_CFG_FILENAME
     difference: str | None = f"{RUNNER_CFG_FILENAME} is not there"
     if path.is_file():
-        was = json.loads(path.read_text())
-        difference = first_difference(deciding_settings(was), deciding_settings(cfg.to_dict()))
+        try:
+            was = CrosscoderRunnerConfig.from_dict(read_object(path)).to_dict()
+            difference = first_difference(deciding_settings(was), deciding_settings(cfg.to_dict()))
+        except ValueError as error:
+            difference = f"{RUNNER_CFG_FILENAME} is not this version's: {error}"
     if difference is not None and not cfg.overwrite:
         raise ValueError(
             f"Output folder {cfg.output_path} holds another run: {difference}. Name another, or pass --overwrite "
@@ -66,6 +82,20 @@ def check_tests(cfg: CrosscoderRunnerConfig) -> None:
         raise ValueError(
             f"test_at={cfg.test_at} is for a dfc, and this is a {cfg.sae.architecture()}: it has no exclusive "
             "latents to test."
+        )
+
+
+def check_rows(rows: Sequence[PairedRows]) -> None:
+    """Refuse activations that hold NaN or infinity; those that `paired_activations` gives hold none.
+
+    Raises:
+        ValueError: Some do.
+    """
+    broken = [i for i, of_batch in enumerate(rows) if not of_batch.acts.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of {len(rows)} batches of activations hold NaN or infinity, the first is number {broken[0]}. Leave "
+            "such rows out."
         )
 
 

@@ -6,14 +6,23 @@ from typing import Any
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.inference import check_metadata
+from sae_lens_dfc.files import check_types, from_plain
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.sources import SourceConfig
 from sae_lens_dfc.texts import first_line
 from sae_lens_dfc.training.data import DataConfig, require_positive
 
+SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+"""SAELens' schedules, in any case of letters."""
+NOT_NEGATIVE = (
+    *("lr_warm_up_steps", "lr_decay_steps", "dead_feature_window"),
+    *("prefetch_llm_batches", "n_checkpoints"),
+)
 POSITIVE = (
     "train_batch_size_tokens",
     "n_batches_in_buffer",
@@ -28,14 +37,25 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _sae_from_dict(values: dict[str, Any]) -> CrosscoderTrainingConfig:
-    name = values["architecture"]
+def _sae_from_dict(values: Any) -> CrosscoderTrainingConfig:
+    if not isinstance(values, dict) or not isinstance(name := values.get("architecture"), str):
+        raise ValueError(
+            f"The run's crosscoder must be a mapping with its architecture, got {values!r:.80}."
+        )
     if name not in SAE_TRAINING_CLASS_REGISTRY:
         raise ValueError(
             f"The run's architecture {name!r} is not registered with SAELens here. If it is your own, import the module that "
             "registers it first (tutorials/6_your_own_architecture.ipynb shows a command that does)."
         )
-    return SAE_TRAINING_CLASS_REGISTRY[name][1].from_dict(values)  # type: ignore[return-value]
+    config_class = SAE_TRAINING_CLASS_REGISTRY[name][1]
+    if not issubclass(config_class, CrosscoderTrainingConfig):
+        raise ValueError(
+            f"The run's architecture {name!r} is a SAELens SAE for one model, not a crosscoder."
+        )
+    metadata = values.get("metadata", {})
+    check_metadata(metadata)
+    check_types(config_class, {**values, "metadata": SAEMetadata()}, f"The run's {name}")
+    return config_class.from_dict(values)
 
 
 def _no_wandb() -> LoggingConfig:
@@ -131,6 +151,7 @@ class CrosscoderRunnerConfig(DataConfig):
                 f"training_tokens={self.training_tokens} is less than one batch "
                 f"(train_batch_size_tokens={self.train_batch_size_tokens})."
             )
+        self._check_schedule()
         late = [step for step in self.test_steps if step >= self.training_steps]
         if late:
             raise ValueError(
@@ -142,6 +163,31 @@ class CrosscoderRunnerConfig(DataConfig):
         if self.resume and self.checkpoint_path is None:
             raise ValueError(
                 "resume needs a checkpoint_path: the one of the training to go on with."
+            )
+
+    def _check_schedule(self) -> None:
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}.")
+        for name in ("adam_beta1", "adam_beta2", "activations_mixing_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}."
+                )
+        if self.lr_scheduler_name.lower() not in SCHEDULERS:
+            raise ValueError(
+                f"There is no lr_scheduler_name {self.lr_scheduler_name!r}. Choose from {', '.join(SCHEDULERS)}."
+            )
+        warm_up = _or(self.lr_warm_up_steps, self.a_tenth_of_the_steps)
+        between = self.training_steps - warm_up - self.lr_decay_steps
+        is_constant = self.lr_scheduler_name.lower() == "constant"
+        # A warm-up that is longer than a short training is no harm: it only is not over.
+        if (self.lr_decay_steps > 0 and between < 0) or (not is_constant and between < 1):
+            raise ValueError(
+                f"{warm_up} steps of warm-up (lr_warm_up_steps) and {self.lr_decay_steps} of decay (lr_decay_steps) leave "
+                f"{between} of {self.training_steps} steps to the schedule {self.lr_scheduler_name!r}. Shorten them, or train "
+                "longer."
             )
 
     @property
@@ -197,18 +243,22 @@ class CrosscoderRunnerConfig(DataConfig):
         """Settings back from `to_dict`.
 
         Raises:
-            TypeError: There is a setting that this version does not know.
+            ValueError: One is missing, of another type, or not known to this version.
         """
+        lists = {name: values.get(name) for name in ("other_saes", "sources")}
+        for name, value in lists.items():
+            if not isinstance(value, list):
+                raise ValueError(f"{name} must be a list, got {value!r:.80}.")
         parsed: dict[str, Any] = {
             **values,
-            "sae": _sae_from_dict(values["sae"]),
+            "sae": _sae_from_dict(values.get("sae")),
             "other_saes": [_sae_from_dict(sae) for sae in values["other_saes"]],
-            "model_a": ModelConfig(**values["model_a"]),
-            "model_b": ModelConfig(**values["model_b"]),
-            "logger": LoggingConfig(**values["logger"]),
-            "sources": [SourceConfig(**source) for source in values["sources"]],
+            "model_a": from_plain(ModelConfig, values.get("model_a"), "model_a"),
+            "model_b": from_plain(ModelConfig, values.get("model_b"), "model_b"),
+            "logger": from_plain(LoggingConfig, values.get("logger"), "logger"),
+            "sources": [from_plain(SourceConfig, one, "A source") for one in values["sources"]],
         }
-        return cls(**parsed)
+        return from_plain(cls, parsed, "The run")
 
     def to_sae_trainer_config(self) -> SAETrainerConfig:
         """The part that SAELens' trainer reads."""

@@ -1,5 +1,6 @@
 """A pair of models and its text, as a configuration says: what to train on and what to hold out."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import Source, SourceConfig
 
 BATCHES_AHEAD = 8
+# Each has a share of each data set open, when all shares are read one after the other.
+MAX_RANKS = 4096
 POSITIVE = ("training_pairs", "eval_pairs", "store_batch_size_prompts", "outlier_factor", "n_ranks")
 
 
@@ -81,6 +84,10 @@ class DataConfig:
             )
         if self.context_size < 2:
             raise ValueError(f"context_size must be at least 2, got {self.context_size}.")
+        if self.n_ranks > MAX_RANKS:
+            raise ValueError(f"n_ranks must be at most {MAX_RANKS}, got {self.n_ranks}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a number of 64 bits, got {self.seed}.")
 
     @property
     def all_sources(self) -> list[SourceConfig]:
@@ -96,11 +103,13 @@ class DataConfig:
 
 
 def require_positive(cfg: object, names: Sequence[str]) -> None:
-    """Raise ValueError for the first of these settings that is set and not above 0."""
+    """Raise ValueError for the first of these settings that is set and not a finite number above 0."""
     for name in names:
         value = getattr(cfg, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}.")
+        if value is not None and value == math.inf:
+            raise ValueError(f"{name} must be finite, got {value}. Give a large number.")
 
 
 def open_pair(cfg: DataConfig) -> ModelPair:
@@ -149,9 +158,8 @@ class PairedText:
                 )
         # Which documents are held out was decided within each process's share: all shares together are the text.
         self.ranks = range(cfg.n_ranks) if rank is None else [rank]
-        self.sources = [
-            Source.open(source, r, cfg.n_ranks) for source in cfg.all_sources for r in self.ranks
-        ]
+        opened = map(Source.open, cfg.all_sources)
+        self.sources = [source.share(r, cfg.n_ranks) for source in opened for r in self.ranks]
 
     def stream(self, part: Part) -> ContextStream:
         """The contexts of a part of the text, as many as `training_pairs` or `eval_pairs` need."""

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,13 +24,15 @@ from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
 from sae_lens_dfc.evaluate import HeldOutEvaluator
 from sae_lens_dfc.manifest import first_difference
-from sae_lens_dfc.output import all_or_nothing, check_output, is_made
+from sae_lens_dfc.output import all_or_nothing, check_output, is_made, sole_user
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.provider import Batches, epochs, epochs_in_memory, shuffled
+from sae_lens_dfc.stopping import Stop
 from sae_lens_dfc.training.caching import with_cache
 from sae_lens_dfc.training.checkpoint import checkpoints, load_place, remove_checkpoints
 from sae_lens_dfc.training.checks import (
     check_checkpoints,
+    check_rows,
     check_tests,
     deciding_settings,
     is_run_of,
@@ -89,6 +91,7 @@ class CrosscoderTrainingRunner:
             _ = self.data  # raises when the text does not fit
         self.counts = PairCounts()
         """What became of the training text, counted once however often it is repeated."""
+        check_rows(override_rows or ())
         self._rows = override_rows
         self._is_text_counted = False
 
@@ -114,7 +117,33 @@ class CrosscoderTrainingRunner:
         return only
 
     def run_all(self) -> Crosscoders:
-        """Train all crosscoders on the same batches, save each if `output_path` is set, and return them by name."""
+        """Train all crosscoders on the same batches, save each if `output_path` is set, and return them by name.
+
+        Ctrl-C (SIGINT), SIGTERM and SIGHUP end it after the step that it is at.
+
+        Raises:
+            ValueError: Another process is at work on the output folder or the checkpoints.
+            Stopped: It was asked to end. Its `KeyboardInterrupt` says where the checkpoint is.
+        """
+        stop = Stop()
+        with self._claims(), stop.on_signals():
+            return self._run_all(stop)
+
+    @contextmanager
+    def _claims(self) -> Iterator[None]:
+        """Output folder and checkpoints are this training's, on one rank for all."""
+        cfg = self.cfg
+        paths = [path for path in (cfg.output_path, cfg.checkpoint_path) if path is not None]
+        with ExitStack() as held:
+            for path in paths if ranks.rank() == 0 else []:
+                held.enter_context(sole_user(path))
+            if cfg.output_path is not None and not (cfg.resume and is_made(cfg.output_path)):
+                # While the models were opened, another process may have ended with it.
+                check_output(cfg.output_path, cfg.overwrite)
+                check_checkpoints(cfg)
+            yield
+
+    def _run_all(self, stop: Stop) -> Crosscoders:
         cfg = self.cfg
         self.counts, self._is_text_counted = PairCounts(), False
         crosscoders = {
@@ -124,7 +153,7 @@ class CrosscoderTrainingRunner:
         evaluator = self._evaluator()
         checkpoint = self._checkpoint()
         start = None if checkpoint is None else self._read_place(checkpoint)
-        batches = Batches(self._marked_batches(start), cfg.prefetch_llm_batches, start)
+        batches = Batches(self._marked_batches(start), cfg.prefetch_llm_batches, start, stop)
         try:
             if checkpoint is None:
                 self._fit_normalization(crosscoders, batches)
@@ -167,6 +196,7 @@ class CrosscoderTrainingRunner:
         torch.manual_seed(seed)
         crosscoder = get_sae_training_class(sae.architecture())[0](sae)
         assert isinstance(crosscoder, TrainingCrosscoder)
+        crosscoder.check_batch(self.cfg.train_batch_size_tokens)
         crosscoder.to(self.cfg.device)
         metadata = crosscoder.cfg.metadata
         a, b = self.models["model_a"], self.models["model_b"]
@@ -197,6 +227,8 @@ class CrosscoderTrainingRunner:
     def _read_place(self, checkpoint: Path) -> Bookmark | None:
         place, values = load_place(checkpoint)
         now = self._identity
+        if not values.keys() >= {*now, "counts"} or not isinstance(values["cfg"], dict):
+            raise ValueError(f"Checkpoint {checkpoint} does not say of which training it is.")
         difference = first_difference(
             {**{name: values[name] for name in now}, "cfg": deciding_settings(values["cfg"])},
             {**now, "cfg": deciding_settings(now["cfg"])},
@@ -207,9 +239,8 @@ class CrosscoderTrainingRunner:
                 "with, or name another checkpoint_path."
             )
         self.counts.load(values["counts"])
-        self._is_text_counted = (
-            place is not None and place.values.get("rows", {}).get("epoch", 0) > 0
-        )
+        rows = None if place is None else place.values.get("rows")
+        self._is_text_counted = isinstance(rows, dict) and rows.get("epoch", 0) != 0
         return place
 
     def _fit_normalization(self, crosscoders: Crosscoders, batches: Batches) -> None:

@@ -23,7 +23,9 @@ from sae_lens_dfc.crosscoders.base import CountedStepInput, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.sparse import firing_counts
 from sae_lens_dfc.evaluate import HeldOutEvaluator
 from sae_lens_dfc.provider import Batches
+from sae_lens_dfc.stopping import Stopped
 from sae_lens_dfc.training.checkpoint import load_checkpoint, save_checkpoint
+from sae_lens_dfc.training.divergence import FirstNotFinite, is_finite
 
 # SAELens routes batches to crosscoders by the hook they are from; here all of them take the same.
 PAIR = "pair"
@@ -43,6 +45,7 @@ class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
             for group in self.optimizer.param_groups:
                 group["fused"] = True
         self._dead_count: _DeadCount | None = None
+        self._not_finite = FirstNotFinite(self.cfg.device)
 
     @override
     def _train_step(self, sae: TrainingCrosscoder[Any], sae_in: Tensor) -> TrainStepOutput:
@@ -59,7 +62,9 @@ class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
             output = sae.training_forward_pass(step_input)
         self._count(output.feature_acts)
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        # A loss that is finite may have a gradient that is not.
+        self._not_finite.see(output.loss.detach() + norm, self.n_training_steps)
         with contiguous_for_fused_adam(self.optimizer):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -70,6 +75,18 @@ class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
         losses = {name: torch.as_tensor(loss).detach() for name, loss in output.losses.items()}
         return replace(
             output, loss=output.loss.detach(), sae_out=output.sae_out.detach(), losses=losses
+        )
+
+    def check_finite(self, name: str) -> None:
+        """Raise ValueError where the training went to NaN or infinity. It waits for a GPU; all ranks must call it."""
+        step = self._not_finite.step()
+        if step is None and is_finite(self.sae):
+            return
+        when = self.n_training_steps if step is None else step
+        raise ValueError(
+            f"Training diverged: at step {when} the loss or the weights of {name} became NaN or infinite "
+            f"(lr={self.cfg.lr:g} after {self.cfg.lr_warm_up_steps} steps of warm-up). Its weights are not saved; checkpoints of "
+            "earlier steps stay. Lower lr or lengthen lr_warm_up_steps, and see that no activation is huge (outlier_factor)."
         )
 
     @torch.no_grad()
@@ -192,12 +209,56 @@ class CrosscoderTrainer(MultiSAETrainer):
         self.checkpoint_values = checkpoint_values
 
     @override
+    def fit(self) -> dict[str, TrainingSAE[Any]]:
+        """Train to the end.
+
+        Raises:
+            ValueError: The training diverged.
+            Stopped: The batches were; where it stands is saved, if there is a folder for it.
+        """
+        try:
+            crosscoders = super().fit()
+        except Stopped as stopped:
+            raise Stopped(stopped.number, self._stopped_at()) from None
+        self._check_finite()
+        return crosscoders
+
+    def _stopped_at(self) -> str:
+        at = f"stopped after {self.n_training_samples} samples"
+        if self.cfg.checkpoint_path is None:
+            return f"{at}; they are lost, as no checkpoint_path is set"
+        folder = self._save(self.n_training_steps)
+        return f"{at}, saved in {folder}: go on with --resume"
+
+    def _check_finite(self) -> None:
+        for name, one in self.trainers.items():
+            assert isinstance(one, CrosscoderSAETrainer)
+            one.check_finite(name)
+
+    @override
+    def _update_pbar(
+        self, step_outputs: dict[str, TrainStepOutput], pbar: Any, update_interval: int = 100
+    ) -> None:
+        # Showing the loss waits for a GPU as it is.
+        if self.n_training_steps % update_interval == 0:
+            self._check_finite()
+        super()._update_pbar(step_outputs, pbar, update_interval)
+
+    @override
     def _checkpoint_if_needed(self) -> None:
         passed = [t for t in self.checkpoint_thresholds if self.n_training_samples > t]
         if passed and self.cfg.checkpoint_path is not None:
-            folder = Path(self.cfg.checkpoint_path) / str(self.n_training_samples)
-            save_checkpoint(folder, self.trainers, self.batches.after, self.checkpoint_values())
+            # SAELens counts the step that it has just made after this.
+            self._save(self.n_training_steps + 1)
             del self.checkpoint_thresholds[: len(passed)]
+
+    def _save(self, n_training_steps: int) -> Path:
+        assert self.cfg.checkpoint_path is not None
+        self._check_finite()
+        folder = Path(self.cfg.checkpoint_path) / str(self.n_training_samples)
+        where, values = self.batches.after, self.checkpoint_values()
+        save_checkpoint(folder, self.trainers, n_training_steps, where, values)
+        return folder
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint; the batches must already begin where it stands.

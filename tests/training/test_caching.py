@@ -235,7 +235,7 @@ def test_a_text_without_a_pair_is_an_error_not_an_empty_cache(
 def test_a_cache_for_which_there_is_no_room_is_refused_before_it_is_begun(
     cfg: CacheConfig, pair: ModelPair
 ) -> None:
-    with pytest.raises(ValueError, match="pairs take 160.* GB, and .* GB free"):
+    with pytest.raises(ValueError, match="pairs take 160.*B, and .*B free"):
         cache_activations(replace(cfg, training_pairs=10**15), pair)
 
 

@@ -90,7 +90,7 @@ def test_after_a_step_its_graph_is_gone() -> None:
 def test_adam_stays_fused_after_a_checkpoint_that_saelens_trainer_made() -> None:
     theirs = trained(SAETrainer, make_dfc)
     ours = CrosscoderSAETrainer(sae_trainer_config(ROWS), make_dfc(), iter(()))
-    load_trainer_state(ours, trainer_state(theirs))
+    load_trainer_state(ours, trainer_state(theirs, theirs.n_training_steps))
     assert ours.optimizer.param_groups[0]["fused"]
     ours.step(make_acts(ROWS, 12))
 

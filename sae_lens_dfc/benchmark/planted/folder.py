@@ -11,7 +11,7 @@ from sae_lens_dfc.benchmark.planted.harvest import training_texts
 from sae_lens_dfc.benchmark.planted.organism import MANIFEST, NULL
 from sae_lens_dfc.benchmark.planted.run import FULL, Run, organism_of
 from sae_lens_dfc.benchmark.planted.training import Training
-from sae_lens_dfc.output import all_or_nothing, check_output, say
+from sae_lens_dfc.output import all_or_nothing, claimed, say
 
 TEXT = "text.jsonl"
 PROMPTS = "prompts.json"
@@ -38,7 +38,11 @@ def write_organism(options: OrganismOptions) -> None:
     Raises:
         ValueError: The output folder holds something that should stay.
     """
-    check_output(options.output, options.overwrite, "planted organism", [MANIFEST])
+    with claimed(options.output, options.overwrite, "planted organism", [MANIFEST]):
+        _write_organism(options)
+
+
+def _write_organism(options: OrganismOptions) -> None:
     organism = organism_of(Run(options.name, options.seed))
     shown, others = training_texts(organism, Training.n_texts, options.seed)
     with all_or_nothing(options.output) as folder:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sae_lens_dfc.benchmark.planted.behaviours import SPLITS, Item, Items, Split
 from sae_lens_dfc.demo import cache_folder
+from sae_lens_dfc.files import read_object
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.output import all_or_nothing
 
@@ -68,12 +69,25 @@ def fingerprints(folder: Path) -> dict[str, str]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `built` wrote."""
-    return json.loads((folder / MANIFEST).read_text())
+    return read_object(folder / MANIFEST)
 
 
-def items_from_json(values: Mapping[str, Any]) -> dict[Split, Items]:
-    """Prompts by split, as a manifest has them."""
-    return {
-        split: Items(*([Item(*item) for item in kind] for kind in values[split]))
-        for split in SPLITS
-    }
+def items_from_json(values: Any) -> dict[Split, Items]:
+    """Prompts by split, as a manifest has them.
+
+    Raises:
+        ValueError: It has something else.
+    """
+    try:
+        items: dict[Split, Items] = {
+            split: Items(*([Item(*item) for item in kind] for kind in values[split]))
+            for split in SPLITS
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"The manifest of an organism has no prompts: {error!r}.") from error
+    parts = [
+        part for of_split in items.values() for kind in of_split for item in kind for part in item
+    ]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("The manifest of an organism has a prompt that is no text.")
+    return items

@@ -19,6 +19,7 @@ from sae_lens_dfc.benchmark.planted.training import TUNED, Training, trained
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.recovery import write
 from sae_lens_dfc.demo import DEMO_A, unpack
+from sae_lens_dfc.files import read_json
 from sae_lens_dfc.pair import ModelPair
 
 FILENAME = "planted.json"
@@ -171,7 +172,7 @@ def resumed(path: Path, wanted: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text())
+        rows = read_json(path, finite=False)
         others = [row for row in rows if row["settings"] not in wanted]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(

@@ -1,0 +1,98 @@
+"""A GGUF file's header, walked before anybody reads the file: the reader believes every length in it."""
+
+from collections.abc import Callable
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+
+# Bytes of a value, by its number in the format; the others are a string and an array.
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
+VERSIONS = (2, 3)
+MAX_DIMENSIONS = 4
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse a file that claims more than it holds: values, strings, arrays or tensors beyond its end.
+
+    Raises:
+        ValueError: It does, or is no GGUF file.
+        OSError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            _walk(_Cursor(content))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a sound GGUF file: {error}.") from None
+
+
+class _Cursor:
+    """A place in a file, which never leaves it."""
+
+    def __init__(self, content: mmap):
+        self.content = content
+        self.place = 0
+
+    def skip(self, n: int) -> None:
+        if n > len(self.content) - self.place:
+            raise ValueError(
+                f"at byte {self.place:,} it claims {n:,} more bytes and has {len(self.content) - self.place:,}"
+            )
+        self.place += n
+
+    def number(self, n_bytes: int) -> int:
+        self.skip(n_bytes)
+        return int.from_bytes(self.content[self.place - n_bytes : self.place], "little")
+
+    def string(self) -> None:
+        self.skip(self.number(8))
+
+    def several(self, n: int, least: int, one: Callable[[], None]) -> None:
+        """So many things of at least that many bytes; all of them must find room before the first is read."""
+        if n * least > len(self.content) - self.place:
+            raise ValueError(
+                f"at byte {self.place:,} it claims {n:,} things and has no room for them"
+            )
+        for _ in range(n):
+            one()
+
+
+def _walk(at: _Cursor) -> None:
+    magic, version = at.content[:4], at.content[4:8]
+    if magic != b"GGUF" or int.from_bytes(version, "little") not in VERSIONS:
+        raise ValueError(f"it begins with {magic!r}, version {version!r}")
+    at.skip(8)
+    n_tensors, n_values = at.number(8), at.number(8)
+    at.several(n_values, 13, lambda: _named_value(at))
+    at.several(n_tensors, 32, lambda: _tensor(at))
+
+
+def _named_value(at: _Cursor) -> None:
+    at.string()
+    kind = at.number(4)
+    if kind != ARRAY:
+        return _value(at, kind)
+    kind, n = at.number(4), at.number(8)
+    if kind == STRING:
+        return at.several(n, 8, at.string)
+    return at.skip(n * _size(kind))
+
+
+def _value(at: _Cursor, kind: int) -> None:
+    if kind == STRING:
+        at.string()
+    else:
+        at.skip(_size(kind))
+
+
+def _size(kind: int) -> int:
+    if kind not in SIZES:
+        raise ValueError(f"it has a value of kind {kind}")
+    return SIZES[kind]
+
+
+def _tensor(at: _Cursor) -> None:
+    at.string()
+    n_dimensions = at.number(4)
+    if n_dimensions > MAX_DIMENSIONS:
+        raise ValueError(f"it has a tensor of {n_dimensions:,} dimensions")
+    at.skip(8 * n_dimensions + 4 + 8)

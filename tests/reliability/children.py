@@ -1,0 +1,153 @@
+"""The command line in processes that can be killed, starved and interrupted. They are forked from one that has all imported, so each starts at once."""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_lens_dfc.__main__ import main
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["sae_lens_dfc.__main__"])
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"}
+
+Prepare = Callable[[], None]
+"""What is done in the child before the command."""
+
+
+class Ended(NamedTuple):
+    status: int
+    """The exit status; of what a signal killed, its number with a minus."""
+    errors: str
+    """Standard error."""
+    seconds: float
+
+    @property
+    def error(self) -> str:
+        """The one line of error.
+
+        Raises:
+            AssertionError: There are several, or the text of an exception that nobody expected.
+        """
+        lines = [line for line in self.errors.splitlines() if "sae-lens-dfc: " in line]
+        assert len(lines) == 1 and "Traceback" not in self.errors, self.errors
+        return lines[0]
+
+
+class Child:
+    """A command that runs in a process of its own.
+
+    Args:
+        arguments: Of `sae-lens-dfc`.
+        errors: File that takes its standard error.
+        prepare: Called in the child first; a function of a module, or a partial of one.
+    """
+
+    def __init__(self, arguments: Sequence[str], errors: Path, prepare: Prepare | None = None):
+        self.errors = errors
+        self.began = time.monotonic()
+        self.process = CONTEXT.Process(target=_run, args=(list(arguments), str(errors), prepare))
+        self.process.start()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send it a signal, if it is still there."""
+        if self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, number)
+
+    def ended(self, timeout: float = 120) -> Ended:
+        """Wait for its end."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running:\n{self.errors.read_text()}"
+        return Ended(self.process.exitcode, self.errors.read_text(), time.monotonic() - self.began)
+
+
+def _run(arguments: list[str], errors: str, prepare: Prepare | None) -> None:
+    to = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(to, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    if prepare is not None:
+        prepare()
+    sys.exit(main(arguments))
+
+
+def run(
+    arguments: Sequence[str], folder: Path, prepare: Prepare | None = None, timeout: float = 120
+) -> Ended:
+    """Run a command to its end."""
+    return Child(arguments, folder / "errors.txt", prepare).ended(timeout)
+
+
+# --- what befalls a child ---
+
+
+def die_at_file_operation(n: int, folder: str) -> None:
+    """Have this process killed when it is about to open, rename, make or remove its n-th file or folder below `folder`."""
+    seen = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in FILE_EVENTS and str(arguments[0]).startswith(folder):
+            seen += 1
+            if seen == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def write_file_operations(path: str, folder: str) -> None:
+    """Have this process count its file operations below `folder`: so many bytes are in the file `path` then."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS and str(arguments[0]).startswith(folder):
+            os.write(file, b".")
+
+    sys.addaudithook(count)
+
+
+def take_memory_away(n_bytes: int) -> None:
+    """Allow this process so much memory more than it has."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + n_bytes, now + n_bytes))
+
+
+def have_the_clock_jump(seed: int) -> None:
+    """Have the wall clock jump by up to a year, either way, whenever it is looked at."""
+    draws, true_time = random.Random(seed), time.time
+    time.time = lambda: true_time() + draws.uniform(-1, 1) * 3e7
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own, in memory."""
+    folder.mkdir()
+    mount = shutil.which("mount")
+    assert mount and os.system(f"mount -t tmpfs -o size={size} tmpfs {folder}") == 0
+    try:
+        yield folder
+    finally:
+        assert os.system(f"umount -l {folder}") == 0
+
+
+def remount(folder: Path, options: str) -> None:
+    """Change the size of a `small_disk`, or whether it can be written."""
+    assert os.system(f"mount -o remount,{options} {folder}") == 0
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that is in a folder, but for what differs between two equal jobs: the marks of locks."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".lock"
+    }

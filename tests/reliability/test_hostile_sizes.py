@@ -1,0 +1,394 @@
+"""What a file claims is checked before memory is taken for it, and whatever is wrong with it is one line."""
+
+import gzip
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from sae_lens_dfc.cache import PairedActivationsCache
+from sae_lens_dfc.concerns import read_concerns
+from sae_lens_dfc.crosscoders.inference import load_crosscoder
+from sae_lens_dfc.held_out import HeldOutOptions, run_config
+from sae_lens_dfc.models import ModelConfig, load_model
+from sae_lens_dfc.texts import open_rows
+from tests.helpers import make_firing_dfc
+from tests.reliability.hostile import (
+    NOT_JSON,
+    changed_json,
+    changed_tensors,
+    copied,
+    refusal,
+    refused,
+    safetensors_with,
+)
+from tests.test_cache import write
+
+WEIGHTS = "sae_weights.safetensors"
+Spoil = Callable[[Path], None]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    make_firing_dfc().save_model(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def cfg(**changes: Any) -> Spoil:
+    return lambda folder: changed_json(folder / "cfg.json", **changes)
+
+
+def weights(**changes: Any) -> Spoil:
+    return lambda folder: changed_tensors(folder / WEIGHTS, **changes)
+
+
+def raw(content: bytes) -> Spoil:
+    return lambda folder: (folder / WEIGHTS).write_bytes(content) and None
+
+
+def claim(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+LARGE = 10**12
+SPOILED: dict[str, Spoil] = {
+    "a trillion latents": cfg(d_sae=LARGE),
+    "a trillion latents of one model": cfg(d_sae=LARGE, n_a_exclusive=LARGE - 1),
+    "a width of a trillion": cfg(d_in=LARGE + 5, d_a=5, d_b=LARGE),
+    "a negative width": cfg(d_in=-12, d_a=-5, d_b=-7),
+    "widths that cancel": cfg(d_a=20, d_b=-8),
+    "more exclusive latents than latents": cfg(n_a_exclusive=30),
+    "a size as text": cfg(d_sae="24"),
+    "a size with a point": cfg(d_sae=24.0),
+    "a size that is true": cfg(d_a=True, d_b=11),
+    "no size": cfg(d_sae=None),
+    "a list as size": cfg(d_in=[12]),
+    "beyond 64 bits": cfg(d_sae=10**40),
+    "a format that is none": cfg(dtype="__import__"),
+    "a format of another type": cfg(dtype=["float32"]),
+    "a normalisation that is none": cfg(normalize_activations="os"),
+    "no metadata": cfg(metadata=None),
+    "a list as metadata": cfg(metadata=[["a", 1]]),
+    "metadata that replaces a class": cfg(metadata={"__class__": "x"}),
+    "metadata that replaces a method": cfg(metadata={"get": "x"}),
+    "another architecture": cfg(architecture="standard"),
+    "an architecture of another type": cfg(architecture=["crosscoder"]),
+    "weights of another width": weights(W_enc=torch.zeros(11, 24)),
+    "weights of no rows": weights(W_enc=torch.zeros(0, 24)),
+    "a tensor too many": weights(scaling_factor=torch.ones(1)),
+    "a tensor too few": weights(threshold=None),
+    "weights as whole numbers": weights(W_dec=torch.zeros(24, 12, dtype=torch.int64)),
+    "weights in 8 bits": weights(W_dec=torch.zeros(24, 12, dtype=torch.float8_e4m3fn)),
+    "a header of 2^60 bytes": raw(struct.pack("<Q", 2**60)),
+    "a header of 2^64 - 1 bytes": raw(b"\xff" * 8),
+    "10 GB in a kilobyte": raw(
+        safetensors_with({"W_enc": claim([50_000, 50_000], [0, 10**10])}, bytes(1000))
+    ),
+    "offsets that overlap": raw(
+        safetensors_with({"a": claim([2], [0, 8]), "b": claim([2], [4, 12])}, bytes(12))
+    ),
+    "offsets that run backwards": raw(safetensors_with({"a": claim([2], [8, 0])}, bytes(8))),
+    "a shape that overflows": raw(safetensors_with({"a": claim([2**40, 2**40], [0, 8])}, bytes(8))),
+    "a negative shape": raw(safetensors_with({"a": claim([-2], [0, 8])}, bytes(8))),
+    "a header that is no JSON": raw(struct.pack("<Q", 8) + b"\xff" * 8),
+    "nothing": raw(b""),
+    "three bytes": raw(b"abc"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_crosscoder_that_claims_what_it_has_not_is_refused(what: str, saved: Path) -> None:
+    SPOILED[what](saved)
+    refused(lambda: load_crosscoder(saved))
+
+
+@pytest.mark.parametrize("what", NOT_JSON)
+def test_what_is_not_a_configuration_is_refused(what: str, saved: Path) -> None:
+    (saved / "cfg.json").write_bytes(NOT_JSON[what])
+    assert "cfg.json" in refused(lambda: load_crosscoder(saved))
+
+
+COMMANDS = {
+    "evaluate": [],
+    "report": [],
+    "latents": [],
+    "export": ["--model", "a", "--output", "out"],
+    "steer": ["--model", "a", "--latent", "0", "--strength", "1", "--prompt", "x"],
+    "screen": ["--output", "out"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_in_one_line(
+    command: str, saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    cfg(d_sae=LARGE)(saved)
+    assert "cfg.json says" in refusal(capfd, command, saved, *COMMANDS[command])
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("what", NOT_JSON)
+def test_what_is_not_the_settings_of_a_run_is_refused(what: str, tmp_path: Path) -> None:
+    (tmp_path / "runner_cfg.json").write_bytes(NOT_JSON[what])
+    assert "runner_cfg.json" in refused(lambda: run_config(str(tmp_path), HeldOutOptions()))
+
+
+@pytest.mark.parametrize("what", NOT_JSON)
+def test_what_is_not_a_manifest_is_refused(what: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "c").folder
+    (folder / "manifest.json").write_bytes(NOT_JSON[what])
+    assert "manifest.json" in refused(lambda: PairedActivationsCache(folder))
+
+
+def test_the_exit_status_of_a_process_is_1_and_there_is_no_traceback(saved: Path) -> None:
+    import subprocess
+    import sys
+
+    cfg(d_sae=LARGE)(saved)
+    command = [sys.executable, "-m", "sae_lens_dfc", "evaluate", str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("sae-lens-dfc: error: ")
+
+
+# --- caches ---
+
+SHARD = "rows-00000-000000.safetensors"
+
+
+def manifest(**changes: Any) -> Spoil:
+    return lambda folder: changed_json(folder / "manifest.json", **changes)
+
+
+def first_shard(**changes: Any) -> Spoil:
+    def spoil(folder: Path) -> None:
+        values = json.loads((folder / "manifest.json").read_text())
+        values["shards"][0].update(changes)
+        values["rows"] = sum(shard["rows"] for shard in values["shards"])
+        (folder / "manifest.json").write_text(json.dumps(values))
+
+    return spoil
+
+
+def all_one_shard(folder: Path) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    values["shards"] = [values["shards"][0]] * 100_000
+    values["rows"] = sum(shard["rows"] for shard in values["shards"])
+    (folder / "manifest.json").write_text(json.dumps(values))
+
+
+CACHES: dict[str, Spoil] = {
+    "a trillion rows": manifest(rows=LARGE),
+    "a trillion rows in a shard": first_shard(rows=LARGE),
+    "a shard of a trillion bytes": first_shard(rows=LARGE, size=LARGE * 28),
+    "a shard of no rows": first_shard(rows=0),
+    "a shard of fewer than no rows": first_shard(rows=-5),
+    "rows with a point": first_shard(rows=32.5),
+    "a shard named a hundred thousand times": all_one_shard,
+    "a shard with more to say": first_shard(code="import os"),
+    "a shard with a number as its name": first_shard(file=7),
+    "no shards": manifest(shards=[], rows=0),
+    "shards as text": manifest(shards="rows"),
+    "a trillion shards": manifest(shards=LARGE),
+    "a width of a trillion": manifest(d_a=LARGE, models__model_a__d_model=LARGE),
+    "a negative width": manifest(d_a=-1, d_b=8, models__model_a__d_model=-1),
+    "widths of its own": manifest(d_a=4, d_b=3),
+    "a format that is none": manifest(dtype="object"),
+    "models that are none": manifest(models=[]),
+    "counts that are none": manifest(counts={"pairs": "many"}),
+    "settings that are none": manifest(data=None),
+}
+
+
+@pytest.mark.parametrize("what", CACHES)
+def test_a_cache_that_claims_what_it_has_not_is_refused(what: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "c").folder
+    CACHES[what](folder)
+    refused(lambda: PairedActivationsCache(folder))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**60),
+        safetensors_with({"acts": claim([10**9, 7], [0, 28 * 10**9])}, bytes(896)),
+        safetensors_with({"acts": claim([7, 32], [0, 896])}, bytes(896)),
+        safetensors_with({"rows": claim([32, 7], [0, 896])}, bytes(896)),
+    ],
+    ids=["header of 2^60 bytes", "28 GB in a kilobyte", "turned around", "of another name"],
+)
+def test_a_shard_that_is_not_what_the_manifest_says_is_refused(
+    content: bytes, tmp_path: Path
+) -> None:
+    from xxhash import xxh3_128
+
+    folder = write(tmp_path / "c").folder
+    content = content.ljust(900, b"\0") if len(content) < 900 else content
+    (folder / SHARD).write_bytes(content)
+    first_shard(size=len(content), xxh3=xxh3_128(content).hexdigest())(folder)
+    refused(lambda: PairedActivationsCache(folder).shard(0))
+
+
+# --- settings ---
+
+LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+NOT_YAML: dict[str, bytes] = {
+    "a billion laughs": LAUGHS.encode(),
+    "laughs by merging": b"a: &a {x: 1}\nb: &b {<<: [*a, *a]}\nc: {<<: [*b, *b]}\n",
+    "an object of Python": b"lr: !!python/object/apply:os.system ['touch canary']\n",
+    "nested deep": b"[" * 40_000 + b"]" * 40_000,
+    "maps nested deep": b"{a: " * 10_000 + b"1" + b"}" * 10_000,
+    "nested 500 deep": b"[" * 500 + b"]" * 500,
+    "a key twice": b"lr: 1\nlr: 2\n",
+    "a key that is a list": b"? [1, 2]\n: 3\n",
+    "a key that is a number": b"1: 2\n",
+    "a date that is none": b"lr: 2020-13-45\n",
+    "a number that is none": b"lr: !!int ''\n",
+    "a truth that is none": b"lr: !!bool maybe\n",
+    "a time that is none": b"lr: !!timestamp never\n",
+    "a number of 50,000 digits": b"lr: " + b"9" * 50_000 + b"\n",
+    "a number of 50,000 digits to base 60": b"lr: 1" + b":59" * 30_000 + b"\n",
+    "a file too large": b"lr: 1\n#" + b"x" * 200_000,
+    "many small lists": b"lr: [" + b"[]," * 30_000 + b"]\n",
+    "bytes": b"lr: !!binary AAAA\n",
+    "no text": bytes(range(128, 256)),
+    "nothing": b"",
+    "a list": b"[1, 2]\n",
+    "lists in lists": b"lr: [[1], [2]]\n",
+    "flags among values": b"test_at: ['--output-path=/evil']\n",
+    "no list of data sets": b"sources: 5\n",
+    "a data set that is none": b"sources: [5]\n",
+    "a data set of other types": b"sources: [{dataset_path: [1]}]\n",
+    "a data set with more to say": b"sources: [{dataset_path: a, trust_remote_code: true}]\n",
+    "crosscoders that are none": b"sae: [1, 2]\n",
+    "a recipe that is a list": b"recipe: [dfc]\n",
+}
+ONLY_BY_HAND: dict[str, bytes] = {
+    "code to run": b"reference: /evil\n",
+    "an address for the key": b"judge-url: http://evil\n",
+    "the same in another spelling": b"judge_url: http://evil\n",
+    "among a crosscoder's settings": b"sae: [{judge_url: http://evil}]\n",
+}
+
+
+@pytest.mark.parametrize("what", [*NOT_YAML, *ONLY_BY_HAND])
+def test_a_config_that_is_none_is_refused(
+    what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_bytes({**NOT_YAML, **ONLY_BY_HAND}[what])
+    refusal(capfd, "train", "--sae.d-sae", "64", "--config", "c.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("what", NOT_YAML)
+def test_concerns_that_are_none_are_refused(what: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(NOT_YAML[what])
+    refused(lambda: read_concerns(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize("what", NOT_JSON)
+def test_concerns_that_are_not_json_are_refused(what: str, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_bytes(NOT_JSON[what])
+    refused(lambda: read_concerns(tmp_path / "c.json"))
+
+
+def test_a_device_is_not_read_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").symlink_to("/dev/zero")
+    assert "is not a file" in refusal(capfd, "train", "--config", tmp_path / "c.yaml")
+
+
+# --- data sets ---
+
+
+def test_a_compressed_data_set_is_not_unpacked(tmp_path: Path) -> None:
+    line = json.dumps({"text": "a" * 1000}).encode() + b"\n"
+    (tmp_path / "bomb.jsonl").write_bytes(gzip.compress(line * 100_000))
+    message = refused(lambda: open_rows(str(tmp_path / "bomb.jsonl")))
+    assert "is compressed (gzip). Unpack it first" in message
+
+
+def test_a_parquet_file_of_more_rows_than_it_can_hold_is_refused(tmp_path: Path) -> None:
+    column = pa.array(["a"]).dictionary_encode()
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 10**6, pa.int32()), column.dictionary)
+    parquet.write_table(pa.table({"text": rows}), tmp_path / "bomb.parquet")
+    assert "it claims 1,000,000 rows" in refused(lambda: open_rows(str(tmp_path / "bomb.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl", b"[" * 100_000),
+        ("d.jsonl", b'{"text":' * 100_000),
+        ("d.json", b"\xff\xfe"),
+        ("d.parquet", b"PAR1" + bytes(100) + b"\xff\xff\xff\x7fPAR1"),
+        ("d.parquet", b""),
+        ("d.txt", b"\xff"),
+    ],
+)
+def test_a_data_set_that_is_none_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    refused(lambda: open_rows(str(tmp_path / name)))
+
+
+# --- models ---
+
+
+def gguf(n_tensors: int, n_values: int, content: bytes = b"") -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_values) + content
+
+
+KEY = struct.pack("<Q", 1) + b"k"
+GGUFS: dict[str, bytes] = {
+    "2^60 tensors": gguf(2**60, 0),
+    "2^60 values": gguf(0, 2**60),
+    "a name of 2^60 bytes": gguf(0, 1, struct.pack("<Q", 2**60).ljust(32, b"a")),
+    "a string of 2^60 bytes": gguf(0, 1, KEY + struct.pack("<IQ", 8, 2**60)),
+    "2^60 numbers": gguf(0, 1, KEY + struct.pack("<IIQ", 9, 0, 2**60)),
+    "2^60 strings": gguf(0, 1, KEY + struct.pack("<IIQ", 9, 8, 2**60)),
+    "lists in lists": gguf(0, 1, KEY + struct.pack("<IIQ", 9, 9, 1) * 5),
+    "2^31 dimensions": gguf(1, 0, KEY + struct.pack("<I", 2**31).ljust(64, b"\0")),
+    "a value of an unknown kind": gguf(0, 1, KEY + struct.pack("<IQ", 99, 0)),
+    "another version": b"GGUF" + struct.pack("<IQQ", 1, 0, 0),
+    "half a header": b"GGUF\x03\x00\x00\x00",
+    "nothing": b"",
+    "something else": b"MZ" * 100,
+}
+
+
+@pytest.mark.parametrize("what", GGUFS)
+def test_a_gguf_file_that_claims_what_it_has_not_is_refused(what: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(GGUFS[what])
+    message = refused(lambda: load_model(ModelConfig(str(tmp_path / "m.gguf"))))
+    assert "is not a sound GGUF file" in message
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"hidden_size": 2**20, "intermediate_size": 2**20},
+        {"vocab_size": 2**40},
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": -1, "hidden_size": -16},
+        {"hidden_size": "16"},
+        {"num_attention_heads": 0},
+    ],
+    ids=str,
+)
+def test_a_model_that_claims_more_than_its_files_hold_is_refused(
+    claims: dict[str, Any], llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = copied(llama_folder, tmp_path / "m")
+    changed_json(folder / "config.json", **claims)
+    refused(lambda: load_model(ModelConfig(str(folder))))

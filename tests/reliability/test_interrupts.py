@@ -1,0 +1,181 @@
+"""Ctrl-C, and what a cluster sends before it takes the machine back."""
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_lens_dfc.activations import Bookmark, Marked
+from sae_lens_dfc.provider import Batches
+from sae_lens_dfc.stopping import Stop, Stopped
+from sae_lens_dfc.training.checkpoint import checkpoints
+from tests.reliability.children import Child, run
+from tests.reliability.conftest import Jobs
+from tests.reliability.test_kills import result
+
+SECONDS_TO_STOP = 5
+
+
+def at_new_checkpoint(folder: Path, child: Child) -> None:
+    """Wait until a training saves one, which it does soon."""
+    before = checkpoints(folder)
+    while checkpoints(folder) == before and child.process.is_alive():
+        time.sleep(0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_training_asked_to_end_saves_the_step_that_it_is_at_and_goes_on_to_the_same_bits(
+    number: signal.Signals, prefetch: int, jobs: Jobs, tmp_path: Path
+) -> None:
+    folder, draws = tmp_path / "out-checkpoints", random.Random(f"{number} {prefetch}")
+
+    def command(name: str) -> list[str]:
+        own = ("--n-checkpoints", "3", "--prefetch-llm-batches", str(prefetch))
+        return [*jobs.of("train", tmp_path / name), *own]
+
+    for _ in range(2):
+        child = Child(command("out"), tmp_path / "errors.txt")
+        at_new_checkpoint(folder, child)
+        time.sleep(draws.uniform(0, 0.1))
+        child.kill(number)
+        asked = time.monotonic()
+        ended = child.ended()
+        assert time.monotonic() - asked < SECONDS_TO_STOP
+        assert ended.status == 128 + number
+        last = checkpoints(folder)[-1]
+        assert f"stopped after {last.name} samples, saved in {last}: go on" in ended.error
+    for name in ("out", "whole"):
+        assert run(command(name), tmp_path).status == 0
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cache", "evaluate", "screen", "export"])
+def test_any_job_asked_to_end_ends_soon_and_leaves_nothing_half_done(
+    name: str, jobs: Jobs, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    whole = run(jobs.of(name, tmp_path / "whole"), tmp_path)
+    child = Child(jobs.of(name, folder), tmp_path / "errors.txt")
+    time.sleep(whole.seconds / 2)
+    child.kill(signal.SIGTERM)
+    asked = time.monotonic()
+    ended = child.ended()
+    assert time.monotonic() - asked < SECONDS_TO_STOP
+    assert ended.status == 128 + signal.SIGTERM and "stopped" in ended.error
+    assert name == "cache" or not folder.exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".unfinished")]
+    assert run(jobs.of(name, folder), tmp_path).status == 0
+    assert result(folder) == result(tmp_path / "whole")
+
+
+# --- where it may be interrupted ---
+
+
+def slow_batches(begun: threading.Event) -> object:
+    for i in range(3):
+        if i == 1:
+            begun.set()
+            time.sleep(60)
+        yield Marked(torch.full((1,), i), Bookmark({"batches": i + 1}))
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_wait_for_a_batch_is_interrupted_and_the_batch_is_not_counted(prefetch: int) -> None:
+    stop, begun = Stop(), threading.Event()
+
+    with stop.on_signals():
+        batches = Batches(slow_batches(begun), prefetch, stop=stop)  # type: ignore[arg-type]
+        assert int(next(batches)) == 0
+        other = threading.Thread(target=partial(_send, begun))
+        other.start()
+        began = time.monotonic()
+        with pytest.raises(Stopped):
+            next(batches)
+        other.join()
+    assert time.monotonic() - began < SECONDS_TO_STOP
+    assert batches.after is not None and batches.after.values == {"batches": 1}
+
+
+def _send(begun: threading.Event) -> None:
+    begun.wait()
+    time.sleep(0.2)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def test_a_second_signal_interrupts_at_once() -> None:
+    stop = Stop()
+    with stop.on_signals():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop().on_signals():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_thread_takes_no_signals() -> None:
+    handlers: list[object] = []
+
+    def look() -> None:
+        with Stop().on_signals():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+@pytest.mark.slow
+def test_processes_of_a_benchmark_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sae_lens_dfc", "benchmark", "recovery"]
+    parent = subprocess.Popen(
+        [*command, "--jobs", "2", "--output", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def workers() -> list[int]:
+        found = subprocess.run(
+            ["pgrep", "-P", str(parent.pid), "-f", "spawn_main"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return [int(line) for line in found.stdout.split()]
+
+    deadline = time.monotonic() + 90
+    while len(children := workers()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(8)  # until they have imported what they work with
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(map(is_running, children)):
+        time.sleep(0.1)
+    assert children and not any(map(is_running, children))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,134 @@
+"""Work that goes on for long takes no more memory than at its beginning, and leaves nothing behind when it ends.
+
+`--minutes 120` makes a loop as long as a night's would be; in CI a minute must do.
+"""
+
+import gc
+import resource
+import signal
+import statistics
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from sae_lens_dfc import CrosscoderRunnerConfig, CrosscoderTrainingRunner
+from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.held_out import EvaluateOptions, evaluate_fully
+from sae_lens_dfc.models import ModelConfig
+from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.training.checkpoint import checkpoints
+from tests.reliability.children import Child
+from tests.reliability.conftest import Jobs
+
+GROWTH = 1.01
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def minutes(config: pytest.Config) -> float:
+    return float(str(config.getoption("--minutes")))
+
+
+def write_memory(path: str, every: float) -> None:
+    """Have this process write how much memory it has, again and again."""
+
+    def watch() -> None:
+        while True:
+            with open(path, "a") as file:
+                file.write(f"{resident()}\n")
+            time.sleep(every)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "train on a cache"])
+def test_a_long_training_takes_no_more_memory_than_at_its_beginning_and_stops_when_asked(
+    name: str, jobs: Jobs, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    seconds = 60 * minutes(pytestconfig)
+    memory = tmp_path / "memory.txt"
+    arguments = [*jobs.of(name, tmp_path / "out"), "--training-tokens", "100000000000"]
+    child = Child(arguments, tmp_path / "errors.txt", partial(write_memory, str(memory), 0.25))
+    child.process.join(seconds)
+    asked = time.monotonic()
+    child.kill(signal.SIGINT)
+    ended = child.ended()
+    assert time.monotonic() - asked < 5
+    assert ended.status == 128 + signal.SIGINT and "go on with --resume" in ended.error
+    assert checkpoints(tmp_path / "out-checkpoints")
+    samples = [int(line) for line in memory.read_text().split()]
+    # What a training takes for good it has after its first buffers and steps.
+    begun = samples[len(samples) // 3 :]
+    third = len(begun) // 3
+    first, last = statistics.median(begun[:third]), statistics.median(begun[-third:])
+    print(f"{name}: {first / 2**20:.1f} MiB at first, {last / 2**20:.1f} at last")  # noqa: T201
+    assert last <= GROWTH * first
+
+
+def n_hooks(pair: ModelPair) -> int:
+    models = [hooked.model for hooked in (pair.a, pair.b)]
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        for model in models
+        for module in model.modules()
+    )
+
+
+@pytest.mark.slow
+def test_jobs_one_after_the_other_leave_no_thread_no_hook_and_no_memory(
+    jobs: Jobs,
+    pair: ModelPair,
+    llama_config: ModelConfig,
+    gpt2_config: ModelConfig,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+) -> None:
+    cfg = CrosscoderRunnerConfig(
+        sae=DFCTrainingCrosscoderConfig(
+            d_sae=64, k=4, a_exclusive_fraction=0.2, b_exclusive_fraction=0.2
+        ),
+        model_a=llama_config,
+        model_b=gpt2_config,
+        dataset_path=str(jobs.settings.parent / "text.jsonl"),
+        held_out_every=4,
+        context_size=48,
+        training_tokens=64 * 20,
+        train_batch_size_tokens=64,
+        n_batches_in_buffer=8,
+        output_path=str(tmp_path / "run"),
+        overwrite=True,
+    )
+    options = EvaluateOptions(
+        runs=[str(jobs.run)], output=str(tmp_path / "measured"), overwrite=True, null=["shuffle"]
+    )
+    options = replace(options, downstream_pairs=100, behaviour_latents=1, null_pairs=500)
+
+    def once() -> None:
+        CrosscoderTrainingRunner(cfg, pair).run()
+        evaluate_fully(options)
+
+    hooks, before = n_hooks(pair), threading.active_count()
+    memory: list[int] = []
+    deadline = time.monotonic() + 60 * minutes(pytestconfig)
+    while time.monotonic() < deadline or len(memory) < 12:
+        once()
+        gc.collect()
+        memory.append(resident())
+        assert threading.active_count() == before, threading.enumerate()
+        assert n_hooks(pair) == hooks
+    begun = memory[len(memory) // 3 :]
+    third = max(1, len(begun) // 3)
+    first, last = statistics.median(begun[:third]), statistics.median(begun[-third:])
+    print(  # noqa: T201
+        f"{len(memory)} jobs: {first / 2**20:.1f} MiB at first, {last / 2**20:.1f} at last"
+    )
+    assert last <= GROWTH * first
