@@ -88,7 +88,7 @@ def _untrim(
     for i in map(int, np.flatnonzero(followed_by > ends)):
         end, string = int(ends[i]), strings[i]
         n_spaces = len(string) - len(string.rstrip(SPACE))
-        if n_spaces and text[:end][-1:] not in (" ", SPACE):
+        if n_spaces and text[max(end - 1, 0) : end] not in (" ", SPACE):
             ends[i] += n_spaces * text.startswith(" " * n_spaces, end)
 
 
