@@ -50,7 +50,10 @@ def weights(**changes: Any) -> Spoil:
 
 
 def raw(content: bytes) -> Spoil:
-    return lambda folder: (folder / WEIGHTS).write_bytes(content) and None
+    def spoil(folder: Path) -> None:
+        (folder / WEIGHTS).write_bytes(content)
+
+    return spoil
 
 
 def claim(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str, Any]:
