@@ -55,7 +55,10 @@ def _sae_from_dict(values: Any) -> CrosscoderTrainingConfig:
     metadata = values.get("metadata", {})
     check_metadata(metadata)
     check_types(config_class, {**values, "metadata": SAEMetadata()}, f"The run's {name}")
-    return config_class.from_dict(values)
+    try:
+        return config_class.from_dict(values)
+    except TypeError as error:
+        raise ValueError(f"The run's {name} lacks a setting: {error}.") from error
 
 
 def _no_wandb() -> LoggingConfig:
