@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
+from xxhash import xxh3_128
 
 from sae_lens_dfc.cache import PairedActivationsCache
 from sae_lens_dfc.concerns import read_concerns
@@ -50,7 +53,10 @@ def weights(**changes: Any) -> Spoil:
 
 
 def raw(content: bytes) -> Spoil:
-    return lambda folder: (folder / WEIGHTS).write_bytes(content) and None
+    def spoil(folder: Path) -> None:
+        (folder / WEIGHTS).write_bytes(content)
+
+    return spoil
 
 
 def claim(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str, Any]:
@@ -149,9 +155,6 @@ def test_what_is_not_a_manifest_is_refused(what: str, tmp_path: Path) -> None:
 
 
 def test_the_exit_status_of_a_process_is_1_and_there_is_no_traceback(saved: Path) -> None:
-    import subprocess
-    import sys
-
     cfg(d_sae=LARGE)(saved)
     command = [sys.executable, "-m", "sae_lens_dfc", "evaluate", str(saved)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
@@ -228,8 +231,6 @@ def test_a_cache_that_claims_what_it_has_not_is_refused(what: str, tmp_path: Pat
 def test_a_shard_that_is_not_what_the_manifest_says_is_refused(
     content: bytes, tmp_path: Path
 ) -> None:
-    from xxhash import xxh3_128
-
     folder = write(tmp_path / "c").folder
     content = content.ljust(900, b"\0") if len(content) < 900 else content
     (folder / SHARD).write_bytes(content)
