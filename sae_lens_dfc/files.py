@@ -238,7 +238,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return _is_number(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (None, NoneType):
@@ -246,10 +246,14 @@ def _fits(value: Any, hint: Any) -> bool:
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
-def alike(one: Any, other: Any) -> bool:
-    """Whether two values as JSON has them are built alike: the same names, and values of the same types.
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
-    >>> alike({"a": [1, 2.0]}, {"a": (3, 4.0)}), alike({"a": 1.0}, {"a": 1})
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values as JSON has them are built alike: the same names, and values of the same types; a number is a number.
+
+    >>> alike({"a": [1, 2.0]}, {"a": (3, 4)}), alike({"a": 1}, {"a": "1"})
     (True, False)
     """
     if isinstance(other, dict):
@@ -262,7 +266,7 @@ def alike(one: Any, other: Any) -> bool:
         return (
             isinstance(one, list | tuple) and len(one) == len(other) and all(map(alike, one, other))
         )
-    return type(one) is type(other)
+    return _is_number(one) if _is_number(other) else isinstance(one, type(other))
 
 
 # --- names and weights ---

@@ -84,7 +84,9 @@ def _check_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
     own, own_tensors = trainer_state(trainer, trainer.n_training_steps)
     for group in (*own["param_groups"], *state.values["param_groups"]):
         group["fused"] = None
-    if not alike(state.values, own) or min(state.values[name] for name in COUNTERS) < 0:
+    counters = [state.values[name] for name in (*COUNTERS, "n_training_steps")]
+    are_counts = all(isinstance(n, int) and n >= 0 for n in counters)
+    if not are_counts or not alike(state.values, own):
         raise ValueError("its counters, schedules or optimizer are not built like this training's.")
     shapes = {name: x.shape for name, x in own_tensors.items() if name in TENSORS}
     group = trainer.optimizer.param_groups[0]["params"]

@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
+from xxhash import xxh3_128
 
 from sae_lens_dfc.cache import PairedActivationsCache
 from sae_lens_dfc.concerns import read_concerns
@@ -152,9 +155,6 @@ def test_what_is_not_a_manifest_is_refused(what: str, tmp_path: Path) -> None:
 
 
 def test_the_exit_status_of_a_process_is_1_and_there_is_no_traceback(saved: Path) -> None:
-    import subprocess
-    import sys
-
     cfg(d_sae=LARGE)(saved)
     command = [sys.executable, "-m", "sae_lens_dfc", "evaluate", str(saved)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
@@ -231,8 +231,6 @@ def test_a_cache_that_claims_what_it_has_not_is_refused(what: str, tmp_path: Pat
 def test_a_shard_that_is_not_what_the_manifest_says_is_refused(
     content: bytes, tmp_path: Path
 ) -> None:
-    from xxhash import xxh3_128
-
     folder = write(tmp_path / "c").folder
     content = content.ljust(900, b"\0") if len(content) < 900 else content
     (folder / SHARD).write_bytes(content)
