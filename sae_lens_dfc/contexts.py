@@ -60,12 +60,14 @@ class PairCounts:
         """Everything as plain values, for JSON."""
         return {**vars(self), "coverage": self.coverage.to_dict()}
 
-    def load(self, values: Mapping[str, Any]) -> None:
+    def load(self, values: Any) -> None:
         """Take over what `to_dict` gave.
 
         Raises:
             ValueError: It is something else.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"The counts must be a mapping, got {values!r:.80}.")
         coverage = Coverage.from_dict(values.get("coverage"))
         vars(self).update(
             vars(from_plain(PairCounts, {**values, "coverage": coverage}, "The counts"))
