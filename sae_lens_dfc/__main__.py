@@ -48,7 +48,7 @@ from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.steer import SteerOptions, steer_run
 from sae_lens_dfc.stopping import Stopped, signals_to, stop_now
 from sae_lens_dfc.terminal import printable
-from sae_lens_dfc.texts import TABLE_LOADERS, clean, first_line, load_texts, split_text
+from sae_lens_dfc.texts import TABLE_LOADERS, clean, first_line, load_texts, read_text, split_text
 from sae_lens_dfc.tokens import load_tokenizer, tokenize
 from sae_lens_dfc.training.caching import CacheConfig, cache_activations
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -150,7 +150,7 @@ def align_texts(options: AlignOptions) -> None:
     a, b = load_tokenizer(options.tokenizer_a), load_tokenizer(options.tokenizer_b)
     path = Path(options.file)
     if path.is_file() and path.suffix not in TABLE_LOADERS:
-        texts = [path.read_text(encoding="utf-8")]
+        texts = [read_text(path)]
     else:
         texts = load_texts(options.file, options.text_column)
     coverage = Coverage()

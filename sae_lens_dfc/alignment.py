@@ -127,6 +127,9 @@ def aligned_positions(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
 
 
 def _aligned(a: Tokens, b: Tokens) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+    if a.strings == b.strings and np.array_equal(a.ends, b.ends):
+        # One tokenizer, or two that cut this text alike: each token has its twin, whatever it ends inside.
+        return np.arange(len(a.ids)), np.arange(len(a.ids))
     end_a, whole_a = _last_whole_by_end(a)
     end_b, whole_b = _last_whole_by_end(b)
     _, in_a, in_b = np.intersect1d(end_a, end_b, assume_unique=True, return_indices=True)
@@ -184,8 +187,9 @@ class _Unread(NamedTuple):
 
     text: str
     """As the vocabulary spells it, bytes as byte-level tokenizers do."""
-    open: dict[int, tuple[int, int]]
-    """For each open token by the letters left after it: its position, and the letters left before its character."""
+    open: dict[tuple[int, int], tuple[int, int]]
+    """For each open token, by the character it ends in and the letters left after it: its position, and the letters
+    left before its character."""
 
 
 def _unread(
@@ -195,21 +199,21 @@ def _unread(
     strings = [LETTER_OF_BYTE_TOKEN.get(string, string) for string in tokens.strings[start:stop]]
     text = "".join(strings)
     left = before = len(text)
-    found: dict[int, tuple[int, int]] = {}
+    found: dict[tuple[int, int], tuple[int, int]] = {}
     for position, string in enumerate(strings, start):
         if position == start or not is_open[position - 1]:
             before = left
         left -= len(string)
         if is_open[position]:
-            found[left] = position, before
+            found[int(tokens.ends[position]), left] = position, before
     return _Unread(text, found)
 
 
 def _same_from_the_back(a: _Unread, b: _Unread) -> Iterator[tuple[int, int]]:
     """Pairs of open tokens with the same letters left, where those of their character are the same too."""
     same = len(commonprefix([a.text[::-1], b.text[::-1]]))
-    for left, (i, before_a) in a.open.items():
-        j, before_b = b.open.get(left, (-1, 0))
+    for place, (i, before_a) in a.open.items():
+        j, before_b = b.open.get(place, (-1, 0))
         if j >= 0 and min(before_a, before_b) <= same:
             yield i, j
 

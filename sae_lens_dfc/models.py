@@ -11,14 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, str_to_dtype
-from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens import loading_from_pretrained as tl_loading
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +24,13 @@ from sae_lens_dfc.gguf_file import check_gguf
 from sae_lens_dfc.texts import first_line
 from sae_lens_dfc.tokens import load_tokenizer
 
-LanguageModel = HookedTransformer | TransformerBridge
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+    LanguageModel = HookedTransformer | TransformerBridge
+else:
+    # TransformerLens 4 has no HookedTransformer: it is imported where it is asked for.
+    LanguageModel = nn.Module
 
 WEIGHTS = ("*.safetensors", "*.bin")
 PARAMETERS_OF_A_BYTE = 8
@@ -352,7 +356,15 @@ def _to_bridge(
 
 def _to_hooked_transformer(
     hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cfg: ModelConfig
-) -> HookedTransformer:
+) -> LanguageModel:
+    try:
+        from transformer_lens import HookedTransformer
+        from transformer_lens import loading_from_pretrained as tl_loading
+    except ImportError as error:
+        raise ValueError(
+            f"model_class_name='HookedTransformer' is asked for, and this TransformerLens has none ({error}). Use "
+            "model_class_name='TransformerBridge'."
+        ) from error
     if not Path(cfg.model_name).exists():
         with redirect_stdout(sys.stderr):  # it prints what it loaded, among what a command answers
             return HookedTransformer.from_pretrained_no_processing(

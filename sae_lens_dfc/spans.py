@@ -85,10 +85,10 @@ def _untrim(
 ) -> None:
     """Give a byte-level token the spaces at its end back, in place."""
     followed_by = np.append(starts[1:], len(text))[: len(ends)]
-    for i in np.flatnonzero(followed_by > ends):
+    for i in map(int, np.flatnonzero(followed_by > ends)):
         end, string = int(ends[i]), strings[i]
         n_spaces = len(string) - len(string.rstrip(SPACE))
-        if n_spaces and text[:end][-1:] not in (" ", SPACE):
+        if n_spaces and text[max(end - 1, 0) : end] not in (" ", SPACE):
             ends[i] += n_spaces * text.startswith(" " * n_spaces, end)
 
 
@@ -125,13 +125,16 @@ def _joined(normalizer: Any, text: str) -> Iterator[tuple[int, int]]:
 
 
 def _may_join(character: str) -> bool:
-    """Whether normalizing may change what is before this character: marks, and parts of a Korean syllable.
+    """Whether normalizing may change what is before this character, or what is before and after it.
 
-    Marks are also what this Python's Unicode does not know, since the tokenizer's may.
+    Marks and parts of a Korean syllable; what this Python's Unicode does not know, since the tokenizer's
+    may; and what some normalizers drop first, so that marks behind it come to what is before.
     """
     return (
-        unicodedata.category(character) in ("Mn", "Mc", "Me", "Cn")
+        (unicodedata.category(character)[0] in "MC" and not character.isspace())
+        or character == "\ufffd"
         or "\u1160" <= character <= "\u11ff"
+        or "\u3131" <= character <= "\u318e"
         or "\ud7b0" <= character <= "\ud7ff"
         or "\uff9e" <= character <= "\uffdc"
     )

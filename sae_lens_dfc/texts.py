@@ -5,6 +5,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.utils.extract import Extractor
 from pyarrow import parquet
@@ -93,17 +95,39 @@ def open_rows(
         ValueError: There is no such file or data set, or it is empty.
     """
     path = Path(dataset_path)
+    is_empty = path.is_file() and path.stat().st_size == 0
     if dataset_path == CPYTHON_DOCS:
         dataset = _from_texts(cpython_docs(), text_column)
     elif path.suffix == ".txt" and path.is_file():
-        texts = split_text(path.read_text(encoding="utf-8"), DOCUMENT_CHARS)
-        dataset = _from_texts(texts, text_column)
-    else:
+        dataset = _from_texts(split_text(read_text(path), DOCUMENT_CHARS), text_column)
+    elif not is_empty:
         dataset = _open_dataset(path, dataset_path, split, streaming, dataset_name)
+    else:
+        dataset = Dataset.from_dict({})
     rows = Rows(dataset, dataset_path)
     if not rows.columns:
         raise ValueError(f"Data set {dataset_path!r} is empty. Give one with text in it.")
     return rows
+
+
+def read_text(path: Path) -> str:
+    """All of a file's text.
+
+    Raises:
+        ValueError: It is not UTF-8.
+    """
+    with _utf8_only(str(path)):
+        return path.read_text(encoding="utf-8")
+
+
+@contextmanager
+def _utf8_only(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name!r} is not text in UTF-8: {error.reason} at byte {error.start}. Convert it to UTF-8, or name a file of text."
+        ) from error
 
 
 class Rows:
@@ -123,7 +147,8 @@ class Rows:
     @cached_property
     def _first(self) -> dict[str, Any]:
         # Of a hub data set, a download.
-        return next(iter(self.dataset), {})  # type: ignore[return-value]
+        with _utf8_only(self.name):
+            return next(iter(self.dataset), {})  # type: ignore[return-value]
 
     @property
     def columns(self) -> list[str]:
@@ -147,8 +172,12 @@ class Rows:
         """Each row with the place after it.
 
         Raises:
-            ValueError: There is no such place.
+            ValueError: There is no such place, or a row is not UTF-8.
         """
+        with _utf8_only(self.name):
+            yield from self._read(place)
+
+    def _read(self, place: Place | None) -> Iterator[tuple[dict[str, Any], Place]]:
         if isinstance(self.dataset, Dataset):
             start = 0 if place is None else place.get("row")
             if not isinstance(start, int) or start < 0:
@@ -196,8 +225,10 @@ def _open_dataset(
             )
         return load_dataset(name, config, split=split, streaming=streaming)  # type: ignore[return-value]
     except Exception as error:
+        # Errors of datasets say that there was one, and have the one that there was as their cause.
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise ValueError(
-            f"Could not read data set {name!r}: {type(error).__name__}: {first_line(error)} "
+            f"Could not read data set {name!r}: {type(cause).__name__}: {first_line(cause)} "
             "Give a hub name, a file (.txt, .jsonl, .csv, .parquet) or a folder written by save_to_disk."
         ) from error
 

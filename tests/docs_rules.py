@@ -88,7 +88,12 @@ model, tokens = hooked.model, hooked.model.to_tokens([Path("my-text.txt").read_t
     ),
     "docs/measures.md": Rules(declared={"taken:  x_source": "a formula"}),
     "docs/how-to/fine-tune.md": Rules(
-        replace={"my/base": "{llama}", "my/fine-tune": "{fine_tune}"},
+        replace={
+            "my/base": "{llama}",
+            "my/fine-tune": "{fine_tune}",
+            "lr_warm_up_steps: 40": "lr_warm_up_steps: 4",
+            "lr_decay_steps: 80": "lr_decay_steps: 8",
+        },
         not_run={"sae-lens-dfc organism": REAL},
     ),
     "docs/how-to/gpus.md": Rules(

@@ -184,8 +184,9 @@ class CrosscoderRunnerConfig(DataConfig):
             )
         warm_up = _or(self.lr_warm_up_steps, self.a_tenth_of_the_steps)
         between = self.training_steps - warm_up - self.lr_decay_steps
-        needed = 0 if self.lr_scheduler_name.lower() == "constant" else 1
-        if between < needed:
+        is_constant = self.lr_scheduler_name.lower() == "constant"
+        # A warm-up that is longer than a short training is no harm: it only is not over.
+        if (self.lr_decay_steps > 0 and between < 0) or (not is_constant and between < 1):
             raise ValueError(
                 f"{warm_up} steps of warm-up (lr_warm_up_steps) and {self.lr_decay_steps} of decay (lr_decay_steps) leave "
                 f"{between} of {self.training_steps} steps to the schedule {self.lr_scheduler_name!r}. Shorten them, or train "

@@ -62,6 +62,11 @@ class Child:
         if self.process.pid is not None and self.process.is_alive():
             os.kill(self.process.pid, number)
 
+    def wait_for(self, path: Path) -> None:
+        """Wait until it has made this file, or ended."""
+        while not path.exists() and self.process.is_alive():
+            time.sleep(0.0001)
+
     def ended(self, timeout: float = 120) -> Ended:
         """Wait for its end."""
         self.process.join(timeout)

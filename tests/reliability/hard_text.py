@@ -12,56 +12,9 @@ INVISIBLE = "\x00\x01\x07\x08\x1b\x7f\x80\x9f\xad\u034f\u061c\u115f\u180e\u200b\
 NONCHARACTERS = "\ufdd0\ufdef\ufffe\uffff\U0001fffe\U0010ffff"
 SURROGATES = "\ud800\udbff\udc00\udc80\udcff\udfff"
 FAMILIES = ["👩‍👩‍👧‍👦", "🏳️‍🌈", "👨🏿‍🚀", "🇫🇷", "🇫", "🏴󠁧󠁢󠁳󠁣󠁴󠁿", "1️⃣", "❤️", "🤖", "☝🏽"]
-SPELLED = [
-    "<s>",
-    "</s>",
-    "<unk>",
-    "[UNK]",
-    "[CLS]",
-    "<pad>",
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<bos>",
-    "<0xE6>",
-    "<0x3C>",
-    "<0x0A>",
-    "▁",
-    "▁▁",
-    "##",
-    "##s",
-    "Ġ",
-    "ĠĠ",
-    "Ċ",
-    "Â©",
-]
-WORDS = [
-    "The",
-    "cat",
-    "sat",
-    "on",
-    "the",
-    "mat.",
-    "1989",
-    "if",
-    "x:",
-    "naïve",
-    "café",
-    "Straße",
-    "ÇA",
-    "İstanbul",
-    "ΣΑΣ",
-    "ŀ",
-    "ŉ",
-    "ラーメンを食べる",
-    "日本語と",
-    "שלום",
-    "עולם",
-    "مرحبا",
-    "हिन्दी",
-    "ไทย",
-    "Việt",
-    "한국어",
-]
+# Spellings that tokenizers have a meaning for.
+SPELLED = ["<s>", "</s>", "<unk>", "[UNK]", "[CLS]", "<pad>", "<|endoftext|>", "<|im_start|>", "<bos>", "<0xE6>", "<0x3C>", "<0x0A>", "▁", "▁▁", "##", "##s", "Ġ", "ĠĠ", "Ċ", "Â©"]  # fmt: skip
+WORDS = ["The", "cat", "sat", "on", "the", "mat.", "1989", "if", "x:", "naïve", "café", "Straße", "ÇA", "İstanbul", "ΣΑΣ", "ŀ", "ŉ", "ラーメンを食べる", "日本語と", "שלום", "עולם", "مرحبا", "हिन्दी", "ไทย", "Việt", "한국어"]  # fmt: skip
 INDENTED = ["\n    y", "\n  \n", "\r\n\t", "  ", "\n", "\r\n", "\n\n   ", " \n "]
 
 

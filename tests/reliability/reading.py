@@ -87,7 +87,7 @@ class Reader:
         tokens = tokenize(self.tokenizer, text)
         raw = self.raw.encode(text, add_special_tokens=False)
         assert raw.ids == list(tokens.ids)
-        read, ids = list[bytes](), list[int]()
+        read, ids = list[bytes](), list[int | None]()
         before = b""
         for part in self.parting.split(text):
             if part in self.added:
@@ -176,7 +176,8 @@ def _inside(read: bytes, states: dict[bytes, set[int]]) -> set[tuple[int, bytes]
 
 
 def may_be_mark(character: str) -> bool:
-    """Whether normalizing may join this character with the one before it."""
-    decomposed = unicodedata.normalize("NFKD", character)
-    is_korean = "HANGUL" in unicodedata.name(decomposed[0], "")
-    return is_korean or unicodedata.category(decomposed[0])[0] in "MC"
+    """Whether normalizing may join this character, or one behind it, with the one before it."""
+    first = unicodedata.normalize("NFKD", character)[0]
+    is_korean = "HANGUL" in unicodedata.name(first, "")
+    is_mark = unicodedata.category(first)[0] in "MC" and not first.isspace()
+    return is_korean or is_mark or first == "\ufffd"

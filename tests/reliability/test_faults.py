@@ -26,6 +26,7 @@ from tests.reliability.conftest import Jobs
 from tests.reliability.test_kills import left_over, result
 
 JOBS = ("cache", "train", "evaluate", "screen", "export")
+FIRST_FILE = {"cache": "out/rows-00000-000000.safetensors", "train": "out-checkpoints"}
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a small disk")
 
 

@@ -67,7 +67,7 @@ def test_the_learning_rate_of_a_million_steps_is_that_of_its_formula(scheduler: 
         if step in RESUMED_AT:
             # Not step by step with the other for long: a hundred thousand would say no more.
             resumed = trainer(scheduler)
-            load_trainer_state(resumed, trainer_state(whole))
+            load_trainer_state(resumed, trainer_state(whole, step + 1))
         for one in (whole, resumed):
             if one is not None:
                 one.lr_scheduler.step()

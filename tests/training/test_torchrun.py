@@ -158,3 +158,22 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bits(folder: Path) -> N
     assert not (folder / "killed").exists(), "they were to be killed before they were done"
     run(folder, "train", "--output-path", str(folder / "killed"), "--resume")
     assert saved(folder / "killed") == saved(folder / "whole")
+
+
+def test_processes_asked_to_end_stop_at_one_step_and_go_on_to_the_same_bits(folder: Path) -> None:
+    stopped = ("--output-path", str(folder / "stopped"))
+    process = start(folder, "train", *stopped)
+    while process.poll() is None and not checkpoints(folder / "stopped-checkpoints"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    last = checkpoints(folder / "stopped-checkpoints")[-1]
+    assert f"stopped after {last.name} samples, saved in {last}" in err
+    assert sorted(path.name for path in last.glob("rank-*")) == [
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+    ]
+    run(folder, "train", *stopped, "--resume")
+    run(folder, "train", "--output-path", str(folder / "never stopped"))
+    assert saved(folder / "stopped") == saved(folder / "never stopped")
