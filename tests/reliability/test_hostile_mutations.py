@@ -52,7 +52,7 @@ from tests.test_cache import HEADER, write
 
 logger = logging.getLogger(__name__)
 
-MAX_SECONDS = 3.0
+MAX_SECONDS = 5.0
 
 
 # --- damage ---
