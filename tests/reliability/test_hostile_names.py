@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
+from sae_lens_dfc import CrosscoderRunnerConfig, DFCTrainingCrosscoderConfig, ModelConfig
 from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.card import render_card
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
@@ -125,8 +126,6 @@ def test_orders_to_a_terminal_are_spelled_out(what: str) -> None:
 def test_the_settings_of_a_run_come_to_the_page_as_they_are(
     tmp_path: Path, llama_folder: Path
 ) -> None:
-    from sae_lens_dfc import CrosscoderRunnerConfig, DFCTrainingCrosscoderConfig, ModelConfig
-
     name = "".join(ORDERS.values())
     cfg = CrosscoderRunnerConfig(
         sae=DFCTrainingCrosscoderConfig(d_sae=64, k=4, d_a=5, d_b=7),
