@@ -67,7 +67,7 @@ class Stop:
 
     >>> stop = Stop()
     >>> with stop.on_signals():
-    ...     signal.raise_signal(signal.SIGINT)
+    ...     signal.raise_signal(signal.SIGTERM)
     ...     print("this step is done")
     ...     try:
     ...         with stop.waiting():
@@ -75,7 +75,7 @@ class Stop:
     ...     except Stopped as stopped:
     ...         print(signal.Signals(stopped.number).name)
     this step is done
-    SIGINT
+    SIGTERM
     """
 
     def __init__(self) -> None:

@@ -78,6 +78,8 @@ def _run(arguments: list[str], errors: str, prepare: Prepare | None) -> None:
     to = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(to, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # Whoever starts the tests in the background has them ignore Ctrl-C, and their children with them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     if prepare is not None:
         prepare()

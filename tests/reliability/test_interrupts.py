@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,14 @@ from tests.reliability.conftest import Jobs
 from tests.reliability.test_kills import result
 
 SECONDS_TO_STOP = 5
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """In the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def at_new_checkpoint(folder: Path, child: Child) -> None:
