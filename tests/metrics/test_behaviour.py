@@ -129,7 +129,8 @@ def test_both_models_read_the_same_of_the_sources_answer(pair: ModelPair) -> Non
                 assert ids[: len(asked)] == asked
                 assert context.positions[name][0] == len(asked) - 1
                 new = [ids[len(asked) : i + 1] for i in context.positions[name]]
-                read.append([str(model.tokenizer.decode(x)) for x in new])
+                # Of a character of which some bytes were read, tokenizers show a sign for all or for each.
+                read.append([str(model.tokenizer.decode(x)).rstrip("\ufffd") for x in new])
                 assert before[name].shape[:2] == (5, len(new))
             assert read[0] == read[1]
             n_pairs.append(len(read[0]))

@@ -119,13 +119,14 @@ def test_jobs_one_after_the_other_leave_no_thread_no_hook_and_no_memory(
     hooks, before = n_hooks(pair), threading.active_count()
     memory: list[int] = []
     deadline = time.monotonic() + 60 * minutes(pytestconfig)
-    while time.monotonic() < deadline or len(memory) < 12:
+    while time.monotonic() < deadline or len(memory) < 30:
         once()
         gc.collect()
         memory.append(resident())
         assert threading.active_count() == before, threading.enumerate()
         assert n_hooks(pair) == hooks
-    begun = memory[len(memory) // 3 :]
+    # The first jobs fill what libraries keep for good.
+    begun = memory[len(memory) // 2 :]
     third = max(1, len(begun) // 3)
     first, last = statistics.median(begun[:third]), statistics.median(begun[-third:])
     print(  # noqa: T201
