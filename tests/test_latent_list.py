@@ -114,6 +114,8 @@ def test_by_evidence_they_stand_as_the_evaluation_ranks_them(
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "latents.csv").write_text("\n".join(lines[:-1]))
+    assert "is not of this crosscoder" in refused("--evidence", str(foreign))
+    (foreign / "latents.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
     assert "is of another crosscoder" in refused("--evidence", str(foreign))
     with (output / "latents.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 64
