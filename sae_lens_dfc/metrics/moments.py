@@ -41,11 +41,10 @@ class PairMoments:
             return
         acts = acts.double()
         if self.n == 0:
-            # Squares around a fixed first guess: around 0 they cancel where the mean is most of the norm. One row, not their
-            # mean: what does not vary is then exactly 0.
+            # Squares around a fixed first guess: around 0 they cancel where the mean is most of the norm.
             d = acts.shape[1]
             zeros = acts.new_zeros(d), acts.new_zeros(d, d)
-            self._sums = dict(zip(("origin", "x", "xx"), (acts[0].clone(), *zeros), strict=True))
+            self._sums = dict(zip(("origin", "x", "xx"), (acts.mean(dim=0), *zeros), strict=True))
         x = acts - self._sums["origin"]
         self.n += len(x)
         self._sums["x"] += x.sum(dim=0)

@@ -57,9 +57,8 @@ class ExplainedVariance:
             return
         acts = acts.double()
         if self._origin is None:
-            # Sums of squares around a fixed first guess: around 0 they cancel where the mean is most of the norm. One row, not
-            # their mean: what does not vary is then exactly 0.
-            self._origin = acts[0].clone()
+            # Sums of squares around a fixed first guess: around 0 they cancel where the mean is most of the norm.
+            self._origin = acts.mean(dim=0)
         error = (acts - reconstruction).pow(2).sum(dim=0)
         self._sums.update({**moments(acts - self._origin), "error": error})
 

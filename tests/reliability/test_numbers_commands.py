@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCau
 
 from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
-from sae_lens_dfc.evaluate import evaluate
+from sae_lens_dfc.evaluate import Evaluation, evaluate
 from sae_lens_dfc.held_out import HeldOutOptions, held_out_text, opened_run
 from sae_lens_dfc.manifest import ACTS, MANIFEST_FILENAME
 from sae_lens_dfc.models import ModelConfig
@@ -67,7 +68,11 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 def test_commands_on_a_run_whose_latents_are_all_dead(
-    tmp_path: Path, llama_folder: Path, gpt2_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    llama_folder: Path,
+    gpt2_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = train_tiny(tmp_path, llama_folder, gpt2_folder)
     dead = load_crosscoder(run)
@@ -90,6 +95,17 @@ def test_commands_on_a_run_whose_latents_are_all_dead(
     exported = said(capsys, "export", name, "--model", "a", "--output", str(tmp_path / "sae"), *FEW)
     assert exported["l0/exported"] == 0
     check_written(tmp_path)
+    # Of several runs at once as of one: what is no number is left out.
+    copy = shutil.copytree(run, tmp_path / "copy")
+    found = evaluate
+
+    def with_nan(*args: Any, **kwargs: Any) -> Evaluation:
+        one = found(*args, **kwargs)
+        return one._replace(metrics={**one.metrics, "nothing": math.nan})
+
+    monkeypatch.setattr("sae_lens_dfc.held_out.evaluate", with_nan)
+    both = said(capsys, "evaluate", name, str(copy), *FEW)["runs"]
+    assert len(both) == 2 and all("l0" in x and "nothing" not in x for x in both.values())
 
 
 def narrow(folder: Path, tokenizer: Path, seed: int) -> Path:

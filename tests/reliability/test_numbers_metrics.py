@@ -18,6 +18,7 @@ from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
 from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.evaluate import Evaluation, evaluate, evaluate_pca
 from sae_lens_dfc.latent_acts import explained_by
+from sae_lens_dfc.latents import _evidence_of
 from sae_lens_dfc.metrics.behaviour import BehaviourOptions, behaviour
 from sae_lens_dfc.metrics.code_difference import CodeDifference
 from sae_lens_dfc.metrics.contrast import ContextMaxima, contrast
@@ -128,7 +129,8 @@ def test_activations_that_are_not_finite_or_overflow_give_no_measure(
         metrics = measured(crosscoder(kind), rows(data), mapped).metrics
         json.dumps(known(metrics), allow_nan=False)
         return
-    with pytest.raises(ValueError, match="NaN or infinit"):
+    message = "NaN or infinit" if data == "3e38" else "Activations to evaluate on hold NaN or inf"
+    with pytest.raises(ValueError, match=message):
         measured(crosscoder(kind), rows(data), mapped)
 
 
@@ -207,10 +209,11 @@ def test_of_what_does_not_vary_even_a_perfect_reconstruction_explains_nothing() 
     variance = ExplainedVariance(ONE)
     variance.update(CONSTANT, CONSTANT)
     assert all(math.isnan(x) for x in variance.compute().values())
-    by_frequency = ExplainedVarianceByFrequency(ONE, torch.zeros(2))
     of_one = torch.zeros(7, dtype=torch.long)
-    by_frequency.update(CONSTANT, CONSTANT, {"a": of_one, "b": of_one})
-    assert by_frequency.compute() == {}
+    for rebuilt in (CONSTANT, CONSTANT + 1):
+        by_frequency = ExplainedVarianceByFrequency(ONE, torch.zeros(2))
+        by_frequency.update(CONSTANT, rebuilt, {"a": of_one, "b": of_one})
+        assert by_frequency.compute() == {}
 
 
 def test_a_reconstruction_that_is_nan_explains_nothing() -> None:
@@ -234,6 +237,16 @@ def test_activations_that_are_no_numbers_are_not_counted_as_silence(value: float
         CodeDifference({"all": slice(0, 2)}, torch.zeros(1)).update(x, acts, acts, x, x)
     with pytest.raises(ValueError, match="hold NaN or infinity"):
         crosscoder("alive").export_sae("a", rows=[rows("NaN")])
+
+
+def test_what_a_card_says_of_a_latent_is_numbers() -> None:
+    evidence = measured(crosscoder("alive"), rows("ordinary")).evidence
+    assert evidence is not None
+    broken = evidence._replace(
+        nu_error=torch.full((24,), math.inf), nu_reconstruction=torch.full((24,), math.nan)
+    )
+    said = _evidence_of(broken, 12)
+    assert "auc" in said and "nu_error" not in said and "nu_reconstruction" not in said
 
 
 def test_an_export_of_a_dead_crosscoder_says_that_nothing_fires() -> None:
@@ -366,8 +379,10 @@ def test_corpora_in_which_a_latent_is_always_the_same_are_told_apart_or_not_by_i
 
 def test_a_guess_of_a_latent_that_is_always_the_same_explains_nothing_of_it() -> None:
     same = crosscoder("always the same")
-    shares = explained_by(same, "a", [12, 13], torch.zeros(D_B), rows("ordinary").split(4))
-    assert shares.isnan().all()
+    for value in (0.1, 0.7, 1.1, 3.3, 1e3):
+        same.b_enc.data.fill_(value)
+        shares = explained_by(same, "a", [12, 13], torch.zeros(D_B), rows("ordinary").split(4))
+        assert shares.isnan().all()
     assert explained_by(crosscoder("dead"), "a", [12], torch.zeros(D_B), [rows("ordinary")]).isnan()
 
 
