@@ -31,7 +31,7 @@ from sae_lens_dfc.measures import measures_table, spread, text_table
 from sae_lens_dfc.metrics.stability import check_same_models, stability_over_pairs
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.nulls import Case, check_nulls
-from sae_lens_dfc.output import all_or_nothing, claimed, is_made, replaced, say
+from sae_lens_dfc.output import all_or_nothing, check_file, claimed, is_made, replaced, say
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.pair_data import PairData, regrouped
 from sae_lens_dfc.report import render_report
@@ -215,6 +215,8 @@ def data_of(
 
 def write_report(options: ReportOptions) -> None:
     """Write a trained crosscoder's page."""
+    target = Path(options.output or Path(options.run) / REPORT_FILENAME)
+    check_file(target)
     # Before the work: what cannot be read should not show after it.
     stored = stored_metrics(options.run, options)
     d_sae = load_crosscoder(options.run).cfg.d_sae
@@ -225,7 +227,6 @@ def write_report(options: ReportOptions) -> None:
         evaluation = evaluation._replace(metrics=metrics, evidence=evidence)
     evaluation = evaluation._replace(metrics=known(evaluation.metrics))
     page = report_data(Measured(crosscoder, evaluation), data, pair, settings(cfg))
-    target = Path(options.output or Path(options.run) / REPORT_FILENAME)
     target.parent.mkdir(parents=True, exist_ok=True)
     # In place of what has that name, be it a link to somewhere else.
     with replaced(target) as temporary:

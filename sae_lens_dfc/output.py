@@ -19,8 +19,14 @@ UNFINISHED = ".unfinished"
 
 
 def say(text: str) -> None:
-    """A line for whoever ran a command: what it answers goes to standard output, all else to standard error."""
+    """A line for whoever ran a command: what it answers goes to standard output, all else to standard error.
+
+    Raises:
+        OSError: Nobody reads it, or there is no room for it.
+    """
     sys.stdout.write(printable(text) + "\n")
+    # Left to Python's end, an error would have its own message and exit status.
+    sys.stdout.flush()
 
 
 def check_output(
@@ -41,8 +47,8 @@ def check_output(
         ValueError: It holds one and `overwrite` is false, holds anything else, or cannot be written.
     """
     path = Path(path).resolve()
-    if path.is_file():
-        raise ValueError(f"Output {path} is a file. Name a folder.")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"Output {path} is no folder. Name one.")
     if path == Path.cwd() or path.is_mount():
         raise ValueError(
             f"Output folder {path} cannot be replaced as a whole. Name a folder in it."
@@ -65,6 +71,16 @@ def is_made(
 ) -> bool:
     """Whether a folder holds a run, or what else has one of these files."""
     return any((Path(path) / mark).is_file() for mark in marks)
+
+
+def check_file(path: Path) -> None:
+    """Refuse to put a file where something else is, such as a folder or a device.
+
+    Raises:
+        ValueError: There is.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file and cannot be replaced by one. Name another.")
 
 
 @contextmanager
@@ -145,9 +161,15 @@ def all_or_nothing(path: str | Path) -> Iterator[Path]:
         fresh.mkdir()
         with os_errors():
             yield fresh
-        if path.exists():
-            path.rename(Path(temporary) / "old")
-        fresh.rename(path)
+        old = Path(temporary) / "old"
+        try:
+            if path.exists():
+                path.rename(old)
+            fresh.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
 
 
 @contextmanager
@@ -161,8 +183,13 @@ def os_errors() -> Iterator[None]:
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """A temporary file that takes `path`'s place when the block ends well: whoever looks sees all of it or none."""
+    """A temporary file that takes `path`'s place when the block ends well: whoever looks sees all of it or none.
+
+    Raises:
+        ValueError: There is something that is no file, such as a folder or `/dev/null`.
+    """
     path = Path(path)
+    check_file(path)
     temporary = path.with_name(f".{path.name}.new")
     # What a killed process left; or a link that a stranger put there, to be written through.
     temporary.unlink(missing_ok=True)

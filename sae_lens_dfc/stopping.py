@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -42,14 +43,14 @@ def stop_now(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 def signals_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Give `handler` the signals that ask a process to end, while this is open.
 
-    Those that are ignored, as under nohup, stay so. Outside the main thread, to which alone Python gives signals, it does
+    Those that are ignored, as under nohup, and those that a program around Python holds stay so. Outside the main thread, to which alone Python gives signals, it does
     nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = [number for number, was in before.items() if was != signal.SIG_IGN]
+    taken = [number for number, was in before.items() if was not in (signal.SIG_IGN, None)]
     for number in taken:
         signal.signal(number, handler)
     try:
@@ -63,7 +64,8 @@ class Stop:
     """Whether this process was asked to end, for work that says itself where it can be interrupted.
 
     A first signal is remembered until the next place where work waits; there, or when it comes while work waits, it
-    raises `Stopped`. A second one interrupts at once, as Python does.
+    raises `Stopped`. Another Ctrl-C, a second later or more, interrupts at once. Other signals that follow do not: whoever
+    ends a process sends several (torchrun passes on what its processes have had from the terminal, systemd adds SIGHUP).
 
     >>> stop = Stop()
     >>> with stop.on_signals():
@@ -81,6 +83,7 @@ class Stop:
     def __init__(self) -> None:
         self.number = 0
         """The signal; 0 while there was none."""
+        self._asked = 0.0
         self._is_waiting = False
         self._n_waits = 0
 
@@ -91,8 +94,10 @@ class Stop:
             yield
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        is_second, self.number = self.number != 0, self.number or number
-        if is_second or (self._is_waiting and ranks.world_size() == 1):
+        if self.number == 0:
+            self.number, self._asked = number, time.monotonic()
+        is_insisted_on = number == signal.SIGINT and time.monotonic() - self._asked > 1
+        if is_insisted_on or (self._is_waiting and ranks.world_size() == 1):
             stop_now(number, frame)
 
     @contextmanager

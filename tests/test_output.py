@@ -1,8 +1,9 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from sae_lens_dfc.output import all_or_nothing, check_output
+from sae_lens_dfc.output import all_or_nothing, check_output, replaced
 
 
 def test_a_new_or_empty_folder_is_fine(tmp_path: Path) -> None:
@@ -25,7 +26,8 @@ def test_the_working_folder_a_file_and_a_path_below_a_file_are_refused(
     (tmp_path / "file").write_text("x")
     for path, message in (
         (".", "as a whole"),
-        ("file", "is a file"),
+        ("file", "is no folder"),
+        (os.devnull, "is no folder"),
         ("file/run", "cannot be made"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -47,3 +49,34 @@ def test_a_block_that_ends_well_replaces_the_folder(tmp_path: Path) -> None:
     with all_or_nothing(tmp_path / "run") as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "new"]
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (
+        pytest.raises(ValueError, match="not a file"),
+        replaced(tmp_path / "pipe") as temporary,
+    ):
+        temporary.write_text("x")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_interrupt_while_folders_are_swapped_leaves_the_old_one_or_the_new(
+    n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").write_text("old")
+    renames, rename = iter(range(1, 9)), Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
+        if next(renames) == n:
+            raise KeyboardInterrupt
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), all_or_nothing(tmp_path / "run") as folder:
+        (folder / "new").write_text("new")
+    left = "old" if n == 1 else "new"
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", left]

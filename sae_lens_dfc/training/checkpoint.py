@@ -22,6 +22,7 @@ from sae_lens_dfc.state import State, checksum, load_state, save_state
 TRAINER_FILENAME = "trainer_state.safetensors"
 SUMS_FILENAME = "checksums.json"
 _REMOVE = "Remove its folder to resume from the one before."
+_NEW, _OLD = ".new", ".old.new"
 KEPT = 2
 """Checkpoints kept: if the machine dies while one is moved away, there is another."""
 
@@ -235,10 +236,9 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def _made_by_all(folder: Path) -> Iterator[Path]:
     """A temporary folder for all ranks to write into, which takes its name when all have."""
-    temporary = folder.with_name(f".{folder.name}.new")
+    temporary = folder.with_name(f".{folder.name}{_NEW}")
     if ranks.rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
         temporary.mkdir(parents=True)
     ranks.wait()
     try:
@@ -249,13 +249,34 @@ def _made_by_all(folder: Path) -> Iterator[Path]:
             files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
             sums = {str(path.relative_to(temporary)): checksum(path) for path in files}
             (temporary / SUMS_FILENAME).write_text(json.dumps(sums, indent=1))
-            temporary.rename(folder)
-    except OSError as error:
+            _put_in_place(temporary, folder)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise OSError(
             f"Could not write checkpoint {folder}: {error} Earlier ones are kept: make room and go on with --resume."
         ) from error
     ranks.wait()
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename it; the checkpoint of the same step that a resumed training began with stays until then."""
+    superseded = folder.with_name(f".{folder.name}{_OLD}")
+    if folder.exists():
+        folder.rename(superseded)
+    temporary.rename(folder)
+    shutil.rmtree(superseded, ignore_errors=True)
+
+
+def tidy_checkpoints(path: Path) -> None:
+    """Remove what a killed process left of a checkpoint that it was writing, in a folder that is the caller's alone."""
+    for left in path.glob(f".*{_NEW}"):
+        kept = path / left.name.removeprefix(".").removesuffix(_OLD)
+        if left.name.endswith(_OLD) and not kept.exists():
+            left.rename(kept)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check_files(folder: Path) -> None:

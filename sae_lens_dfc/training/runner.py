@@ -29,7 +29,12 @@ from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.provider import Batches, epochs, epochs_in_memory, shuffled
 from sae_lens_dfc.stopping import Stop
 from sae_lens_dfc.training.caching import with_cache
-from sae_lens_dfc.training.checkpoint import checkpoints, load_place, remove_checkpoints
+from sae_lens_dfc.training.checkpoint import (
+    checkpoints,
+    load_place,
+    remove_checkpoints,
+    tidy_checkpoints,
+)
 from sae_lens_dfc.training.checks import (
     check_checkpoints,
     check_rows,
@@ -137,6 +142,8 @@ class CrosscoderTrainingRunner:
         with ExitStack() as held:
             for path in paths if ranks.rank() == 0 else []:
                 held.enter_context(sole_user(path))
+            if ranks.rank() == 0 and cfg.checkpoint_path is not None:
+                tidy_checkpoints(Path(cfg.checkpoint_path))
             if cfg.output_path is not None and not (cfg.resume and is_made(cfg.output_path)):
                 # While the models were opened, another process may have ended with it.
                 check_output(cfg.output_path, cfg.overwrite)

@@ -342,3 +342,32 @@ def test_a_killed_process_goes_on_to_the_same_bits(command: list[str], tmp_path:
     )
     assert "Training goes on from" in result.stderr
     assert saved(killed) == saved(whole)
+
+
+def test_a_checkpoint_stays_until_the_next_of_its_step_is_whole_and_halves_are_tidied_up(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(20, cfg, pair, monkeypatch)
+    folder, made = Path(cfg.checkpoint_path or ""), CrosscoderTrainingRunner._evaluator
+    before = checkpoints(folder)
+    resumed = replace(cfg, resume=True)
+
+    def asked_to_end(runner: CrosscoderTrainingRunner) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return made(runner)
+
+    def on_a_full_disk(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        # It writes the checkpoint anew that it has begun with.
+        patch.setattr(CrosscoderTrainingRunner, "_evaluator", asked_to_end)
+        patch.setattr(state, "save_file", on_a_full_disk)
+        with pytest.raises(OSError, match="Could not write checkpoint"):
+            CrosscoderTrainingRunner(resumed, pair).run()
+    assert checkpoints(folder) == before
+    # Killed between the two renames, and before the checksums were written.
+    before[-1].rename(folder / f".{before[-1].name}.old.new")
+    (folder / ".77.new").mkdir()
+    assert stopped_and_resumed(resumed, pair, monkeypatch) == uninterrupted(cfg, pair)
+    assert not [path for path in folder.glob(".*") if path.name.endswith(".new")]
