@@ -44,6 +44,10 @@ def with_files(args: Sequence[str], fields_of: Mapping[str, Collection[str]]) ->
     """
     config = _value_of(args, "--config")
     values = {} if config is None else _read_config(Path(config))
+    if isinstance(saes := values.get("sae", {}), list) and not _are_settings(saes):
+        raise ValueError(
+            f"Where sae is a list, each of its parts must be a mapping of settings, and there must be one; got {saes!r:.80}."
+        )
     command = next(iter(args), "")
     if command in fields_of:
         recipe = _value_of(args, "--recipe") or values.pop("recipe", None)
@@ -64,8 +68,6 @@ def with_files(args: Sequence[str], fields_of: Mapping[str, Collection[str]]) ->
     if any(arg.startswith("--dataset-path") for arg in args):
         sources = None
     saes = values.pop("sae") if isinstance(values.get("sae"), list) else []
-    if not all(isinstance(sae, Mapping) for sae in saes):
-        raise ValueError("Where sae is a list, each of its parts must be a mapping of settings.")
     given_sources = None if sources is None else [_source(source) for source in sources]
     sae_flags = [list(_sae_flags(sae)) for sae in saes]
     return Arguments(list(args[:1]), list(_flags(values)), list(args[1:]), given_sources, sae_flags)
@@ -91,9 +93,16 @@ def parsed_with_lists(arguments: Arguments, parse: Callable[[list[str]], Any]) -
 def _with_recipe(recipe: str, values: Mapping[str, Any], args: Sequence[str]) -> dict[str, Any]:
     flags = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
     given = {name.removeprefix("--").replace("-", "_") for name in flags} | {*flattened(values)}
-    if isinstance(values.get("sae"), list):
-        given |= set.intersection(*({f"sae.{name}" for name in sae} for sae in values["sae"]))
-    return merge(recipe_settings(recipe, given), values)
+    saes = values.get("sae")
+    if not isinstance(saes, list):
+        return merge(recipe_settings(recipe, given), values)
+    given |= set.intersection(*({f"sae.{name}" for name in sae} for sae in saes))
+    settings = recipe_settings(recipe, given)
+    return merge(settings, {**values, "sae": [merge(settings["sae"], sae) for sae in saes]})
+
+
+def _are_settings(saes: Sequence[Any]) -> bool:
+    return len(saes) > 0 and all(isinstance(sae, Mapping) for sae in saes)
 
 
 def _source(values: Any) -> SourceConfig:
@@ -127,37 +136,48 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"Could not read configuration {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"Configuration {path} must be a mapping of flags to values.")
-    _check_settings(values, path)
-    return values
+    return _settings(values, path)
 
 
-def _check_settings(values: Mapping[Any, Any], path: Path) -> None:
-    """Refuse what is not a flag with its value, or a flag that only a command line may give.
+def _settings(values: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+    """Settings by the name that Python gives them, where a flag's name has hyphens.
 
     Raises:
-        ValueError: There is such a thing.
+        ValueError: Something is not a flag with its value, is there twice, or is a flag that only a command line may give.
     """
+    settings: dict[str, Any] = {}
     for name, value in values.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*([.-]\w+)*", name, re.ASCII):
             raise ValueError(
                 f"Configuration {path} has {name!r:.80} where the name of a flag should be."
             )
-        if name.replace("-", "_") in NOT_OF_A_FILE:
+        setting = name.replace("-", "_")
+        if setting in NOT_OF_A_FILE:
             raise ValueError(
-                f"Configuration {path} sets {name}, {NOT_OF_A_FILE[name.replace('-', '_')]}. Give --{name.replace('_', '-')} on "
-                "the command line."
+                f"Configuration {path} sets {name}, {NOT_OF_A_FILE[setting]}. Give {_flag(setting)} on the command line."
             )
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, Mapping):
-                _check_settings(one, path)
-            elif isinstance(one, str) and one.startswith("--") and isinstance(value, list):
-                raise ValueError(
-                    f"Configuration {path} has the flag {one!r:.80} among the values of {name}."
-                )
-            elif isinstance(one, list | bytes | set | tuple):
-                raise ValueError(
-                    f"Configuration {path} has {one!r:.80} where one value of {name} should be."
-                )
+        if setting in settings:
+            raise ValueError(f"Configuration {path} has {setting} twice. Keep one.")
+        if isinstance(value, list):
+            settings[setting] = [_value(one, name, path, is_of_list=True) for one in value]
+        else:
+            settings[setting] = _value(value, name, path)
+    return settings
+
+
+def _value(value: Any, name: str, path: Path, is_of_list: bool = False) -> Any:
+    if isinstance(value, Mapping):
+        return _settings(value, path)
+    # A list's values stand alone on the command line.
+    if is_of_list and isinstance(value, str) and re.match(r"-[^\d.]", value):
+        raise ValueError(
+            f"Configuration {path} has the flag {value!r:.80} among the values of {name}."
+        )
+    if isinstance(value, list | bytes | set | tuple):
+        raise ValueError(
+            f"Configuration {path} has {value!r:.80} where one value of {name} should be."
+        )
+    return value
 
 
 def _flags(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -416,6 +416,7 @@ def test_a_damaged_config(tmp_path: Path, n_mutations: int) -> None:
         "lr": 0.001,
         "test_at": [0.5, 0.9],
         "overwrite": True,
+        "recipe": "dfc-tested",
     }
     path.write_text(yaml.safe_dump(values))
 
