@@ -258,6 +258,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"sae-lens-dfc: {str(asked) or 'stopped'}\n")
         return 128 + number
     except (ValueError, OSError) as error:
+        _drop_what_nobody_takes()
         return _failed(str(error))
     except (MemoryError, RuntimeError) as error:
         # Torch has an error of its own for a GPU's memory, and none for the machine's.
@@ -268,6 +269,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return _failed(
             f"Out of memory: {first_line(error)} Take smaller batches, fewer latents or pairs, or a machine with more."
         )
+
+
+def _drop_what_nobody_takes() -> None:
+    """Python would try standard output once more at its end, and end with another status."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _failed(message: str) -> int:

@@ -266,11 +266,7 @@ def load_model(cfg: ModelConfig) -> HookedModel:
     try:
         model = wrap(_load_hf_model(cfg).to(device), tokenizer, replace(cfg, device=device))  # type: ignore[arg-type]
     except Exception as error:
-        raise ValueError(
-            f"Could not load model {cfg.model_name!r} as {cfg.model_class_name} on {cfg.device!r}: "
-            f"{type(error).__name__}: {first_line(error)} "
-            "Give a hub name, a folder with config.json and weights, or a .gguf file."
-        ) from error
+        raise _not_loaded(cfg, error) from error
     if chat_template is not None:
         # Only now: TransformerLens may have loaded the tokenizer again, as its files have it.
         model.tokenizer.chat_template = chat_template  # type: ignore[union-attr]
@@ -283,8 +279,19 @@ def load_model(cfg: ModelConfig) -> HookedModel:
     )
     if cfg.drop_unused_layers:
         hooked.drop_unused_layers()
-        hooked.model.to(cfg.device)
+        try:
+            hooked.model.to(cfg.device)
+        except Exception as error:
+            raise _not_loaded(cfg, error) from error
     return hooked
+
+
+def _not_loaded(cfg: ModelConfig, error: Exception) -> ValueError:
+    return ValueError(
+        f"Could not load model {cfg.model_name!r} as {cfg.model_class_name} on {cfg.device!r}: "
+        f"{type(error).__name__}: {first_line(error)} "
+        "Give a hub name, a folder with config.json and weights, or a .gguf file."
+    )
 
 
 def read_chat_template(template_or_file: str) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -273,3 +275,24 @@ def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[st
         )
     }
     assert {flag for flag in bare if not flag.startswith("--logger.")} <= theirs
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has such a device")
+def test_an_answer_that_nobody_takes_is_one_line_and_status_1(
+    llama_folder: Path, gpt2_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text("A few words, and a few more.")
+    models = ["--tokenizer-a", str(llama_folder), "--tokenizer-b", str(gpt2_folder)]
+    command = [sys.executable, "-m", "sae_lens_dfc", "align", *models, "--json"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [*command, str(tmp_path / "t.txt")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert [line for line in ended.stderr.splitlines() if "rror" in line] == [
+        "sae-lens-dfc: error: [Errno 28] No space left on device"
+    ]
