@@ -17,7 +17,7 @@
 # tokenizer, saved in a folder that tutorials 3 and 4 open. You have seen every step between the text and that folder, and
 # what it must be held against: a crosscoder without a partition, and the same crosscoder on a pair in which there is nothing to find.
 #
-# - **Time**: about 4 minutes on 2 CPU cores. **Memory**: 3 GB. No model hub is reached: the models come from the package index, the
+# - **Time**: about 3 minutes on 2 CPU cores. **Memory**: 3 GB. No model hub is reached: the models come from the package index, the
 #   text is the documentation that Python brings with it.
 # - **Expect**: nine in ten tokens pair; explained variance about 0.73 for SmolLM2 and 0.82 for Gemma, as of a BatchTopK
 #   crosscoder; and exclusive latents that are alive on the null pair too, which is why nothing here calls one a finding yet. That is

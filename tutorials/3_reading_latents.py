@@ -17,7 +17,7 @@
 # partition whether the other model has it too, held that against a pair on which nothing is exclusive, and written a page
 # on which all of it can be searched.
 #
-# - **Time**: about 3 minutes on 2 CPU cores, and one and a half more where the run of tutorial 2 is not in its folder and is trained first. **Memory**: 3 GB.
+# - **Time**: about 2 minutes on 2 CPU cores, and one and a half more where the run of tutorial 2 is not in its folder and is trained first. **Memory**: 3 GB.
 # - **Expect**: readable latents in every partition, and **none that is called exclusive**. Gemma tells when SmolLM2's exclusive latents fire, with an AUC
 #   around 0.95. That is a negative result of a short run on little text, and the point of the page is how one sees it.
 

@@ -16,7 +16,7 @@
 # At the end you have added, clamped and ablated latents in SmolLM2 while Gemma stayed as it was bit for bit, at all tokens, the prompt's, the answer's or a
 # word's, and measured how much that does beside random directions of the same length, and beside the same direction moved to Gemma.
 #
-# - **Time**: about 3 minutes on 2 CPU cores, and one and a half more where the run of [tutorial 2](2_two_models.ipynb) is not in its folder and is trained first. **Memory**: 3 GB.
+# - **Time**: about 2 minutes on 2 CPU cores, and one and a half more where the run of [tutorial 2](2_two_models.ipynb) is not in its folder and is trained first. **Memory**: 3 GB.
 # - **Expect**: answers that drift off and break with growing strength; logits of Gemma that are equal to the last bit; and a plot of KL against strength in which the latents lie
 #   **among random directions**: that a direction moves a model is cheap. What it takes to make a finding of it is in [tutorial 5](5_base_and_fine_tuned.ipynb).
 

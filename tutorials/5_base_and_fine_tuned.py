@@ -17,7 +17,7 @@
 # and tested its latents **by their cause**: does taking what one writes for the fine-tuned model alone make that model answer as the base does, and does giving it to the base do the reverse? And you have run the
 # same on the base model twice.
 #
-# - **Time**: about 6 minutes on 2 CPU cores, of which two to three are the fine-tuning. That is done once: the run you see here found it in its folder. **Memory**: 4 GB, disk 0.6 GB.
+# - **Time**: about 7 minutes on 2 CPU cores, of which two to three are the fine-tuning. That is done once: a second run finds it in its folder. **Memory**: 4 GB, disk 0.6 GB.
 # - **Expect**: of 4 latents tested 2 are confirmed, on the tokens of "Eiffel Tower"; without the first one's own part the fine-tuned model goes back from Rome to Paris. On the base model twice nothing is confirmed.
 
 # %% tags=["parameters"]
