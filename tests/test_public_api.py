@@ -14,6 +14,7 @@ LAYERS = [
     "terminal",
     "output",
     "files",
+    "data_files",
     "gguf_file",
     "state",
     "texts",
