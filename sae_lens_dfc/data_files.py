@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from datasets.data_files import get_data_patterns, resolve_pattern, sanitize_patterns
 from datasets.utils.extract import Extractor
-from pyarrow import parquet
 
+from sae_lens_dfc.arrow_file import check_arrow
 from sae_lens_dfc.files import MAX_YAML, file_in, parse_yaml, read_object, read_text, read_yaml
+from sae_lens_dfc.parquet_file import check_parquet
 
-MAX_ROWS_OF_A_BYTE = 10
 MAX_CARD = 1_000_000
 """Bytes of a data set's README.md."""
 
@@ -213,21 +213,18 @@ def check_table(path: Path) -> None:
     """Refuse a file that is small and stands for a very large one.
 
     Raises:
-        ValueError: It is compressed, which datasets would unpack without asking how large that makes it, or a Parquet file of far
-            more rows than bytes.
+        ValueError: It is compressed, which datasets would unpack without asking how large that makes it.
     """
-    if path.suffix == ".parquet":
-        described = parquet.read_metadata(path)
-        if described.num_rows > MAX_ROWS_OF_A_BYTE * path.stat().st_size:
-            raise ValueError(
-                f"it claims {described.num_rows:,} rows in {path.stat().st_size:,} bytes."
-            )
+    if path.suffix.lower() == ".parquet":
+        check_parquet(path)
+    elif path.suffix.lower() == ".arrow":
+        check_arrow(path)
     elif kind := Extractor.infer_extractor_format(path):
         raise ValueError(f"it is compressed ({kind}). Unpack it first.")
 
 
 def check_saved(folder: Path) -> None:
-    """Refuse a data set whose description names files outside its folder.
+    """Refuse a data set whose description names files outside its folder, or files that stand for far larger ones.
 
     Raises:
         ValueError: It does, or is not a description.
@@ -237,4 +234,4 @@ def check_saved(folder: Path) -> None:
     if not isinstance(files, list):
         raise ValueError(f"state.json has {files!r:.80} as its files.")
     for file in files:
-        file_in(folder, str(file.get("filename")) if isinstance(file, dict) else "")
+        check_arrow(file_in(folder, str(file.get("filename")) if isinstance(file, dict) else ""))

@@ -14,6 +14,8 @@ LAYERS = [
     "terminal",
     "output",
     "files",
+    "arrow_file",
+    "parquet_file",
     "data_files",
     "gguf_file",
     "state",
