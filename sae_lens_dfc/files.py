@@ -118,11 +118,23 @@ def read_yaml(path: Path) -> Any:
     """
     text = read_text(path, MAX_YAML)
     try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not sound YAML: {error}.") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML says, see `read_yaml`.
+
+    Raises:
+        ValueError: It is not YAML, says a key twice, or repeats a part by its name.
+    """
+    try:
         value = yaml.load(text, Loader=_PlainLoader)
         _check_values(value, finite=False)
     # Beside its own errors it lets through whatever its conversions raise.
     except Exception as error:
-        raise ValueError(f"{path} is not sound YAML: {error}.".replace("\n", " ")) from None
+        raise ValueError(str(error).replace("\n", " ")) from None
     return value
 
 

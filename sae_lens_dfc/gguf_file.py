@@ -1,12 +1,39 @@
 """A GGUF file's header, walked before anybody reads the file: the reader believes every length in it."""
 
 from collections.abc import Callable
+from math import prod
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 # Bytes of a value, by its number in the format; the others are a string and an array.
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
+# Numbers in a block and its bytes, by the tensor's kind.
+BLOCKS = {
+    **{
+        0: (1, 4),
+        1: (1, 2),
+        30: (1, 2),
+        28: (1, 8),
+        24: (1, 1),
+        25: (1, 2),
+        26: (1, 4),
+        27: (1, 8),
+    },
+    **{2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 20: (32, 18)},
+    **{
+        10: (256, 84),
+        11: (256, 110),
+        12: (256, 144),
+        13: (256, 176),
+        14: (256, 210),
+        15: (256, 292),
+    },
+    **{16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 21: (256, 110), 22: (256, 82)},
+    **{23: (256, 136), 29: (256, 56), 34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36)},
+}
+ANY_BLOCK = (8, 1)
+"""Of a kind that is newer than this: at least a bit for each number."""
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 
@@ -63,7 +90,13 @@ def _walk(at: _Cursor) -> None:
     at.skip(8)
     n_tensors, n_values = at.number(8), at.number(8)
     at.several(n_values, 13, lambda: _named_value(at))
-    at.several(n_tensors, 32, lambda: _tensor(at))
+    claims: list[tuple[int, int]] = []
+    at.several(n_tensors, 24, lambda: claims.append(_tensor(at)))
+    left = len(at.content) - at.place
+    # Tensors may not share their bytes either: who unpacks them makes as many copies.
+    claimed = max(sum(size for _, size in claims), max((sum(one) for one in claims), default=0))
+    if claimed > left:
+        raise ValueError(f"its tensors claim {claimed:,} bytes, and {left:,} follow")
 
 
 def _named_value(at: _Cursor) -> None:
@@ -90,9 +123,12 @@ def _size(kind: int) -> int:
     return SIZES[kind]
 
 
-def _tensor(at: _Cursor) -> None:
+def _tensor(at: _Cursor) -> tuple[int, int]:
+    """Where it begins and how many bytes it takes."""
     at.string()
     n_dimensions = at.number(4)
     if n_dimensions > MAX_DIMENSIONS:
         raise ValueError(f"it has a tensor of {n_dimensions:,} dimensions")
-    at.skip(8 * n_dimensions + 4 + 8)
+    n_numbers = prod(at.number(8) for _ in range(n_dimensions))
+    numbers, n_bytes = BLOCKS.get(at.number(4), ANY_BLOCK)
+    return at.number(8), n_numbers * n_bytes // numbers

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
 from sae_lens_dfc.evaluate import Evaluation, evaluate_pca
-from sae_lens_dfc.files import read_object
+from sae_lens_dfc.files import read_object, read_text
 from sae_lens_dfc.gathering import gather
 from sae_lens_dfc.latents import LatentCard, latent_cards, strongest_latents
 from sae_lens_dfc.metrics.claims import LatentEvidence, ranking, verdict
@@ -36,6 +37,8 @@ from sae_lens_dfc.training.data import PairedText
 LATENTS_FILENAME = "latents.csv"
 METRICS_FILENAME = "metrics.json"
 REPORT_FILENAME = "report.html"
+BYTES_OF_A_LATENT = 2_000
+"""In latents.csv: some twenty numbers take a quarter of it."""
 LATENTS_PER_PARTITION = 12
 """Of the strongest in each partition, so many stand on the page with their contexts."""
 LATENTS_WITH_EVIDENCE = 60
@@ -132,10 +135,10 @@ def read_latents(path: Path, d_sae: int) -> list[dict[str, str]]:
     Raises:
         ValueError: It is no such file, or not of so many latents.
     """
+    text = read_text(path, BYTES_OF_A_LATENT * (d_sae + 1))
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = list(islice(csv.DictReader(file), d_sae + 1))
-    except (csv.Error, UnicodeDecodeError) as error:
+        lines = list(islice(csv.DictReader(StringIO(text, newline="")), d_sae + 1))
+    except csv.Error as error:
         raise ValueError(f"{path} is not a table of latents: {error}.") from None
     # DictReader has None as the name, or as the value, of a cell too many or too few.
     if len(lines) != d_sae or any(None in line or None in line.values() for line in lines):

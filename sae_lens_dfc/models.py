@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from sae_lens_dfc.files import read_text
 from sae_lens_dfc.gguf_file import check_gguf
 from sae_lens_dfc.texts import first_line
 from sae_lens_dfc.tokens import load_tokenizer
@@ -38,6 +39,8 @@ PARAMETERS_OF_A_BYTE = 8
 SMALL = 50_000_000
 """Numbers that need not be in any file: of a test's model, or of masks and positions that are computed."""
 MAX_LAYERS = 2000
+MAX_TEMPLATE = 1_000_000
+"""Bytes of a chat template: long ones have some 20,000."""
 
 
 @dataclass
@@ -311,7 +314,7 @@ def read_chat_template(template_or_file: str) -> str:
             f"chat_template={template_or_file!r} is neither a Jinja template (it has no {{{{ or {{%) nor a file. "
             "Give one of the two."
         )
-    return path.read_text(encoding="utf-8")
+    return read_text(path, MAX_TEMPLATE)
 
 
 def _load_hf_model(cfg: ModelConfig) -> PreTrainedModel:

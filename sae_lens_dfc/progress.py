@@ -5,8 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_lens_dfc.files import parse_json
+from sae_lens_dfc.files import parse_json, read_text
 from sae_lens_dfc.output import replaced
+
+MAX_PROGRESS = 50_000_000
+"""Bytes: what is kept of a latent takes some 10,000, and nobody tests thousands of them."""
+MAX_LINE = 1_000_000
 
 
 class Progress:
@@ -34,15 +38,11 @@ class Progress:
             self._read()
 
     def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(self.path, MAX_PROGRESS).split("\n")
         # A line without its end is one that was being written.
         whole = [line for line in lines[:-1] if line]
         try:
-            first, *others = (
-                (parse_json(line, finite=False) for line in whole)
-                if whole
-                else ({"settings": None},)
-            )
+            first, *others = map(_parsed, whole) if whole else ({"settings": None},)
             self.results = {one["name"]: one["result"] for one in others}
             is_ours = not whole or first["settings"] == self._settings
         except (ValueError, KeyError, TypeError) as error:
@@ -77,3 +77,9 @@ class Progress:
     def forget(self) -> None:
         """Remove the file: its results are elsewhere."""
         self.path.unlink(missing_ok=True)
+
+
+def _parsed(line: str) -> Any:
+    if len(line) > MAX_LINE:
+        raise ValueError(f"a line of {len(line):,} characters")
+    return parse_json(line, finite=False)

@@ -14,19 +14,16 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
+from datasets.features.features import require_decoding
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-from datasets.utils.extract import Extractor
-from pyarrow import parquet
 from tqdm.auto import tqdm
 from xxhash import xxh3_64
 
-from sae_lens_dfc.files import file_in, read_object
+from sae_lens_dfc.data_files import TABLE_LOADERS, check_saved, check_table, files_in, pattern_of
 
 CPYTHON_DOCS = "cpython-docs"
 DOCUMENT_CHARS = 4_000
-MAX_ROWS_OF_A_BYTE = 10
 
-TABLE_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _NOT_LIBRARY = {
     "site-packages",
     "dist-packages",
@@ -84,8 +81,8 @@ def open_rows(
     """The rows of a data set.
 
     Args:
-        dataset_path: A name on the Hugging Face hub, a folder written by `save_to_disk`, a `.txt` file (cut into documents
-            of 4,000 characters), a `.jsonl`, `.json`, `.csv` or `.parquet` file, or "cpython-docs", which comes with Python.
+        dataset_path: A name on the Hugging Face hub, a folder written by `save_to_disk` or of such files as follow, a `.txt`
+            file (cut into documents of 4,000 characters), a `.jsonl`, `.json`, `.csv` or `.parquet` file, or "cpython-docs", which comes with Python.
         text_column: Name of the only column of a source that is plain text.
         split: Which split of the data set.
         streaming: Whether to read a hub data set as it downloads.
@@ -121,11 +118,32 @@ def read_text(path: Path) -> str:
 
 
 @contextmanager
+def _one_error(name: str) -> Iterator[None]:
+    """Whatever datasets raises as one error that names the data set."""
+    try:
+        with _utf8_only(name):
+            yield
+    except (_NotReadable, MemoryError):
+        raise
+    except Exception as error:
+        # Errors of datasets say that there was one, and have the one that there was as their cause.
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        raise _NotReadable(
+            f"Could not read data set {name!r}: {type(cause).__name__}: {first_line(cause)} "
+            "Give a hub name, a file (.txt, .jsonl, .csv, .parquet) or a folder written by save_to_disk."
+        ) from error
+
+
+class _NotReadable(ValueError):
+    """An error that names the data set."""
+
+
+@contextmanager
 def _utf8_only(name: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise _NotReadable(
             f"{name!r} is not text in UTF-8: {error.reason} at byte {error.start}. Convert it to UTF-8, or name a file of text."
         ) from error
 
@@ -140,14 +158,14 @@ class Rows:
     """
 
     def __init__(self, dataset: Dataset | IterableDataset, name: str):
-        self.dataset = dataset
+        self.dataset = _without_media(dataset)
         self.name = name
         """What to call the data set in messages."""
 
     @cached_property
     def _first(self) -> dict[str, Any]:
         # Of a hub data set, a download.
-        with _utf8_only(self.name):
+        with _one_error(self.name):
             return next(iter(self.dataset), {})  # type: ignore[return-value]
 
     @property
@@ -172,16 +190,16 @@ class Rows:
         """Each row with the place after it.
 
         Raises:
-            ValueError: There is no such place, or a row is not UTF-8.
+            ValueError: There is no such place, or a row cannot be read.
         """
-        with _utf8_only(self.name):
+        with _one_error(self.name):
             yield from self._read(place)
 
     def _read(self, place: Place | None) -> Iterator[tuple[dict[str, Any], Place]]:
         if isinstance(self.dataset, Dataset):
             start = 0 if place is None else place.get("row")
             if not isinstance(start, int) or start < 0:
-                raise ValueError(f"{place!r:.80} is no place in data set {self.name!r}.")
+                raise _NotReadable(f"{place!r:.80} is no place in data set {self.name!r}.")
             if start < len(self.dataset):
                 rest = self.dataset.select(range(start, len(self.dataset)))
                 for i, row in enumerate(rest, start=start + 1):
@@ -193,7 +211,7 @@ class Rows:
             try:
                 dataset.load_state_dict(place)
             except Exception as error:
-                raise ValueError(
+                raise _NotReadable(
                     f"{place!r:.80} is no place in data set {self.name!r}: {first_line(error)}"
                 ) from error
         for row in dataset:
@@ -212,55 +230,34 @@ def first_line(error: BaseException) -> str:
 def _open_dataset(
     path: Path, name: str, split: str, streaming: bool, config: str | None
 ) -> Dataset | IterableDataset:
-    try:
+    with _one_error(name):
         if path.suffix in TABLE_LOADERS and path.is_file():
-            _check_table(path)
-            return load_dataset(TABLE_LOADERS[path.suffix], data_files=str(path), split=split)
+            check_table(path)
+            loader = TABLE_LOADERS[path.suffix]
+            return load_dataset(loader, data_files=pattern_of(path), split=split)  # type: ignore[return-value]
         if (path / "dataset_info.json").is_file():
-            _check_saved(path)
-            return load_from_disk(str(path))  # type: ignore[return-value]
+            check_saved(path)
+            # As other libraries would have them, rows are not what is read here.
+            return load_from_disk(str(path)).with_format(None)  # type: ignore[return-value]
         if name in _PACKAGED_DATASETS_MODULES:
             raise ValueError(
                 "it is the name of a format, which would read whatever lies in the current folder."
             )
+        if path.is_dir():
+            loader, files, options = files_in(path, config)
+            how: dict[str, Any] = {"split": split, "streaming": streaming, **options}
+            return load_dataset(loader, data_files=files, **how)  # type: ignore[return-value]
         return load_dataset(name, config, split=split, streaming=streaming)  # type: ignore[return-value]
-    except Exception as error:
-        # Errors of datasets say that there was one, and have the one that there was as their cause.
-        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        raise ValueError(
-            f"Could not read data set {name!r}: {type(cause).__name__}: {first_line(cause)} "
-            "Give a hub name, a file (.txt, .jsonl, .csv, .parquet) or a folder written by save_to_disk."
-        ) from error
 
 
-def _check_table(path: Path) -> None:
-    """Refuse a file that is small and stands for a very large one.
-
-    Raises:
-        ValueError: It is compressed, which datasets would unpack without asking how large that makes it, or a Parquet file of far
-            more rows than bytes.
-    """
-    if path.suffix == ".parquet":
-        described = parquet.read_metadata(path)
-        if described.num_rows > MAX_ROWS_OF_A_BYTE * path.stat().st_size:
-            raise ValueError(
-                f"it claims {described.num_rows:,} rows in {path.stat().st_size:,} bytes."
-            )
-    elif kind := Extractor.infer_extractor_format(path):
-        raise ValueError(f"it is compressed ({kind}). Unpack it first.")
-
-
-def _check_saved(folder: Path) -> None:
-    """Refuse a data set whose description names files outside its folder.
-
-    Raises:
-        ValueError: It does, or is not a description.
-    """
-    files = read_object(folder / "state.json").get("_data_files")
-    if not isinstance(files, list):
-        raise ValueError(f"state.json has {files!r:.80} as its files.")
-    for file in files:
-        file_in(folder, str(file.get("filename")) if isinstance(file, dict) else "")
+def _without_media(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The columns that can be text: to read a row with a picture or sound is to open, or download, what its path names."""
+    features = dataset.features
+    if features is None or not any(require_decoding(one) for one in features.values()):
+        return dataset
+    return dataset.select_columns(
+        [name for name, one in features.items() if not require_decoding(one)]
+    )
 
 
 class _Column:

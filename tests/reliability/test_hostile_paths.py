@@ -5,7 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from datasets import Audio, Dataset, Features, Image, List, Value
+from datasets.table import InMemoryTable
+from pyarrow import parquet
 from xxhash import xxh3_128
 
 from sae_lens_dfc.__main__ import main
@@ -13,6 +17,7 @@ from sae_lens_dfc.cache import PairedActivationsCache
 from sae_lens_dfc.files import file_in
 from sae_lens_dfc.held_out import HeldOutOptions, run_config
 from sae_lens_dfc.output import replaced
+from sae_lens_dfc.texts import load_texts, open_rows
 from sae_lens_dfc.training.checkpoint import check_files, checkpoints
 from tests.helpers import train_tiny
 from tests.reliability.hostile import changed_json, copied, refusal, refused
@@ -170,3 +175,89 @@ def test_another_number_of_latents_than_the_crosscoders_is_refused_before_any_is
     folder = copied(run, tmp_path / "run")
     changed_json(folder / "runner_cfg.json", sae__d_sae=10**12)
     assert "is of two trainings" in refusal(capfd, "evaluate", folder)
+
+
+# --- data sets ---
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A folder of somebody's texts, beside one with a secret."""
+    for name in ("secret", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    return tmp_path / "theirs"
+
+
+CARDS: dict[str, str] = {
+    "a folder up": "data_files: ../secret/*.jsonl",
+    "from the root": "data_files: ROOT/secret/*.jsonl",
+    "roundabout": "data_files: [x/../../secret/train.jsonl]",
+    "as a split": "data_files: [{split: train, path: ../secret/train.jsonl}]",
+    "as an address": "data_files: file://ROOT/secret/train.jsonl",
+    "as another address": "data_files: file:ROOT/secret/train.jsonl",
+    "on the net": "data_files: http://127.0.0.1:1/train.jsonl",
+    "in an archive": "data_files: zip://train.jsonl::ROOT/secret.zip",
+    "a folder of data": "data_dir: ../secret",
+    "a folder from the root": "data_dir: ROOT/secret",
+    "a number": "data_files: 7",
+    "a list in a list": "data_files: [[../secret/*.jsonl]]",
+    "by another setting": "base_path: ../secret",
+    "no configuration": "7",
+}
+
+
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("what", CARDS)
+def test_a_data_sets_card_names_no_file_outside_it(what: str, file: str, theirs: Path) -> None:
+    line = CARDS[what].replace("ROOT", str(theirs.parent))
+    card = f"configs: [{{config_name: default, {line}}}]\n" if line != "7" else "configs: [7]\n"
+    (theirs / file).write_text(f"---\n{card}---\n" if file == "README.md" else card)
+    message = refused(lambda: open_rows(str(theirs)))
+    assert "its README.md" in message or "data_files" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "leads_to"),
+    [
+        ("test.jsonl", "../secret/train.jsonl"),
+        ("data", "../secret"),
+        ("data", "."),
+        ("test.jsonl", "/dev/zero"),
+        ("README.md", "../secret/train.jsonl"),
+    ],
+)
+def test_a_data_set_has_no_link_to_elsewhere(name: str, leads_to: str, theirs: Path) -> None:
+    (theirs / name).symlink_to(leads_to)
+    assert "is a link that leads elsewhere" in refused(lambda: open_rows(str(theirs)))
+
+
+MEDIA = {"image": Image(), "list": List(Image()), "audio": Audio()}
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+@pytest.mark.parametrize("how", ["parquet", "saved", "folder"])
+def test_what_a_row_names_as_its_picture_or_sound_is_neither_opened_nor_fetched(
+    how: str, kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "secret.png").write_text("not to be opened")
+    one = {"path": str(tmp_path / "secret.png"), "bytes": None}
+    values = {"text": ["a", "b"], "shown": [[one] if kind == "list" else one] * 2}
+    types = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table(
+        values,
+        schema=pa.schema(
+            {"text": pa.string(), "shown": pa.list_(types) if kind == "list" else types}
+        ),
+    )
+    features = Features({"text": Value("string"), "shown": MEDIA[kind]})
+    rows = Dataset(InMemoryTable(table.replace_schema_metadata(features.arrow_schema.metadata)))
+    folder = tmp_path / "d"
+    if how == "saved":
+        rows.save_to_disk(folder)
+    else:
+        folder.mkdir()
+        parquet.write_table(rows.data.table, folder / "train.parquet")
+    path = str(folder / "train.parquet" if how == "parquet" else folder)
+    assert list(load_texts(path)) == ["a", "b"]
+    assert "no text column 'shown'" in refused(lambda: load_texts(path, "shown"))

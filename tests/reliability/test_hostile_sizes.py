@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -13,15 +14,21 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 from pyarrow import parquet
 from xxhash import xxh3_128
 
+from sae_lens_dfc.benchmark.suite import results_in
 from sae_lens_dfc.cache import PairedActivationsCache
 from sae_lens_dfc.concerns import read_concerns
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
+from sae_lens_dfc.gguf_file import BLOCKS, check_gguf
 from sae_lens_dfc.held_out import HeldOutOptions, run_config
-from sae_lens_dfc.models import ModelConfig, load_model
-from sae_lens_dfc.texts import open_rows
+from sae_lens_dfc.measured_run import read_latents, read_metrics
+from sae_lens_dfc.models import ModelConfig, load_model, read_chat_template
+from sae_lens_dfc.progress import Progress
+from sae_lens_dfc.texts import load_texts, open_rows
+from sae_lens_dfc.training.checkpoint import check_files
 from tests.helpers import make_firing_dfc
 from tests.reliability.hostile import (
     NOT_JSON,
@@ -152,6 +159,52 @@ def test_what_is_not_a_manifest_is_refused(what: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "c").folder
     (folder / "manifest.json").write_bytes(NOT_JSON[what])
     assert "manifest.json" in refused(lambda: PairedActivationsCache(folder))
+
+
+@pytest.mark.parametrize("what", NOT_JSON)
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("metrics.json", lambda folder: read_metrics(folder / "metrics.json")),
+        ("recovery.json", lambda folder: results_in(folder / "recovery.json")),
+        ("checksums.json", check_files),
+        ("p.jsonl", lambda folder: Progress(folder / "p.jsonl", {})),
+    ],
+)
+def test_what_is_not_a_result_is_refused(
+    name: str, read: Callable[[Path], Any], what: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(NOT_JSON[what] + (b"\n" if name == "p.jsonl" else b""))
+    if (name, what) == ("p.jsonl", "nothing"):
+        read(tmp_path)  # as a full disk leaves it
+    else:
+        assert name in refused(lambda: read(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    refused(lambda: read(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"latent,a\n" + b"1," * 30_000_000,
+        b"latent,a\n" + b"1" * 60_000_000,
+        b"latent," * 10_000_000 + b"\n",
+        b"latent,a\n" + b"1,2\n" * 10_000_000,
+        b'latent,a\n1,"' + b"2\n" * 10_000,
+        bytes(range(256)),
+        b"",
+    ],
+    ids=["cells", "a cell", "columns", "lines", "a cell that is left open", "bytes", "nothing"],
+)
+def test_a_table_of_latents_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "latents.csv").write_bytes(content)
+    assert "latents.csv" in refused(lambda: read_latents(tmp_path / "latents.csv", 24))
+
+
+def test_a_table_of_latents_is_no_device(tmp_path: Path) -> None:
+    (tmp_path / "latents.csv").symlink_to("/dev/zero")
+    assert "is not a file" in refused(lambda: read_latents(tmp_path / "latents.csv", 24))
 
 
 def test_the_exit_status_of_a_process_is_1_and_there_is_no_traceback(saved: Path) -> None:
@@ -312,6 +365,13 @@ def test_a_device_is_not_read_to_its_end(tmp_path: Path, capfd: pytest.CaptureFi
 
 # --- data sets ---
 
+CARDS_THAT_SAY_NOTHING = {
+    "nothing",
+    "flags among values",
+    "crosscoders that are none",
+    "a recipe that is a list",
+}
+
 
 def test_a_compressed_data_set_is_not_unpacked(tmp_path: Path) -> None:
     line = json.dumps({"text": "a" * 1000}).encode() + b"\n"
@@ -325,6 +385,112 @@ def test_a_parquet_file_of_more_rows_than_it_can_hold_is_refused(tmp_path: Path)
     rows = pa.DictionaryArray.from_arrays(pa.array([0] * 10**6, pa.int32()), column.dictionary)
     parquet.write_table(pa.table({"text": rows}), tmp_path / "bomb.parquet")
     assert "it claims 1,000,000 rows" in refused(lambda: open_rows(str(tmp_path / "bomb.parquet")))
+
+
+def zeros(n: int) -> Any:
+    return pa.array([0] * n, pa.int32())
+
+
+PARQUETS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "texts of a megabyte in zstd": (
+        lambda: pa.array(["a" * 10**6] * 200),
+        {"compression": "zstd", "use_dictionary": False},
+    ),
+    "a megabyte as a word": (
+        lambda: pa.DictionaryArray.from_arrays(zeros(100_000), ["a" * 10**6]),
+        {"compression": "none", "store_schema": False},
+    ),
+    "a megabyte as a word in lists": (
+        lambda: pa.ListArray.from_arrays(
+            pa.array([0, 50_000, 100_000]),
+            pa.DictionaryArray.from_arrays(zeros(100_000), ["a" * 10**6]),
+        ),
+        {"compression": "none", "store_schema": False},
+    ),
+    "ten million numbers in a row": (
+        lambda: pa.ListArray.from_arrays(
+            pa.array([0, 10**7]), pa.nulls(10**7, pa.int64()).fill_null(0)
+        ),
+        {"compression": "none"},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PARQUETS)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_parquet_file_that_is_small_and_stands_for_a_large_one_is_refused(
+    what: str, in_folder: bool, tmp_path: Path
+) -> None:
+    make, how = PARQUETS[what]
+    parquet.write_table(pa.table({"text": make()}), tmp_path / "train.parquet", **how)
+    path = tmp_path if in_folder else tmp_path / "train.parquet"
+    assert "unpacked. Save its text" in refused(lambda: open_rows(str(path)))
+
+
+def test_text_that_repeats_is_no_reason_to_refuse_it(tmp_path: Path) -> None:
+    words = random.Random(0).choices(["yes", "no", "it depends on what is asked"], k=30_000)
+    parquet.write_table(pa.table({"text": words}), tmp_path / "d.parquet", compression="zstd")
+    long = [f"{i} " * 500 for i in range(2_000)]
+    parquet.write_table(pa.table({"text": long}), tmp_path / "e.parquet", compression="zstd")
+    for name, texts in (("d.parquet", words), ("e.parquet", long)):
+        assert list(load_texts(str(tmp_path / name))) == texts
+
+
+@pytest.mark.parametrize("how", ["zstd", "lz4", "by number", "rows of nothing", "as a file"])
+def test_a_saved_data_set_holds_no_more_than_its_bytes(how: str, tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "d")
+    [path] = (tmp_path / "d").glob("*.arrow")
+    columns = {
+        "by number": lambda: pa.DictionaryArray.from_arrays(zeros(100_000), ["a" * 10**6]),
+        "rows of nothing": lambda: pa.nulls(10**9),
+    }
+    table = pa.table({"text": columns.get(how, lambda: pa.array(["a" * 10**6] * 200))()})
+    options = pa.ipc.IpcWriteOptions(compression=how if how in ("zstd", "lz4") else None)
+    new = pa.ipc.new_file if how == "as a file" else pa.ipc.new_stream
+    with pa.OSFile(str(path), "wb") as file, new(file, table.schema, options=options) as writer:
+        writer.write_table(table)
+    del table
+    said = {"by number": "unpacked", "rows of nothing": "claims", "as a file": "the file format"}
+    message = refused(lambda: open_rows(str(tmp_path / "d")))
+    assert said.get(how, "is compressed inside") in message
+
+
+def test_a_folder_of_compressed_files_is_not_unpacked(tmp_path: Path) -> None:
+    line = json.dumps({"text": "a" * 1000}).encode() + b"\n"
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(line * 100_000))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    message = refused(lambda: open_rows(str(tmp_path)))
+    assert "is compressed (gzip). Unpack it first" in message
+
+
+@pytest.mark.parametrize("what", NOT_YAML)
+def test_a_data_sets_card_that_is_none_is_refused(what: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    open_rows(str(tmp_path))
+    card = NOT_YAML[what].replace(b"sources: ", b"configs: ").replace(b"lr: ", b"configs: ")
+    (tmp_path / "README.md").write_bytes(b"---\n" + card + b"\n---\n")
+    if what in CARDS_THAT_SAY_NOTHING:
+        open_rows(str(tmp_path))
+    else:
+        refused(lambda: open_rows(str(tmp_path)))
+
+
+@pytest.mark.parametrize("transform", [5, "print", None])
+def test_a_saved_data_set_brings_no_format(transform: Any, tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "d")
+    changed_json(
+        tmp_path / "d" / "state.json",
+        _format_type="custom",
+        _format_kwargs={"transform": transform},
+    )
+    assert [row for row, _ in open_rows(str(tmp_path / "d")).read()] == [{"text": "a"}]
+
+
+def test_a_row_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    days = pa.array([0, 2**40], pa.timestamp("s"))  # the year 36,812 is none for Python
+    parquet.write_table(pa.table({"text": ["a", "b"], "day": days}), tmp_path / "d.parquet")
+    rows = open_rows(str(tmp_path / "d.parquet"))
+    assert "Could not read data set" in refused(lambda: list(rows.read()))
 
 
 @pytest.mark.parametrize(
@@ -351,6 +517,12 @@ def gguf(n_tensors: int, n_values: int, content: bytes = b"") -> bytes:
 
 
 KEY = struct.pack("<Q", 1) + b"k"
+
+
+def tensor(*shape: int, kind: int = 0, offset: int = 0) -> bytes:
+    return KEY + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
 GGUFS: dict[str, bytes] = {
     "2^60 tensors": gguf(2**60, 0),
     "2^60 values": gguf(0, 2**60),
@@ -360,6 +532,11 @@ GGUFS: dict[str, bytes] = {
     "2^60 strings": gguf(0, 1, KEY + struct.pack("<IIQ", 9, 8, 2**60)),
     "lists in lists": gguf(0, 1, KEY + struct.pack("<IIQ", 9, 9, 1) * 5),
     "2^31 dimensions": gguf(1, 0, KEY + struct.pack("<I", 2**31).ljust(64, b"\0")),
+    "a tensor of 2^60 numbers": gguf(1, 0, tensor(2**60)),
+    "a tensor of an unknown kind": gguf(1, 0, tensor(2**60, kind=999)),
+    "a tensor of more numbers than there are": gguf(1, 0, tensor(2**63, 2**63, 2**63, 2**63)),
+    "a tensor that ends beyond the end": gguf(1, 0, tensor(250_000, offset=8) + bytes(10**6)),
+    "a thousand tensors in the same megabyte": gguf(1000, 0, tensor(250_000) * 1000 + bytes(10**6)),
     "a value of an unknown kind": gguf(0, 1, KEY + struct.pack("<IQ", 99, 0)),
     "another version": b"GGUF" + struct.pack("<IQQ", 1, 0, 0),
     "half a header": b"GGUF\x03\x00\x00\x00",
@@ -373,6 +550,23 @@ def test_a_gguf_file_that_claims_what_it_has_not_is_refused(what: str, tmp_path:
     (tmp_path / "m.gguf").write_bytes(GGUFS[what])
     message = refused(lambda: load_model(ModelConfig(str(tmp_path / "m.gguf"))))
     assert "is not a sound GGUF file" in message
+
+
+def test_the_sizes_of_tensors_are_those_of_the_format() -> None:
+    constants = pytest.importorskip("gguf.constants")
+    sizes = {int(kind): size for kind, size in constants.GGML_QUANT_SIZES.items()}
+    assert sizes.items() >= BLOCKS.items()
+
+
+def test_a_sound_gguf_file_is_let_through(tmp_path: Path) -> None:
+    tensors = tensor(8, 4) + tensor(256, kind=12, offset=128)
+    (tmp_path / "m.gguf").write_bytes(gguf(2, 0, tensors + bytes(128 + 144)))
+    check_gguf(tmp_path / "m.gguf")
+
+
+def test_a_chat_template_of_any_size_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_bytes(b" " * 60_000_000)
+    assert "no file of its kind" in refused(lambda: read_chat_template(str(tmp_path / "t.jinja")))
 
 
 @pytest.mark.parametrize(
