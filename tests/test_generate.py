@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import sae_lens_dfc.generate as generating
 from sae_lens_dfc.__main__ import main
 from sae_lens_dfc.chat import chat_segments, contrastive_documents
 from sae_lens_dfc.generate import (
     GenerateOptions,
     Sampling,
+    _decoded,
     answer,
     contrastive_rows,
     generate,
@@ -171,11 +173,22 @@ def test_what_comes_after_the_end_is_cut(
     model: HookedModel, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts, given = [prompt_ids(model, prompt) for prompt in PROMPTS], options(temperature=0)
-    whole = max(answer(model, prompts, given, seed=0), key=len)
-    stop = model.tokenizer.encode(whole, add_special_tokens=False)[-1]
-    monkeypatch.setattr("sae_lens_dfc.generate.stop_ids", lambda _: [stop])
-    end = whole.index(str(model.tokenizer.decode(stop)))
-    assert whole[:end] in answer(model, prompts, given, seed=0)
+    made: list[list[int]] = []
+
+    def decoded(model: HookedModel, ids: list[int]) -> str:
+        made.append(ids)
+        return _decoded(model, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generating, "_decoded", decoded)
+        whole = answer(model, prompts, given, seed=0)
+    # The answer with the latest token that is not in it before: untrained models repeat themselves.
+    latest = [max(n for n, token in enumerate(ids) if token not in ids[:n]) for ids in made]
+    row = latest.index(end := max(latest))
+    monkeypatch.setattr(generating, "stop_ids", lambda _: [made[row][end]])
+    cut = answer(model, prompts, given, seed=0)[row]
+    assert cut == _decoded(model, made[row][:end])
+    assert cut != whole[row]
 
 
 def test_prompts_without_room_for_an_answer_are_left_out_and_counted(
