@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_lens_dfc import cache_writer
 from sae_lens_dfc.activations import Bookmark, Marked
+from sae_lens_dfc.cache_writer import CacheWriter
+from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.manifest import Progress, Shard, progress_path
 from sae_lens_dfc.provider import Batches
-from sae_lens_dfc.stopping import Stop, Stopped
+from sae_lens_dfc.stopping import Stop, Stopped, signals_to, stop_now
 from sae_lens_dfc.training.checkpoint import checkpoints
 from tests.reliability.children import (
     Child,
@@ -27,6 +31,7 @@ from tests.reliability.children import (
 )
 from tests.reliability.conftest import Jobs
 from tests.reliability.test_kills import left_over, result
+from tests.test_cache import HEADER, in_order, marked, write
 
 SECONDS_TO_STOP = 5
 
@@ -93,6 +98,8 @@ def test_a_training_asked_to_end_saves_the_step_that_it_is_at_and_goes_on_to_the
     assert result(tmp_path / "out") == never_stopped[prefetch]
 
 
+LOSES_A_SHARD = "CacheWriter._finish drops the shard that it waits for from those pending before it is counted in"
+
 # Where each job is when it is asked to end: at the n-th path of a pattern, or at a function that only its middle calls.
 IN_THE_MIDST: dict[str, tuple[str, Callable[[Prepare], None]]] = {
     "cache": ("cache", partial(do_when_touched, "*/.rows-*.new", 3)),
@@ -108,7 +115,14 @@ IN_THE_MIDST: dict[str, tuple[str, Callable[[Prepare], None]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", IN_THE_MIDST)
+@pytest.mark.parametrize(
+    "when",
+    [
+        # Not each time: only where it comes while a shard is waited for.
+        pytest.param(when, marks=pytest.mark.xfail(when == "cache", reason=LOSES_A_SHARD))
+        for when in IN_THE_MIDST
+    ],
+)
 def test_any_job_asked_to_end_ends_soon_and_leaves_nothing_half_done(
     when: str, jobs: Jobs, tmp_path: Path
 ) -> None:
@@ -128,6 +142,32 @@ def test_any_job_asked_to_end_ends_soon_and_leaves_nothing_half_done(
     assert run(jobs.of(name, folder), tmp_path).status == 0
     assert all(path.stat().st_mtime_ns == at for path, at in shards.items()), "made again"
     assert result(folder) == result(whole)
+
+
+@pytest.mark.xfail(strict=True, reason=LOSES_A_SHARD)
+def test_a_cache_interrupted_while_it_waits_for_a_shard_goes_on_to_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cache_writer._write_shard
+
+    def interrupted(path: Path, columns: dict[str, torch.Tensor]) -> Shard:
+        if path.name.endswith("000001.safetensors"):
+            _send(begun, signal.SIGTERM)
+            time.sleep(0.2)
+        return real(path, columns)
+
+    begun = threading.Event()
+    begun.set()
+    writer = CacheWriter(tmp_path / "c", HEADER)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, "_write_shard", interrupted)
+        with signals_to(stop_now), pytest.raises(Stopped):
+            writer.write(marked(), PairCounts())
+    kept, _ = Progress.load(progress_path(tmp_path / "c", 0))
+    assert [shard.file for shard in kept.shards] == [
+        f"rows-00000-{i:06d}.safetensors" for i in range(len(kept.shards))
+    ]
+    assert torch.equal(in_order(write(tmp_path / "c")), in_order(write(tmp_path / "whole")))
 
 
 # --- where it may be interrupted ---
@@ -158,10 +198,10 @@ def test_a_wait_for_a_batch_is_interrupted_and_the_batch_is_not_counted(prefetch
     assert batches.after is not None and batches.after.values == {"batches": 1}
 
 
-def _send(begun: threading.Event) -> None:
+def _send(begun: threading.Event, number: signal.Signals = signal.SIGINT) -> None:
     begun.wait()
     time.sleep(0.2)
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def test_a_second_signal_interrupts_at_once() -> None:
