@@ -97,10 +97,13 @@ class CacheWriter:
 
     def _finish(self, pending: deque[tuple[Future[Shard], Progress]]) -> None:
         """Wait for the oldest shard, and count it in."""
-        written, progress = pending.popleft()
+        written, progress = pending[0]
         try:
-            progress.shards = [*self.progress.shards, written.result()]
-            progress.save(self.path, self.header)
+            # Asked to end, this process comes here again from wherever it was: each shard is counted in once, none is left out.
+            if progress is not self.progress:
+                progress.shards = [*self.progress.shards, written.result()]
+                progress.save(self.path, self.header)
+                self.progress = progress
         except OSError as error:
             # Later ones may well be written, but what counts is whole from the beginning on.
             pending.clear()
@@ -108,7 +111,7 @@ class CacheWriter:
                 f"Could not write to the cache in {self.folder}: {error} The {self.progress.rows} rows written "
                 "before are kept: make room and run the same command with --resume."
             ) from error
-        self.progress = progress
+        pending.popleft()
 
 
 def _write_shard(path: Path, columns: dict[str, Tensor]) -> Shard:

@@ -255,7 +255,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (None, NoneType):
         return value is None
-    return not isinstance(hint, type) or isinstance(value, hint)
+    # In Python 3.10 a type with arguments, such as tuple[int, int], is itself a type to isinstance.
+    return origin is not None or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _is_number(value: Any) -> bool:

@@ -64,14 +64,14 @@ def _check_coverage(
     a: Reading, b: Reading, pairs: Sequence[tuple[int, int]], coverage: Coverage
 ) -> None:
     assert (coverage.tokens_a, coverage.tokens_b) == (len(a.tokens.ids), len(b.tokens.ids))
-    assert coverage.pairs == len(pairs)
+    assert coverage.pairs == len(pairs), "the total of pairs is wrong"
     _check_reasons(a, [i for i, _ in pairs], coverage.dropped_a)
     _check_reasons(b, [j for _, j in pairs], coverage.dropped_b)
 
 
 def _check_reasons(reading: Reading, paired: Sequence[int], dropped: Counter[str]) -> None:
     left = sorted({*range(len(reading.read))} - {*paired})
-    assert len(left) == dropped.total()
+    assert len(left) == dropped.total(), "a token is not counted"
     last = max(paired, default=-1)
     expected, unsure = Counter[str](), 0
     borders = reading.borders
@@ -86,26 +86,30 @@ def _check_reasons(reading: Reading, paired: Sequence[int], dropped: Counter[str
         else:
             expected[TAIL if i > last else NO_PARTNER] += 1
     # A letter and the marks that its tokenizer may join with it are one character or more.
-    assert (dropped - expected).total() == unsure and not expected - dropped, (expected, dropped)
+    is_right = (dropped - expected).total() == unsure and not expected - dropped
+    assert is_right, f"reasons {dropped}, not {expected}"
 
 
 def _check_segments(
     a: Reading, b: Reading, pairs: Sequence[tuple[int, int]], segments: Segments
 ) -> None:
     last_a, last_b = pairs[-1] if pairs else (-1, -1)
-    assert [t for s in segments for t in s.ids_a] == list(a.tokens.ids[: last_a + 1])
-    assert [t for s in segments for t in s.ids_b] == list(b.tokens.ids[: last_b + 1])
+    for ids, whole in (
+        ([t for s in segments for t in s.ids_a], a.tokens.ids[: last_a + 1]),
+        ([t for s in segments for t in s.ids_b], b.tokens.ids[: last_b + 1]),
+    ):
+        assert ids == list(whole), "segments are not the text's tokens"
     assert len(segments) == len(pairs)
 
 
 def _check_contexts(segments: Segments, coverage: Coverage, context_size: int) -> None:
     before = coverage.pairs
     contexts = list(pack(segments, context_size, coverage))
-    assert all(0 < context.n_tokens <= context_size for context in contexts)
+    assert all(0 < c.n_tokens <= context_size for c in contexts), "a context is too long or empty"
     fits = [s for s in segments if max(len(s.ids_a), len(s.ids_b)) <= context_size]
-    assert [s for context in contexts for s in context] == fits
-    assert coverage.pairs == len(fits)
-    assert coverage.dropped_a[TOO_LONG] == coverage.dropped_b[TOO_LONG] == before - len(fits)
+    assert [s for c in contexts for s in c] == fits, "contexts do not hold the segments that fit"
+    dropped = (coverage.dropped_a[TOO_LONG], coverage.dropped_b[TOO_LONG], before - coverage.pairs)
+    assert dropped == (before - len(fits),) * 3, "what is too long is not counted"
 
 
 def clean_checked(text: str) -> str:

@@ -4,14 +4,17 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 from sae_lens_dfc.__main__ import main
 
@@ -110,6 +113,49 @@ def die_at_file_operation(n: int, folder: str) -> None:
     sys.addaudithook(count)
 
 
+def do_when_touched(pattern: str, n: int, do: Prepare) -> None:
+    """Have this process do something once, just before it opens, renames, makes or removes the n-th path of this pattern.
+
+    From outside it would be a race: some of what is to be met lasts a millisecond.
+    """
+    seen: set[str] = set()
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        # What is done may touch files too.
+        if event in FILE_EVENTS and len(seen) < n and fnmatch(str(arguments[0]), pattern):
+            seen.add(str(arguments[0]))
+            if len(seen) == n:
+                do()
+
+    sys.addaudithook(look)
+
+
+def do_when_called(name: str, do: Prepare) -> None:
+    """Have this process do something before each call of a function, named as `module:function`."""
+    module, function = name.split(":")
+    real = getattr(import_module(module), function)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        do()
+        return real(*args, **kwargs)
+
+    setattr(import_module(module), function, called)
+
+
+def fill(filler: Path) -> None:
+    """Take all the room that there is, with one file."""
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def ask_to_end(asked: Path) -> None:
+    """Send this process SIGTERM, and write down when."""
+    if not asked.exists():
+        asked.write_text(str(time.monotonic()))
+        signal.raise_signal(signal.SIGTERM)
+
+
 def write_file_operations(path: str, folder: str) -> None:
     """Have this process count its file operations below `folder`: so many bytes are in the file `path` then."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -128,18 +174,31 @@ def take_memory_away(n_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + n_bytes, now + n_bytes))
 
 
-def have_the_clock_jump(seed: int) -> None:
-    """Have the wall clock jump by up to a year, either way, whenever it is looked at."""
+def have_the_clock_jump(seed: int, looks: Path) -> None:
+    """Have Python's wall clock jump by up to a year, either way, whenever it is looked at; a byte in `looks` for each time.
+
+    `time.time` and `time.time_ns`, in every module that holds one of them; not the clock that C and Rust ask for themselves.
+    """
     draws, true_time = random.Random(seed), time.time
-    time.time = lambda: true_time() + draws.uniform(-1, 1) * 3e7
+    file = os.open(looks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def jumping() -> float:
+        os.write(file, b".")
+        return true_time() + draws.uniform(-1, 1) * 3e7
+
+    clocks = {id(time.time): jumping, id(time.time_ns): lambda: int(1e9 * jumping())}
+    for module in list(sys.modules.values()):
+        for name, value in list(vars(module).items()):
+            if id(value) in clocks:
+                setattr(module, name, clocks[id(value)])
 
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own, in memory."""
+    """A file system of its own, in memory; where none can be mounted, as in a container of few rights, the test is skipped."""
     folder.mkdir()
-    mount = shutil.which("mount")
-    assert mount and os.system(f"mount -t tmpfs -o size={size} tmpfs {folder}") == 0
+    if os.system(f"mount -t tmpfs -o size={size} tmpfs {folder}") != 0:
+        pytest.skip("no small disk can be mounted here")
     try:
         yield folder
     finally:

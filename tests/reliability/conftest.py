@@ -79,3 +79,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_fold
     jobs = Jobs(folder / "settings.yaml", run, folder / "cache")
     assert main(jobs.of("cache", jobs.cache)) == 0
     return jobs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
+    """A small trained crosscoder with two checkpoints, for strangers to change copies of."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = ("--training-pairs", "800", "--training-tokens", "1600", "--n-checkpoints", "2")
+    return train_tiny(folder, llama_folder, gpt2_folder, *flags, n_texts=4)

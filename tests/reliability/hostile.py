@@ -21,27 +21,27 @@ MAX_SECONDS = 5.0
 MAX_BYTES = 200_000_000
 DEEP = "[" * 100_000 + "]" * 100_000
 
-# What stands in a file in place of JSON.
-NOT_JSON: dict[str, bytes] = {
-    "nested 100,000 deep": DEEP.encode(),
-    "objects nested 100,000 deep": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-    "nested 500 deep": b'{"a":' * 500 + b"1" + b"}" * 500,
-    "a number of a million digits": b'{"d_in": ' + b"9" * 1_000_000 + b"}",
-    "a float beyond all": b'{"d_in": 1e99999}',
-    "NaN": b'{"d_in": NaN}',
-    "infinity": b'{"d_in": -Infinity}',
-    "one key twice": b'{"format": 1, "format": 1}',
-    "a byte order mark": b"\xef\xbb\xbf{}",
-    "nothing": b"",
-    "a NUL": b"\0",
-    "UTF-16": '{"a": 1}'.encode("utf-16"),
-    "bytes that are no text": bytes(range(256)),
-    "a list": b"[]",
-    "null": b"null",
-    "a text": b'"cfg"',
-    "half of it": b'{"d_in": ',
-    "a file too large": b'{"a": "' + b"x" * 60_000_000 + b'"}',
-    "ten million lists": b"[" + b"[]," * 10_000_000 + b"[]]",
+# What stands in a file in place of JSON, and a word of the error.
+NOT_JSON: dict[str, tuple[bytes, str]] = {
+    "nested 100,000 deep": (DEEP.encode(), "nested too deep"),
+    "objects nested 100,000 deep": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deep"),
+    "nested 500 deep": (b'{"a":' * 500 + b"1" + b"}" * 500, "nested too deep"),
+    "a number of a million digits": (b'{"d_in": ' + b"9" * 1_000_000 + b"}", "digits"),
+    "a float beyond all": (b'{"d_in": 1e99999}', "inf, which is no number"),
+    "NaN": (b'{"d_in": NaN}', "nan, which is no number"),
+    "infinity": (b'{"d_in": -Infinity}', "-inf, which is no number"),
+    "one key twice": (b'{"format": 1, "format": 1}', "'format' is there twice"),
+    "a byte order mark": (b"\xef\xbb\xbf{}", "not sound JSON"),
+    "nothing": (b"", "not sound JSON"),
+    "a NUL": (b"\0", "not sound JSON"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "is not text"),
+    "bytes that are no text": (bytes(range(256)), "is not text"),
+    "a list": (b"[]", "must hold a JSON object"),
+    "null": (b"null", "must hold a JSON object"),
+    "a text": (b'"cfg"', "must hold a JSON object"),
+    "half of it": (b'{"d_in": ', "not sound JSON"),
+    "a file too large": (b'{"a": "' + b"x" * 60_000_000 + b'"}', "no file of its kind has more"),
+    "ten million lists": (b"[" + b"[]," * 10_000_000 + b"[]]", "no file of its kind has more"),
 }
 
 
@@ -73,6 +73,17 @@ def refusal(capfd: pytest.CaptureFixture[str], *args: str | Path) -> str:
     return lines[0]
 
 
+COMMANDS: dict[str, list[str]] = {
+    "evaluate": [],
+    "report": [],
+    "latents": [],
+    "export": ["--model", "a", "--output", "out"],
+    "steer": ["--model", "a", "--latent", "0", "--strength", "1", "--prompt", "x"],
+    "screen": ["--output", "out"],
+}
+"""The commands that take a run, with what else they need."""
+
+
 def refused(do: Callable[[], Any]) -> str:
     """The error of one line with which something refuses, quickly and without taking memory."""
 
@@ -82,6 +93,7 @@ def refused(do: Callable[[], Any]) -> str:
         return str(error.value)
 
     message, seconds, n_bytes = grown(tried)
+    assert message and "\n" not in message, message
     assert seconds < MAX_SECONDS, f"{seconds:.1f} s: {message}"
     assert n_bytes < MAX_BYTES, f"{n_bytes / 1e6:.0f} MB: {message}"
     return message

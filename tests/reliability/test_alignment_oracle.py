@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from itertools import combinations, combinations_with_replacement, islice
 from typing import Any
@@ -16,12 +17,22 @@ from jaxtyping import config
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_lens_dfc import alignment
-from sae_lens_dfc.alignment import NO_PARTNER, TAIL, Coverage, align, aligned_positions, count, cut
+from sae_lens_dfc.alignment import (
+    NO_PARTNER,
+    TAIL,
+    Coverage,
+    align,
+    aligned_positions,
+    count,
+    cut,
+    pack,
+)
 from sae_lens_dfc.demo import DEMO_A, DEMO_B, unpack
 from sae_lens_dfc.segments import Segments
 from sae_lens_dfc.sources import MAX_CHARS
 from sae_lens_dfc.texts import clean, split_text
 from sae_lens_dfc.tokens import Tokens, tokenize
+from tests.reliability import alignment_check
 from tests.reliability.alignment_check import Aligner, check_text, clean_checked
 from tests.reliability.hard_text import FAMILIES, SPELLED, WORDS, hard_texts
 from tests.reliability.reading import Reader
@@ -85,34 +96,95 @@ def losing_a_token(a: Tokens, b: Tokens) -> tuple[Segments, Coverage]:
     return Segments(ids_a, segments.ids_b, segments.ends_a, segments.ends_b), coverage
 
 
-WRONG: dict[str, Aligner] = {
-    "one pair less": paired_by(lambda a, b: aligned_positions(a, b)[:-1]),
-    "no pair inside a character": paired_by(
-        lambda a, b: [(i, j) for i, j in aligned_positions(a, b) if a.whole[i]]
+def turned_around(a: Tokens, b: Tokens) -> tuple[Segments, Coverage]:
+    segments, coverage = align(a, b)
+    back = Segments(
+        segments.ids_a, segments.ids_b, segments.ends_a[::-1].copy(), segments.ends_b[::-1].copy()
+    )
+    return back, coverage
+
+
+def counting_one_pair_more(a: Tokens, b: Tokens) -> tuple[Segments, Coverage]:
+    segments, coverage = align(a, b)
+    return segments, replace(coverage, pairs=coverage.pairs + 1)
+
+
+# Each with what the check says of it.
+WRONG: dict[str, tuple[Aligner, str]] = {
+    "one pair less": (
+        paired_by(lambda a, b: aligned_positions(a, b)[:-1]),
+        "without a pair",
     ),
-    "a pair one token late": paired_by(
-        lambda a, b: [(min(i + 1, len(a.ids) - 1), j) for i, j in aligned_positions(a, b)]
+    "no pair inside a character": (
+        paired_by(lambda a, b: [(i, j) for i, j in aligned_positions(a, b) if a.whole[i]]),
+        "without a pair",
     ),
-    "every end is a character's": paired_by(believing_every_end),
-    "another reason": blaming_the_tail,
-    "tokens in another order": losing_a_token,
+    "a pair one token late": (
+        paired_by(
+            lambda a, b: [(min(i + 1, len(a.ids) - 1), j) for i, j in aligned_positions(a, b)]
+        ),
+        "has not read the same text",
+    ),
+    "every end is a character's": (paired_by(believing_every_end), "has not read the same text"),
+    "pairs that go back": (turned_around, "pairs go back"),
+    "a pair too many in the total": (counting_one_pair_more, "the total of pairs is wrong"),
+    "another reason": (blaming_the_tail, "reasons Counter"),
+    "tokens in another order": (losing_a_token, "segments are not the text's tokens"),
 }
 
 
-def n_texts_until_noticed(readers: dict[str, Reader], aligner: Aligner = align) -> int:
-    """How many of up to 300 texts of the fuzz it takes."""
+def until_noticed(readers: dict[str, Reader], aligner: Aligner = align) -> tuple[int, str]:
+    """How many of up to 300 texts of the fuzz it takes, and what is said then."""
     pairs = list(combinations(readers, 2))
     for n, text in enumerate(islice(hard_texts(seed=0), 300)):
         try:
             check_text(clean(text), readers, [pairs[n % len(pairs)]], 4, aligner)
-        except AssertionError:
-            return n + 1
+        except AssertionError as error:
+            return n + 1, str(error)
     raise AssertionError("nothing was noticed")
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_alignment_is_noticed(readers: dict[str, Reader], name: str) -> None:
-    assert n_texts_until_noticed(readers, WRONG[name]) <= 100
+    aligner, word = WRONG[name]
+    n_texts, said = until_noticed(readers, aligner)
+    assert n_texts <= 100 and word in said
+
+
+Contexts = Iterator[Segments]
+
+
+def losing_one(segments: Segments, size: int, coverage: Coverage) -> Contexts:
+    return (context for n, context in enumerate(pack(segments, size, coverage)) if n != 1)
+
+
+def one_token_too_long(segments: Segments, size: int, coverage: Coverage) -> Contexts:
+    return pack(segments, size + 1, coverage)
+
+
+def in_another_order(segments: Segments, size: int, coverage: Coverage) -> Contexts:
+    return reversed(list(pack(segments, size, coverage)))
+
+
+def without_counting(segments: Segments, size: int, coverage: Coverage) -> Contexts:
+    return pack(segments, size, deepcopy(coverage))
+
+
+@pytest.mark.parametrize(
+    ("packer", "word"),
+    [
+        (losing_one, "do not hold the segments that fit"),
+        (one_token_too_long, "too long or empty"),
+        (in_another_order, "do not hold the segments that fit"),
+        (without_counting, "what is too long is not counted"),
+    ],
+)
+def test_a_wrong_packing_is_noticed(
+    readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch, packer: Any, word: str
+) -> None:
+    monkeypatch.setattr(alignment_check, "pack", packer)
+    n_texts, said = until_noticed(readers)
+    assert n_texts <= 100 and word in said
 
 
 def test_the_tokenizers_own_spans_are_noticed_to_be_wrong(
@@ -122,7 +194,7 @@ def test_the_tokenizers_own_spans_are_noticed_to_be_wrong(
         return spans
 
     monkeypatch.setattr("sae_lens_dfc.tokens.true_spans", own)
-    assert n_texts_until_noticed(readers) <= 100
+    assert until_noticed(readers)[0] <= 100
 
 
 def test_a_pair_by_the_end_of_a_spelling_alone_is_noticed(
@@ -131,7 +203,7 @@ def test_a_pair_by_the_end_of_a_spelling_alone_is_noticed(
     monkeypatch.setattr(alignment, "_same_from_the_back", lambda a, b: [
         (i, b.open[place][0]) for place, (i, _) in a.open.items() if place in b.open
     ])  # fmt: skip
-    assert n_texts_until_noticed(readers) <= 100
+    assert until_noticed(readers)[0] <= 100
 
 
 WITHOUT_SPACE = {

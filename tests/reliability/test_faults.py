@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from sae_lens_dfc.progress import Progress
 from sae_lens_dfc.training.checkpoint import checkpoints
 from tests.reliability.children import (
     Child,
+    do_when_touched,
     files,
+    fill,
     have_the_clock_jump,
     remount,
     run,
@@ -26,36 +28,31 @@ from tests.reliability.conftest import Jobs
 from tests.reliability.test_kills import left_over, result
 
 JOBS = ("cache", "train", "evaluate", "screen", "export")
-FIRST_FILE = {"cache": "out/rows-00000-000000.safetensors", "train": "out-checkpoints"}
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a small disk")
+# When the disk fills: at the n-th path of a pattern.
+FULL_AT = {
+    "cache": ("cache", "*/.rows-*.new", 2),
+    "train, at a checkpoint": ("train", "*-checkpoints/.*.new", 2),
+    "train": ("train", "*.unfinished/new", 1),
+    "evaluate": ("evaluate", "*.unfinished/new", 1),
+    "screen, while it tests": ("screen", "*.progress.jsonl", 1),
+    "screen": ("screen", "*.unfinished/new", 1),
+    "export": ("export", "*.unfinished/new", 1),
+}
 
 
-def fill(disk: Path) -> Path:
-    """Take all the room that there is."""
-    path = disk / "filler"
-    with path.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    return path
-
-
-@needs_root
 @pytest.mark.slow
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("when", FULL_AT)
 def test_a_full_disk_is_one_clear_error_and_what_was_written_serves_when_there_is_room(
-    name: str, jobs: Jobs, tmp_path: Path
+    when: str, jobs: Jobs, tmp_path: Path
 ) -> None:
+    name, pattern, n = FULL_AT[when]
     whole = tmp_path / "whole"
     assert run(jobs.of(name, whole), tmp_path).status == 0
     size = sum(map(len, files(tmp_path).values()))
-    with small_disk(tmp_path / "disk", f"{2 * size // 1024}k") as disk:
-        child = Child(jobs.of(name, disk / "out"), tmp_path / "errors.txt")
-        while (
-            not [*disk.glob("*/*.safetensors"), *disk.glob(".*/new")] and child.process.is_alive()
-        ):
-            time.sleep(0.0001)
-        filler = fill(disk)
-        ended = child.ended()
+    with small_disk(tmp_path / "disk", f"{10 * size // 1024}k") as disk:
+        filler = disk / "filler"
+        filling = partial(do_when_touched, f"{disk}/{pattern}", n, partial(fill, filler))
+        ended = run(jobs.of(name, disk / "out"), tmp_path, filling)
         assert ended.status == 1 and "No space left on device" in ended.error, ended.errors
         assert not left_over(disk)
         filler.unlink()
@@ -63,7 +60,6 @@ def test_a_full_disk_is_one_clear_error_and_what_was_written_serves_when_there_i
         assert result(disk / "out") == result(whole)
 
 
-@needs_root
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_a_disk_that_cannot_be_written_is_refused_before_any_work(
@@ -92,11 +88,13 @@ def test_two_processes_never_work_on_one_folder(name: str, jobs: Jobs, tmp_path:
 def test_of_trainings_begun_together_one_trains_and_the_others_say_why_not(
     jobs: Jobs, tmp_path: Path
 ) -> None:
-    arguments = jobs.of("train", tmp_path / "out")
+    # Resumed, one that comes when the first has ended would find all done.
+    arguments = [*jobs.of("train", tmp_path / "out"), "--resume", "false"]
     children = [Child(arguments, tmp_path / f"errors {i}.txt") for i in range(3)]
     ended = [child.ended() for child in children]
     assert sorted(e.status for e in ended) == [0, 1, 1], ended
-    assert all("Another process is at work" in e.error for e in ended if e.status == 1)
+    why = r"Another process is at work|holds checkpoints of a training|already holds a run"
+    assert all(re.search(why, e.error) for e in ended if e.status == 1)
     assert run(jobs.of("train", tmp_path / "whole"), tmp_path).status == 0
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
@@ -118,11 +116,9 @@ def test_a_cache_removed_while_it_is_read_is_one_clear_error_and_no_work_is_lost
     shutil.copytree(jobs.cache, cache)
     of_cache = Jobs(jobs.settings, jobs.run, cache)
     arguments = [*of_cache.of("train on a cache", tmp_path / "out"), "--cache-window-shards", "2"]
-    child = Child(arguments, tmp_path / "errors.txt")
-    while not checkpoints(tmp_path / "out-checkpoints"):
-        time.sleep(0.001)
-    shutil.move(cache, tmp_path / "away")
-    ended = child.ended()
+    taking_away = partial(os.rename, cache, tmp_path / "away")
+    at_checkpoint = f"{tmp_path}/out-checkpoints/.*.new"
+    ended = run(arguments, tmp_path, partial(do_when_touched, at_checkpoint, 1, taking_away))
     assert ended.status == 1 and str(cache) in ended.error and "Restore it" in ended.error
     assert checkpoints(tmp_path / "out-checkpoints") and not (tmp_path / "out").exists()
     shutil.move(tmp_path / "away", cache)
@@ -135,8 +131,10 @@ def test_a_cache_removed_while_it_is_read_is_one_clear_error_and_no_work_is_lost
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_a_clock_that_jumps_changes_nothing(name: str, jobs: Jobs, tmp_path: Path) -> None:
-    jumping = partial(have_the_clock_jump, 1)
+    looks = tmp_path / "looks"
+    jumping = partial(have_the_clock_jump, 1, looks)
     assert run(jobs.of(name, tmp_path / "out"), tmp_path, jumping).status == 0
+    assert looks.stat().st_size > 0
     assert run(jobs.of(name, tmp_path / "whole"), tmp_path).status == 0
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 

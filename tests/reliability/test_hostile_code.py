@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from sae_lens_dfc.models import ModelConfig, load_model
 from sae_lens_dfc.state import checksum, load_state
 from sae_lens_dfc.texts import open_rows
 from sae_lens_dfc.training.checkpoint import checkpoints, load_place
-from tests.helpers import make_firing_dfc, train_tiny
+from tests.helpers import make_firing_dfc
 from tests.reliability.hostile import (
     CANARY,
+    COMMANDS,
     Pickled,
     canary_module,
     changed_json,
@@ -29,13 +31,6 @@ from tests.reliability.hostile import (
     refusal,
     refused,
 )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("hostile")
-    flags = ("--training-pairs", "800", "--training-tokens", "1600", "--n-checkpoints", "2")
-    return train_tiny(folder, llama_folder, gpt2_folder, *flags, n_texts=4)
 
 
 @pytest.fixture(autouse=True)
@@ -95,16 +90,6 @@ def test_a_models_own_code_is_not_run(
     assert "Could not load" in message
 
 
-COMMANDS: dict[str, list[str]] = {
-    "evaluate": [],
-    "report": [],
-    "latents": [],
-    "export": ["--model", "a", "--output", "out"],
-    "steer": ["--model", "a", "--latent", "0", "--strength", "1", "--prompt", "x"],
-    "screen": ["--output", "out"],
-}
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("which", MODELS)
 def test_a_run_that_names_a_model_with_code_runs_nothing(
@@ -123,15 +108,22 @@ def test_a_run_that_names_a_model_with_code_runs_nothing(
     assert "Could not load" in refusal(capfd, command, theirs, *COMMANDS[command])
 
 
-ASKS: dict[str, dict[str, Any]] = {
-    "of a model": {"model_a__trust_remote_code": True},
-    "of the run": {"trust_remote_code": True},
-    "for loading": {"model_a__model_from_pretrained_kwargs": {"trust_remote_code": True}},
-    "in the metadata": {
-        "sae__metadata": {"model_from_pretrained_kwargs": {"trust_remote_code": True}}
-    },
-    "another class": {"model_a__model_class_name": "os.system"},
-    "another architecture": {"sae__architecture": "os.system"},
+ASKS: dict[str, tuple[dict[str, Any], str]] = {
+    "of a model": (
+        {"model_a__trust_remote_code": True},
+        "model_a has a setting 'trust_remote_code'",
+    ),
+    "of the run": ({"trust_remote_code": True}, "The run has a setting 'trust_remote_code'"),
+    "for loading": (
+        {"model_a__model_from_pretrained_kwargs": {"trust_remote_code": True}},
+        "has a setting 'model_from_pretrained_kwargs'",
+    ),
+    "in the metadata": (
+        {"sae__metadata": {"model_from_pretrained_kwargs": {"trust_remote_code": True}}},
+        "A file cannot ask for that",
+    ),
+    "another class": ({"model_a__model_class_name": "os.system"}, "model_class_name must be"),
+    "another architecture": ({"sae__architecture": "os.system"}, "is not registered"),
 }
 
 
@@ -140,8 +132,9 @@ def test_a_run_cannot_ask_for_code_to_be_trusted(
     which: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     theirs = copied(run, tmp_path / "run")
-    changed_json(theirs / "runner_cfg.json", **ASKS[which])
-    refusal(capfd, "evaluate", theirs)
+    asked, word = ASKS[which]
+    changed_json(theirs / "runner_cfg.json", **asked)
+    assert word in refusal(capfd, "evaluate", theirs)
 
 
 def test_a_crosscoder_cannot_ask_for_code_to_be_trusted(tmp_path: Path) -> None:
@@ -168,7 +161,8 @@ def test_a_cache_that_names_a_model_with_code_opens_none(
     assert main(["train", *sizes, "--output-path", str(trained)]) == 0
     assert "Could not load" in refusal(capfd, "evaluate", trained)
     changed_json(cache / "manifest.json", configs__model_a__trust_remote_code=True)
-    refusal(capfd, "train", *sizes, "--output-path", tmp_path / "other")
+    refused_to = refusal(capfd, "train", *sizes, "--output-path", tmp_path / "other")
+    assert "has a setting 'trust_remote_code'" in refused_to
 
 
 WEIGHTS = ("sae_weights.safetensors", "runner_cfg.json", "cfg.json", "latents.csv", "metrics.json")
@@ -180,7 +174,8 @@ def test_a_pickle_in_the_place_of_a_file_is_not_opened(
 ) -> None:
     theirs = copied(run, tmp_path / "run")
     (theirs / name).write_bytes(pickle.dumps(Pickled(tmp_path)))
-    refusal(capfd, "report" if name != "latents.csv" else "latents", theirs)
+    message = refusal(capfd, "report" if name != "latents.csv" else "latents", theirs)
+    assert name in message and ("is not" in message or "claims a header" in message)
 
 
 @pytest.mark.parametrize("name", ["rank-00000", "crosscoder/trainer_state"])
@@ -192,9 +187,9 @@ def test_a_pickle_in_the_place_of_a_checkpoint_is_not_opened(
     path = theirs / f"{name}.safetensors"
     torch.save(Pickled(tmp_path), path)
     changed_json(theirs / "checksums.json", **{f"{name}.safetensors": checksum(path)})
-    refused(lambda: load_state(path))
+    assert "claims a header of" in refused(lambda: load_state(path))
     if name == "rank-00000":
-        refused(lambda: load_place(theirs))
+        assert "claims a header of" in refused(lambda: load_place(theirs))
 
 
 @pytest.mark.parametrize("name", ["pandas", "json", "text", "webdataset"])
@@ -211,8 +206,14 @@ def test_a_data_sets_own_code_is_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "evil"
     folder.mkdir()
     (folder / "evil.py").write_text(canary_module(tmp_path))
-    (folder / "data.pkl").write_bytes(pickle.dumps(Pickled(tmp_path)))
-    refused(lambda: open_rows(str(folder)))
+    (folder / "train.jsonl").write_text('{"text": "sound"}\n')
+    assert "evil.py" in refused(lambda: open_rows(str(folder)))
+    assert not (tmp_path / CANARY).exists()
+    runpy.run_path(str(folder / "evil.py"))
+    (tmp_path / CANARY).unlink()
+    # Nothing but the script stood in its way.
+    (folder / "evil.py").unlink()
+    assert [row["text"] for row, _ in open_rows(str(folder)).read()] == ["sound"]
 
 
 def test_a_saved_data_set_names_no_file_outside_its_folder(tmp_path: Path) -> None:

@@ -19,18 +19,10 @@ from sae_lens_dfc.held_out import HeldOutOptions, run_config
 from sae_lens_dfc.output import replaced
 from sae_lens_dfc.texts import load_texts, open_rows
 from sae_lens_dfc.training.checkpoint import check_files, checkpoints
-from tests.helpers import train_tiny
 from tests.reliability.hostile import changed_json, copied, refusal, refused
 from tests.test_cache import write
 
 SECRET = "rows-00000-000000.safetensors"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("paths")
-    flags = ("--training-pairs", "800", "--training-tokens", "1600", "--n-checkpoints", "2")
-    return train_tiny(folder, llama_folder, gpt2_folder, *flags, n_texts=4)
 
 
 @pytest.fixture
@@ -90,7 +82,7 @@ def test_a_checkpoint_names_no_file_outside_it(
     monkeypatch.setattr(
         Path, "open", lambda self, *a, **k: opened.append(self) or real(self, *a, **k)
     )
-    refused(lambda: check_files(folder))
+    assert "is a link, missing, or not of it" in refused(lambda: check_files(folder))
     assert secret not in [path.resolve() for path in opened]
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from sae_lens_dfc.texts import load_texts, open_rows
 from sae_lens_dfc.training.checkpoint import check_files
 from tests.helpers import make_firing_dfc
 from tests.reliability.hostile import (
+    COMMANDS,
     NOT_JSON,
     changed_json,
     changed_tensors,
@@ -71,71 +73,94 @@ def claim(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str,
 
 
 LARGE = 10**12
-SPOILED: dict[str, Spoil] = {
-    "a trillion latents": cfg(d_sae=LARGE),
-    "a trillion latents of one model": cfg(d_sae=LARGE, n_a_exclusive=LARGE - 1),
-    "a width of a trillion": cfg(d_in=LARGE + 5, d_a=5, d_b=LARGE),
-    "a negative width": cfg(d_in=-12, d_a=-5, d_b=-7),
-    "widths that cancel": cfg(d_a=20, d_b=-8),
-    "more exclusive latents than latents": cfg(n_a_exclusive=30),
-    "a size as text": cfg(d_sae="24"),
-    "a size with a point": cfg(d_sae=24.0),
-    "a size that is true": cfg(d_a=True, d_b=11),
-    "no size": cfg(d_sae=None),
-    "a list as size": cfg(d_in=[12]),
-    "beyond 64 bits": cfg(d_sae=10**40),
-    "a format that is none": cfg(dtype="__import__"),
-    "a format of another type": cfg(dtype=["float32"]),
-    "a normalisation that is none": cfg(normalize_activations="os"),
-    "no metadata": cfg(metadata=None),
-    "a list as metadata": cfg(metadata=[["a", 1]]),
-    "metadata that replaces a class": cfg(metadata={"__class__": "x"}),
-    "metadata that replaces a method": cfg(metadata={"get": "x"}),
-    "another architecture": cfg(architecture="standard"),
-    "an architecture of another type": cfg(architecture=["crosscoder"]),
-    "weights of another width": weights(W_enc=torch.zeros(11, 24)),
-    "weights of no rows": weights(W_enc=torch.zeros(0, 24)),
-    "a tensor too many": weights(scaling_factor=torch.ones(1)),
-    "a tensor too few": weights(threshold=None),
-    "weights as whole numbers": weights(W_dec=torch.zeros(24, 12, dtype=torch.int64)),
-    "weights in 8 bits": weights(W_dec=torch.zeros(24, 12, dtype=torch.float8_e4m3fn)),
-    "a header of 2^60 bytes": raw(struct.pack("<Q", 2**60)),
-    "a header of 2^64 - 1 bytes": raw(b"\xff" * 8),
-    "10 GB in a kilobyte": raw(
-        safetensors_with({"W_enc": claim([50_000, 50_000], [0, 10**10])}, bytes(1000))
+# Each with a word of the error.
+SPOILED: dict[str, tuple[Spoil, str]] = {
+    "a trillion latents": (cfg(d_sae=LARGE), "cfg.json says (12, 1000000000000)"),
+    "a trillion latents of one model": (
+        cfg(d_sae=LARGE, n_a_exclusive=LARGE - 1),
+        "cfg.json says (12, 1000000000000)",
     ),
-    "offsets that overlap": raw(
-        safetensors_with({"a": claim([2], [0, 8]), "b": claim([2], [4, 12])}, bytes(12))
+    "a width of a trillion": (
+        cfg(d_in=LARGE + 5, d_a=5, d_b=LARGE),
+        "cfg.json says (1000000000005, 24)",
     ),
-    "offsets that run backwards": raw(safetensors_with({"a": claim([2], [8, 0])}, bytes(8))),
-    "a shape that overflows": raw(safetensors_with({"a": claim([2**40, 2**40], [0, 8])}, bytes(8))),
-    "a negative shape": raw(safetensors_with({"a": claim([-2], [0, 8])}, bytes(8))),
-    "a header that is no JSON": raw(struct.pack("<Q", 8) + b"\xff" * 8),
-    "nothing": raw(b""),
-    "three bytes": raw(b"abc"),
+    "a negative width": (cfg(d_in=-12, d_a=-5, d_b=-7), "cfg.json says (-12, 24)"),
+    "widths that cancel": (cfg(d_a=20, d_b=-8), "both at least 1"),
+    "more exclusive latents than latents": (
+        cfg(n_a_exclusive=30),
+        "smaller than its exclusive partitions",
+    ),
+    "a size as text": (cfg(d_sae="24"), "d_sae must be int"),
+    "a size with a point": (cfg(d_sae=24.0), "d_sae must be int"),
+    "a size that is true": (cfg(d_a=True, d_b=11), "d_a must be int"),
+    "no size": (cfg(d_sae=None), "d_sae must be int"),
+    "a list as size": (cfg(d_in=[12]), "d_in must be int"),
+    "beyond 64 bits": (cfg(d_sae=10**40), "more than 64 bits"),
+    "a format that is none": (cfg(dtype="__import__"), "Invalid dtype"),
+    "a format of another type": (cfg(dtype=["float32"]), "dtype must be str"),
+    "a normalisation that is none": (
+        cfg(normalize_activations="os"),
+        "normalize_activations must be",
+    ),
+    "no metadata": (cfg(metadata=None), "must be a mapping"),
+    "a list as metadata": (cfg(metadata=[["a", 1]]), "must be a mapping"),
+    "metadata that replaces a class": (
+        cfg(metadata={"__class__": "x"}),
+        "cannot have the name '__class__'",
+    ),
+    "metadata that replaces a method": (cfg(metadata={"get": "x"}), "cannot have the name 'get'"),
+    "another architecture": (cfg(architecture="standard"), "not a crosscoder"),
+    "an architecture of another type": (cfg(architecture=["crosscoder"]), "not a crosscoder"),
+    "weights of another width": (weights(W_enc=torch.zeros(11, 24)), "holds (11, 24) as W_enc"),
+    "weights of no rows": (weights(W_enc=torch.zeros(0, 24)), "holds (0, 24) as W_enc"),
+    "a tensor too many": (weights(scaling_factor=torch.ones(1)), "cfg.json says nothing"),
+    "a tensor too few": (weights(threshold=None), "holds nothing as threshold"),
+    "weights as whole numbers": (
+        weights(W_dec=torch.zeros(24, 12, dtype=torch.int64)),
+        "W_dec as I64",
+    ),
+    "weights in 8 bits": (
+        weights(W_dec=torch.zeros(24, 12, dtype=torch.float8_e4m3fn)),
+        "W_dec as F8_E4M3",
+    ),
+    "a header of 2^60 bytes": (raw(struct.pack("<Q", 2**60)), "claims a header of"),
+    "a header of 2^64 - 1 bytes": (raw(b"\xff" * 8), "claims a header of"),
+    "10 GB in a kilobyte": (
+        raw(safetensors_with({"W_enc": claim([50_000, 50_000], [0, 10**10])}, bytes(1000))),
+        "not fully covered",
+    ),
+    "offsets that overlap": (
+        raw(safetensors_with({"a": claim([2], [0, 8]), "b": claim([2], [4, 12])}, bytes(12))),
+        "invalid offset",
+    ),
+    "offsets that run backwards": (
+        raw(safetensors_with({"a": claim([2], [8, 0])}, bytes(8))),
+        "invalid offset",
+    ),
+    "a shape that overflows": (
+        raw(safetensors_with({"a": claim([2**40, 2**40], [0, 8])}, bytes(8))),
+        "overflow",
+    ),
+    "a negative shape": (raw(safetensors_with({"a": claim([-2], [0, 8])}, bytes(8))), "is damaged"),
+    "a header that is no JSON": (raw(struct.pack("<Q", 8) + b"\xff" * 8), "is damaged"),
+    "nothing": (raw(b""), "is damaged"),
+    "three bytes": (raw(b"abc"), "claims a header of"),
 }
 
 
 @pytest.mark.parametrize("what", SPOILED)
 def test_a_crosscoder_that_claims_what_it_has_not_is_refused(what: str, saved: Path) -> None:
-    SPOILED[what](saved)
-    refused(lambda: load_crosscoder(saved))
+    spoil, word = SPOILED[what]
+    spoil(saved)
+    assert word in refused(lambda: load_crosscoder(saved))
 
 
 @pytest.mark.parametrize("what", NOT_JSON)
 def test_what_is_not_a_configuration_is_refused(what: str, saved: Path) -> None:
-    (saved / "cfg.json").write_bytes(NOT_JSON[what])
-    assert "cfg.json" in refused(lambda: load_crosscoder(saved))
-
-
-COMMANDS = {
-    "evaluate": [],
-    "report": [],
-    "latents": [],
-    "export": ["--model", "a", "--output", "out"],
-    "steer": ["--model", "a", "--latent", "0", "--strength", "1", "--prompt", "x"],
-    "screen": ["--output", "out"],
-}
+    content, word = NOT_JSON[what]
+    (saved / "cfg.json").write_bytes(content)
+    message = refused(lambda: load_crosscoder(saved))
+    assert "cfg.json" in message and word in message
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -150,15 +175,19 @@ def test_every_command_refuses_in_one_line(
 
 @pytest.mark.parametrize("what", NOT_JSON)
 def test_what_is_not_the_settings_of_a_run_is_refused(what: str, tmp_path: Path) -> None:
-    (tmp_path / "runner_cfg.json").write_bytes(NOT_JSON[what])
-    assert "runner_cfg.json" in refused(lambda: run_config(str(tmp_path), HeldOutOptions()))
+    content, word = NOT_JSON[what]
+    (tmp_path / "runner_cfg.json").write_bytes(content)
+    message = refused(lambda: run_config(str(tmp_path), HeldOutOptions()))
+    assert "runner_cfg.json" in message and word in message
 
 
 @pytest.mark.parametrize("what", NOT_JSON)
 def test_what_is_not_a_manifest_is_refused(what: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "c").folder
-    (folder / "manifest.json").write_bytes(NOT_JSON[what])
-    assert "manifest.json" in refused(lambda: PairedActivationsCache(folder))
+    content, word = NOT_JSON[what]
+    (folder / "manifest.json").write_bytes(content)
+    message = refused(lambda: PairedActivationsCache(folder))
+    assert "manifest.json" in message and word in message
 
 
 @pytest.mark.parametrize("what", NOT_JSON)
@@ -174,7 +203,8 @@ def test_what_is_not_a_manifest_is_refused(what: str, tmp_path: Path) -> None:
 def test_what_is_not_a_result_is_refused(
     name: str, read: Callable[[Path], Any], what: str, tmp_path: Path
 ) -> None:
-    (tmp_path / name).write_bytes(NOT_JSON[what] + (b"\n" if name == "p.jsonl" else b""))
+    content, _ = NOT_JSON[what]
+    (tmp_path / name).write_bytes(content + (b"\n" if name == "p.jsonl" else b""))
     if (name, what) == ("p.jsonl", "nothing"):
         read(tmp_path)  # as a full disk leaves it
     else:
@@ -241,54 +271,67 @@ def all_one_shard(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(values))
 
 
-CACHES: dict[str, Spoil] = {
-    "a trillion rows": manifest(rows=LARGE),
-    "a trillion rows in a shard": first_shard(rows=LARGE),
-    "a shard of a trillion bytes": first_shard(rows=LARGE, size=LARGE * 28),
-    "a shard of no rows": first_shard(rows=0),
-    "a shard of fewer than no rows": first_shard(rows=-5),
-    "rows with a point": first_shard(rows=32.5),
-    "a shard named a hundred thousand times": all_one_shard,
-    "a shard with more to say": first_shard(code="import os"),
-    "a shard with a number as its name": first_shard(file=7),
-    "no shards": manifest(shards=[], rows=0),
-    "shards as text": manifest(shards="rows"),
-    "a trillion shards": manifest(shards=LARGE),
-    "a width of a trillion": manifest(d_a=LARGE, models__model_a__d_model=LARGE),
-    "a negative width": manifest(d_a=-1, d_b=8, models__model_a__d_model=-1),
-    "widths of its own": manifest(d_a=4, d_b=3),
-    "a format that is none": manifest(dtype="object"),
-    "models that are none": manifest(models=[]),
-    "counts that are none": manifest(counts={"pairs": "many"}),
-    "settings that are none": manifest(data=None),
+CACHES: dict[str, tuple[Spoil, str]] = {
+    "a trillion rows": (manifest(rows=LARGE), "do not add up to 1000000000000"),
+    "a trillion rows in a shard": (first_shard(rows=LARGE), "too small for the rows of 28 bytes"),
+    "a shard of a trillion bytes": (
+        first_shard(rows=LARGE, size=LARGE * 28),
+        "and 28000000000000 were written",
+    ),
+    "a shard of no rows": (first_shard(rows=0), "too small for the rows"),
+    "a shard of fewer than no rows": (first_shard(rows=-5), "too small for the rows"),
+    "rows with a point": (first_shard(rows=32.5), "rows is"),
+    "a shard named a hundred thousand times": (all_one_shard, "no file of its kind has more"),
+    "a shard with more to say": (first_shard(code="import os"), "has a setting 'code'"),
+    "a shard with a number as its name": (first_shard(file=7), "file must be str"),
+    "no shards": (manifest(shards=[], rows=0), "too small for the rows"),
+    "shards as text": (manifest(shards="rows"), "shards is 'rows'"),
+    "a trillion shards": (manifest(shards=LARGE), "shards is 1000000000000"),
+    "a width of a trillion": (
+        manifest(d_a=LARGE, models__model_a__d_model=LARGE),
+        "too small for the rows of 4000000000016 bytes",
+    ),
+    "a negative width": (
+        manifest(d_a=-1, d_b=8, models__model_a__d_model=-1),
+        "model_a is not -1 wide",
+    ),
+    "widths of its own": (manifest(d_a=4, d_b=3), "model_a is not 4 wide"),
+    "a format that is none": (manifest(dtype="object"), "Invalid dtype"),
+    "models that are none": (manifest(models=[]), "models is []"),
+    "counts that are none": (manifest(counts={"pairs": "many"}), "must be a mapping of counts"),
+    "settings that are none": (manifest(data=None), "data is None"),
 }
 
 
 @pytest.mark.parametrize("what", CACHES)
 def test_a_cache_that_claims_what_it_has_not_is_refused(what: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "c").folder
-    CACHES[what](folder)
-    refused(lambda: PairedActivationsCache(folder))
+    spoil, word = CACHES[what]
+    spoil(folder)
+    assert word in refused(lambda: PairedActivationsCache(folder))
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "word"),
     [
-        struct.pack("<Q", 2**60),
-        safetensors_with({"acts": claim([10**9, 7], [0, 28 * 10**9])}, bytes(896)),
-        safetensors_with({"acts": claim([7, 32], [0, 896])}, bytes(896)),
-        safetensors_with({"rows": claim([32, 7], [0, 896])}, bytes(896)),
+        (struct.pack("<Q", 2**60), "claims a header of"),
+        (
+            safetensors_with({"acts": claim([10**9, 7], [0, 28 * 10**9])}, bytes(896)),
+            "not fully covered",
+        ),
+        (safetensors_with({"acts": claim([7, 32], [0, 896])}, bytes(896)), "does not hold the 32"),
+        (safetensors_with({"rows": claim([32, 7], [0, 896])}, bytes(896)), "does not hold the 32"),
     ],
     ids=["header of 2^60 bytes", "28 GB in a kilobyte", "turned around", "of another name"],
 )
 def test_a_shard_that_is_not_what_the_manifest_says_is_refused(
-    content: bytes, tmp_path: Path
+    content: bytes, word: str, tmp_path: Path
 ) -> None:
     folder = write(tmp_path / "c").folder
     content = content.ljust(900, b"\0") if len(content) < 900 else content
     (folder / SHARD).write_bytes(content)
     first_shard(size=len(content), xxh3=xxh3_128(content).hexdigest())(folder)
-    refused(lambda: PairedActivationsCache(folder).shard(0))
+    assert word in refused(lambda: PairedActivationsCache(folder).shard(0))
 
 
 # --- settings ---
@@ -297,42 +340,57 @@ LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
     for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
-NOT_YAML: dict[str, bytes] = {
-    "a billion laughs": LAUGHS.encode(),
-    "laughs by merging": b"a: &a {x: 1}\nb: &b {<<: [*a, *a]}\nc: {<<: [*b, *b]}\n",
-    "an object of Python": b"lr: !!python/object/apply:os.system ['touch canary']\n",
-    "nested deep": b"[" * 40_000 + b"]" * 40_000,
-    "maps nested deep": b"{a: " * 10_000 + b"1" + b"}" * 10_000,
-    "nested 500 deep": b"[" * 500 + b"]" * 500,
-    "a key twice": b"lr: 1\nlr: 2\n",
-    "a key that is a list": b"? [1, 2]\n: 3\n",
-    "a key that is a number": b"1: 2\n",
-    "a date that is none": b"lr: 2020-13-45\n",
-    "a number that is none": b"lr: !!int ''\n",
-    "a truth that is none": b"lr: !!bool maybe\n",
-    "a time that is none": b"lr: !!timestamp never\n",
-    "a number of 50,000 digits": b"lr: " + b"9" * 50_000 + b"\n",
-    "a number of 50,000 digits to base 60": b"lr: 1" + b":59" * 30_000 + b"\n",
-    "a file too large": b"lr: 1\n#" + b"x" * 200_000,
-    "many small lists": b"lr: [" + b"[]," * 30_000 + b"]\n",
-    "bytes": b"lr: !!binary AAAA\n",
-    "no text": bytes(range(128, 256)),
-    "nothing": b"",
-    "a list": b"[1, 2]\n",
-    "lists in lists": b"lr: [[1], [2]]\n",
-    "flags among values": b"test_at: ['--output-path=/evil']\n",
-    "no list of data sets": b"sources: 5\n",
-    "a data set that is none": b"sources: [5]\n",
-    "a data set of other types": b"sources: [{dataset_path: [1]}]\n",
-    "a data set with more to say": b"sources: [{dataset_path: a, trust_remote_code: true}]\n",
-    "crosscoders that are none": b"sae: [1, 2]\n",
-    "a recipe that is a list": b"recipe: [dfc]\n",
+NOT_YAML: dict[str, tuple[bytes, str]] = {
+    "a billion laughs": (LAUGHS.encode(), "*a repeats a part by name"),
+    "laughs by merging": (
+        b"a: &a {x: 1}\nb: &b {<<: [*a, *a]}\nc: {<<: [*b, *b]}\n",
+        "*a repeats a part by name",
+    ),
+    "an object of Python": (
+        b"lr: !!python/object/apply:os.system ['touch canary']\n",
+        "could not determine a constructor",
+    ),
+    "nested deep": (b"[" * 40_000 + b"]" * 40_000, "recursion"),
+    "maps nested deep": (b"{a: " * 10_000 + b"1" + b"}" * 10_000, "recursion"),
+    "nested 500 deep": (b"[" * 500 + b"]" * 500, "recursion"),
+    "a key twice": (b"lr: 1\nlr: 2\n", "'lr' is there twice"),
+    "a key that is a list": (b"? [1, 2]\n: 3\n", "unhashable key"),
+    "a key that is a number": (b"1: 2\n", "has 1 where the name of a flag"),
+    "a date that is none": (b"lr: 2020-13-45\n", "is not sound YAML: month"),
+    "a number that is none": (b"lr: !!int ''\n", "is not sound YAML"),
+    "a truth that is none": (b"lr: !!bool maybe\n", "is not sound YAML: 'maybe'"),
+    "a time that is none": (b"lr: !!timestamp never\n", "is not sound YAML"),
+    "a number of 50,000 digits": (b"lr: " + b"9" * 50_000 + b"\n", "digits"),
+    "a number of 50,000 digits to base 60": (
+        b"lr: 1" + b":59" * 30_000 + b"\n",
+        "more than 64 bits",
+    ),
+    "a file too large": (b"lr: 1\n#" + b"x" * 200_000, "no file of its kind has more"),
+    "many small lists": (b"lr: [" + b"[]," * 30_000 + b"]\n", "where one value of lr"),
+    "bytes": (b"lr: !!binary AAAA\n", "where one value of lr"),
+    "no text": (bytes(range(128, 256)), "is not text"),
+    "nothing": (b"", "must be a mapping"),
+    "a list": (b"[1, 2]\n", "must be a mapping"),
+    "lists in lists": (b"lr: [[1], [2]]\n", "has [1] where one value"),
+    "flags among values": (
+        b"test_at: ['--output-path=/evil']\n",
+        "'--output-path=/evil' among the values",
+    ),
+    "no list of data sets": (b"sources: 5\n", "must be a list of data sets"),
+    "a data set that is none": (b"sources: [5]\n", "A source must be a mapping"),
+    "a data set of other types": (b"sources: [{dataset_path: [1]}]\n", "dataset_path must be str"),
+    "a data set with more to say": (
+        b"sources: [{dataset_path: a, trust_remote_code: true}]\n",
+        "has a setting 'trust_remote_code'",
+    ),
+    "crosscoders that are none": (b"sae: [1, 2]\n", "each of its parts must be a mapping"),
+    "a recipe that is a list": (b"recipe: [dfc]\n", "recipe must be the name of one"),
 }
-ONLY_BY_HAND: dict[str, bytes] = {
-    "code to run": b"reference: /evil\n",
-    "an address for the key": b"judge-url: http://evil\n",
-    "the same in another spelling": b"judge_url: http://evil\n",
-    "among a crosscoder's settings": b"sae: [{judge_url: http://evil}]\n",
+ONLY_BY_HAND: dict[str, tuple[bytes, str]] = {
+    "code to run": (b"reference: /evil\n", "sets reference, a folder whose code is run"),
+    "an address for the key": (b"judge-url: http://evil\n", "sets judge-url"),
+    "the same in another spelling": (b"judge_url: http://evil\n", "sets judge_url"),
+    "among a crosscoder's settings": (b"sae: [{judge_url: http://evil}]\n", "sets judge_url"),
 }
 
 
@@ -341,21 +399,27 @@ def test_a_config_that_is_none_is_refused(
     what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.yaml").write_bytes({**NOT_YAML, **ONLY_BY_HAND}[what])
-    refusal(capfd, "train", "--sae.d-sae", "64", "--config", "c.yaml")
+    content, word = {**NOT_YAML, **ONLY_BY_HAND}[what]
+    (tmp_path / "c.yaml").write_bytes(content)
+    assert word in refusal(capfd, "train", "--sae.d-sae", "64", "--config", "c.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
 @pytest.mark.parametrize("what", NOT_YAML)
 def test_concerns_that_are_none_are_refused(what: str, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_bytes(NOT_YAML[what])
-    refused(lambda: read_concerns(tmp_path / "c.yaml"))
+    content, word = NOT_YAML[what]
+    (tmp_path / "c.yaml").write_bytes(content)
+    message = refused(lambda: read_concerns(tmp_path / "c.yaml"))
+    # What is sound YAML, and no settings, is no concerns either.
+    assert word in message or re.match("Concerns? .* must ", message)
 
 
 @pytest.mark.parametrize("what", NOT_JSON)
 def test_concerns_that_are_not_json_are_refused(what: str, tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_bytes(NOT_JSON[what])
-    refused(lambda: read_concerns(tmp_path / "c.json"))
+    content, word = NOT_JSON[what]
+    (tmp_path / "c.json").write_bytes(content)
+    message = refused(lambda: read_concerns(tmp_path / "c.json"))
+    assert (word if "object" not in word else "must map names to what they cover") in message
 
 
 def test_a_device_is_not_read_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -467,7 +531,7 @@ def test_a_folder_of_compressed_files_is_not_unpacked(tmp_path: Path) -> None:
 def test_a_data_sets_card_that_is_none_is_refused(what: str, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     open_rows(str(tmp_path))
-    card = NOT_YAML[what].replace(b"sources: ", b"configs: ").replace(b"lr: ", b"configs: ")
+    card = NOT_YAML[what][0].replace(b"sources: ", b"configs: ").replace(b"lr: ", b"configs: ")
     (tmp_path / "README.md").write_bytes(b"---\n" + card + b"\n---\n")
     if what in CARDS_THAT_SAY_NOTHING:
         open_rows(str(tmp_path))
@@ -494,19 +558,21 @@ def test_a_row_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "word"),
     [
-        ("d.jsonl", b"[" * 100_000),
-        ("d.jsonl", b'{"text":' * 100_000),
-        ("d.json", b"\xff\xfe"),
-        ("d.parquet", b"PAR1" + bytes(100) + b"\xff\xff\xff\x7fPAR1"),
-        ("d.parquet", b""),
-        ("d.txt", b"\xff"),
+        ("d.jsonl", b"[" * 100_000, "Could not read data set"),
+        ("d.jsonl", b'{"text":' * 100_000, "JSON parse error"),
+        ("d.json", b"\xff\xfe", "JSON parse error"),
+        ("d.parquet", b"PAR1" + bytes(100) + b"\xff\xff\xff\x7fPAR1", "Parquet file size is 112"),
+        ("d.parquet", b"", "is empty. Give one with text in it"),
+        ("d.txt", b"\xff", "is not text in UTF-8"),
     ],
 )
-def test_a_data_set_that_is_none_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+def test_a_data_set_that_is_none_is_refused(
+    name: str, content: bytes, word: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
-    refused(lambda: open_rows(str(tmp_path / name)))
+    assert word in refused(lambda: open_rows(str(tmp_path / name)))
 
 
 # --- models ---
@@ -570,20 +636,20 @@ def test_a_chat_template_of_any_size_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "claims",
+    ("claims", "word"),
     [
-        {"hidden_size": 2**20, "intermediate_size": 2**20},
-        {"vocab_size": 2**40},
-        {"num_hidden_layers": 10**9},
-        {"num_hidden_layers": -1, "hidden_size": -16},
-        {"hidden_size": "16"},
-        {"num_attention_heads": 0},
+        ({"hidden_size": 2**20, "intermediate_size": 2**20}, "it claims 9,896,601,845,768 param"),
+        ({"vocab_size": 2**40}, "it claims 35,184,372,095,864 parameters"),
+        ({"num_hidden_layers": 10**9}, "it claims 1000000000 layers"),
+        ({"num_hidden_layers": -1, "hidden_size": -16}, "negative dimension"),
+        ({"hidden_size": "16"}, "'hidden_size'"),
+        ({"num_attention_heads": 0}, "Could not load"),
     ],
     ids=str,
 )
 def test_a_model_that_claims_more_than_its_files_hold_is_refused(
-    claims: dict[str, Any], llama_folder: Path, tmp_path: Path
+    claims: dict[str, Any], word: str, llama_folder: Path, tmp_path: Path
 ) -> None:
     folder = copied(llama_folder, tmp_path / "m")
     changed_json(folder / "config.json", **claims)
-    refused(lambda: load_model(ModelConfig(str(folder))))
+    assert word in refused(lambda: load_model(ModelConfig(str(folder))))

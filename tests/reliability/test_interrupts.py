@@ -6,20 +6,32 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from sae_lens_dfc import cache_writer
 from sae_lens_dfc.activations import Bookmark, Marked
+from sae_lens_dfc.cache_writer import CacheWriter
+from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.manifest import Progress, Shard, progress_path
 from sae_lens_dfc.provider import Batches
-from sae_lens_dfc.stopping import Stop, Stopped
+from sae_lens_dfc.stopping import Stop, Stopped, signals_to, stop_now
 from sae_lens_dfc.training.checkpoint import checkpoints
-from tests.reliability.children import Child, run
+from tests.reliability.children import (
+    Child,
+    Prepare,
+    ask_to_end,
+    do_when_called,
+    do_when_touched,
+    run,
+)
 from tests.reliability.conftest import Jobs
-from tests.reliability.test_kills import result
+from tests.reliability.test_kills import left_over, result
+from tests.test_cache import HEADER, in_order, marked, write
 
 SECONDS_TO_STOP = 5
 
@@ -39,20 +51,40 @@ def at_new_checkpoint(folder: Path, child: Child) -> None:
         time.sleep(0.001)
 
 
+def long_training(jobs: Jobs, output: Path, prefetch: int) -> list[str]:
+    """One that a busy machine has not ended with before it is asked to end."""
+    steps = ("--training-tokens", str(64 * 2_000), "--n-checkpoints", "10")
+    return [*jobs.of("train", output), *steps, "--prefetch-llm-batches", str(prefetch)]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(
+    jobs: Jobs, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, bytes]]:
+    """What a training comes to that nobody stops, by how many batches are made ahead."""
+    folder, found = tmp_path_factory.mktemp("never stopped"), dict[int, dict[str, bytes]]()
+    for prefetch in (0, 2):
+        output = folder / str(prefetch) / "out"
+        output.parent.mkdir()
+        assert run(long_training(jobs, output, prefetch), folder).status == 0
+        found[prefetch] = result(output)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_training_asked_to_end_saves_the_step_that_it_is_at_and_goes_on_to_the_same_bits(
-    number: signal.Signals, prefetch: int, jobs: Jobs, tmp_path: Path
+    number: signal.Signals,
+    prefetch: int,
+    jobs: Jobs,
+    tmp_path: Path,
+    never_stopped: dict[int, dict[str, bytes]],
 ) -> None:
     folder, draws = tmp_path / "out-checkpoints", random.Random(f"{number} {prefetch}")
-
-    def command(name: str) -> list[str]:
-        own = ("--n-checkpoints", "3", "--prefetch-llm-batches", str(prefetch))
-        return [*jobs.of("train", tmp_path / name), *own]
-
+    command = long_training(jobs, tmp_path / "out", prefetch)
     for _ in range(2):
-        child = Child(command("out"), tmp_path / "errors.txt")
+        child = Child(command, tmp_path / "errors.txt")
         at_new_checkpoint(folder, child)
         time.sleep(draws.uniform(0, 0.1))
         child.kill(number)
@@ -62,30 +94,70 @@ def test_a_training_asked_to_end_saves_the_step_that_it_is_at_and_goes_on_to_the
         assert ended.status == 128 + number
         last = checkpoints(folder)[-1]
         assert f"stopped after {last.name} samples, saved in {last}: go on" in ended.error
-    for name in ("out", "whole"):
-        assert run(command(name), tmp_path).status == 0
-    assert result(tmp_path / "out") == result(tmp_path / "whole")
+    assert run(command, tmp_path).status == 0
+    assert result(tmp_path / "out") == never_stopped[prefetch]
+
+
+# Where each job is when it is asked to end: at the n-th path of a pattern, or at a function that only its middle calls.
+IN_THE_MIDST: dict[str, tuple[str, Callable[[Prepare], None]]] = {
+    "cache": ("cache", partial(do_when_touched, "*/.rows-*.new", 3)),
+    "evaluate, a null in training": (
+        "evaluate",
+        partial(do_when_called, "sae_lens_dfc.training.trainer:firing_counts"),
+    ),
+    "evaluate, writing": ("evaluate", partial(do_when_touched, "*.unfinished/new", 1)),
+    "screen, a latent tested": ("screen", partial(do_when_touched, "*.progress.jsonl", 1)),
+    "screen, writing": ("screen", partial(do_when_touched, "*.unfinished/new", 1)),
+    "export, writing": ("export", partial(do_when_touched, "*.unfinished/new", 1)),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cache", "evaluate", "screen", "export"])
+@pytest.mark.parametrize("when", IN_THE_MIDST)
 def test_any_job_asked_to_end_ends_soon_and_leaves_nothing_half_done(
-    name: str, jobs: Jobs, tmp_path: Path
+    when: str, jobs: Jobs, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "out"
-    child = Child(jobs.of(name, folder), tmp_path / "errors.txt")
-    child.wait_for(tmp_path / ".out.lock")
-    time.sleep(0.1)
-    child.kill(signal.SIGTERM)
-    asked = time.monotonic()
-    ended = child.ended()
-    assert time.monotonic() - asked < SECONDS_TO_STOP
+    name, in_the_midst = IN_THE_MIDST[when]
+    folder, whole = tmp_path / "out", tmp_path / "whole"
+    assert run(jobs.of(name, whole), tmp_path).status == 0
+    asked = tmp_path / "asked"
+    ended = run(jobs.of(name, folder), tmp_path, partial(in_the_midst, partial(ask_to_end, asked)))
+    assert time.monotonic() - float(asked.read_text()) < SECONDS_TO_STOP
     assert ended.status == 128 + signal.SIGTERM and "stopped" in ended.error
-    assert name == "cache" or not folder.exists()
-    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".unfinished")]
-    for path in (folder, tmp_path / "whole"):
-        assert run(jobs.of(name, path), tmp_path).status == 0
-    assert result(folder) == result(tmp_path / "whole")
+    assert not left_over(tmp_path)
+    shards = {path: path.stat().st_mtime_ns for path in folder.glob("rows-*")}
+    if name == "cache":
+        assert shards and all(p.read_bytes() == (whole / p.name).read_bytes() for p in shards)
+    else:
+        assert not folder.exists()
+    assert run(jobs.of(name, folder), tmp_path).status == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in shards.items()), "made again"
+    assert result(folder) == result(whole)
+
+
+def test_a_cache_interrupted_while_it_waits_for_a_shard_goes_on_to_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cache_writer._write_shard
+
+    def interrupted(path: Path, columns: dict[str, torch.Tensor]) -> Shard:
+        if path.name.endswith("000001.safetensors"):
+            _send(begun, signal.SIGTERM)
+            time.sleep(0.2)
+        return real(path, columns)
+
+    begun = threading.Event()
+    begun.set()
+    writer = CacheWriter(tmp_path / "c", HEADER)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, "_write_shard", interrupted)
+        with signals_to(stop_now), pytest.raises(Stopped):
+            writer.write(marked(), PairCounts())
+    kept, _ = Progress.load(progress_path(tmp_path / "c", 0))
+    assert [shard.file for shard in kept.shards] == [
+        f"rows-00000-{i:06d}.safetensors" for i in range(len(kept.shards))
+    ]
+    assert torch.equal(in_order(write(tmp_path / "c")), in_order(write(tmp_path / "whole")))
 
 
 # --- where it may be interrupted ---
@@ -116,10 +188,10 @@ def test_a_wait_for_a_batch_is_interrupted_and_the_batch_is_not_counted(prefetch
     assert batches.after is not None and batches.after.values == {"batches": 1}
 
 
-def _send(begun: threading.Event) -> None:
+def _send(begun: threading.Event, number: signal.Signals = signal.SIGINT) -> None:
     begun.wait()
     time.sleep(0.2)
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def test_a_second_ctrl_c_interrupts_at_once_but_not_what_only_follows_the_first_signal() -> None:
@@ -186,7 +258,7 @@ def test_processes_of_a_benchmark_end_with_the_one_that_started_them(tmp_path: P
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and any(map(is_running, children)):
         time.sleep(0.1)
-    assert children and not any(map(is_running, children))
+    assert len(children) == 2 and not any(map(is_running, children))
 
 
 def is_running(pid: int) -> bool:

@@ -70,6 +70,7 @@ def test_a_killed_job_ends_with_the_same_bits_when_it_is_started_again(
         if not is_done(name, folder / "out"):
             ended = run(arguments, tmp_path)
             assert ended.status == 0, ended.errors
+            assert not left_over(folder)
         assert result(folder / "out") == result(whole)
         with sole_user(folder / "out"):
             # What was killed when its result was in place is tidied up after by the next to work there.
