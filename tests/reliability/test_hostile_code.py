@@ -206,14 +206,12 @@ def test_a_data_sets_own_code_is_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "evil"
     folder.mkdir()
     (folder / "evil.py").write_text(canary_module(tmp_path))
+    refused(lambda: open_rows(str(folder)))
     (folder / "train.jsonl").write_text('{"text": "sound"}\n')
-    assert "evil.py" in refused(lambda: open_rows(str(folder)))
+    assert [row["text"] for row, _ in open_rows(str(folder)).read()] == ["sound"]
     assert not (tmp_path / CANARY).exists()
     runpy.run_path(str(folder / "evil.py"))
     (tmp_path / CANARY).unlink()
-    # Nothing but the script stood in its way.
-    (folder / "evil.py").unlink()
-    assert [row["text"] for row, _ in open_rows(str(folder)).read()] == ["sound"]
 
 
 def test_a_saved_data_set_names_no_file_outside_its_folder(tmp_path: Path) -> None:
