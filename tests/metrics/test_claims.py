@@ -129,7 +129,7 @@ def test_where_every_feature_is_shared_nothing_is_called() -> None:
 def test_a_latent_that_hardly_fires_is_not_judged() -> None:
     pair = ToyPair(TOY)
     crosscoder = perfect(pair)
-    crosscoder.threshold.data[0] = 0.9997
+    crosscoder.threshold.data[0] = 0.9999
     _, evidence = measured(crosscoder, pair)
     assert evidence.firings[0] < MIN_FIRINGS
     assert evidence.q[0].isnan() and not evidence.is_exclusive[0]
