@@ -11,7 +11,7 @@ from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.files import from_plain
 from sae_lens_dfc.norms import NormStatistics
 from sae_lens_dfc.output import replaced
-from sae_lens_dfc.state import State, load_state, save_state
+from sae_lens_dfc.state import State, load_state, state_bytes
 
 MANIFEST_FILENAME = "manifest.json"
 FORMAT = 1
@@ -101,7 +101,7 @@ class Progress:
             f"statistics_{m}": s.state() for m, s in zip("ab", self.statistics, strict=True)
         }
         with replaced(path) as temporary:
-            save_state(temporary, State(values, tensors))
+            temporary.write_bytes(state_bytes(State(values, tensors)))
 
     @classmethod
     def load(cls, path: Path) -> tuple["Progress", dict[str, Any]]:

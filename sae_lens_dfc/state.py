@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from xxhash import xxh3_128
 
@@ -26,10 +26,25 @@ class State(NamedTuple):
 
 
 def save_state(path: Path, state: State) -> None:
-    """Write a state as safetensors, its values in the file's header."""
+    """Write a state as safetensors, its values in the file's header.
+
+    safetensors has a temporary file beside it meanwhile, which stays if this process is killed: write into a folder that goes too.
+    """
+    save_file(_tensors(state), path, metadata=_metadata(state))
+
+
+def state_bytes(state: State) -> bytes:
+    """What `save_state` writes, for a small state whose file is to be in place whatever happens."""
+    return save(_tensors(state), metadata=_metadata(state))
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
     whole = torch.contiguous_format
-    tensors = {n: x.detach().cpu().clone(memory_format=whole) for n, x in state.tensors.items()}
-    save_file(tensors, path, metadata={"values": json.dumps(state.values)})
+    return {n: x.detach().cpu().clone(memory_format=whole) for n, x in state.tensors.items()}
+
+
+def _metadata(state: State) -> dict[str, str]:
+    return {"values": json.dumps(state.values)}
 
 
 def load_state(path: Path) -> State:

@@ -269,3 +269,13 @@ def test_a_gather_takes_the_rows_asked_for_from_every_shard() -> None:
     window = [torch.arange(5.0)[:, None], torch.arange(5.0, 7.0)[:, None]]
     rows = cache_module._gathered(window, torch.tensor([6, 0, 5, 3]))
     assert rows[:, 0].tolist() == [0, 3, 5, 6]
+
+
+def test_a_cache_is_written_without_temporary_files_that_are_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # safetensors' save_file has one beside the file that it makes; a killed process left it, and the cache was not gone on with.
+    made: list[str] = []
+    monkeypatch.setattr("sae_lens_dfc.state.save_file", lambda *_, **__: made.append("a file"))
+    write(tmp_path / "c")
+    assert not made
