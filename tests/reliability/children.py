@@ -1,5 +1,6 @@
 """The command line in processes that can be killed, starved and interrupted. They are forked from one that has all imported, so each starts at once."""
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -73,6 +74,10 @@ class Child:
     def ended(self, timeout: float = 120) -> Ended:
         """Wait for its end."""
         self.process.join(timeout)
+        if self.process.exitcode is None:
+            # It writes where each of its threads is.
+            self.kill(signal.SIGUSR1)
+            self.process.join(1)
         assert self.process.exitcode is not None, f"still running:\n{self.errors.read_text()}"
         return Ended(self.process.exitcode, self.errors.read_text(), time.monotonic() - self.began)
 
@@ -84,6 +89,7 @@ def _run(arguments: list[str], errors: str, prepare: Prepare | None) -> None:
     # Whoever starts the tests in the background has them ignore Ctrl-C, and their children with them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=2)
     if prepare is not None:
         prepare()
     sys.exit(main(arguments))
