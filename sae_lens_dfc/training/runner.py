@@ -140,10 +140,11 @@ class CrosscoderTrainingRunner:
         cfg = self.cfg
         paths = [path for path in (cfg.output_path, cfg.checkpoint_path) if path is not None]
         with ExitStack() as held:
-            for path in paths if ranks.rank() == 0 else []:
-                held.enter_context(sole_user(path))
-            if ranks.rank() == 0 and cfg.checkpoint_path is not None:
-                tidy_checkpoints(Path(cfg.checkpoint_path))
+            if ranks.rank() == 0:
+                for path in paths:
+                    held.enter_context(sole_user(path))
+                if cfg.checkpoint_path is not None:
+                    tidy_checkpoints(Path(cfg.checkpoint_path))
             if cfg.output_path is not None and not (cfg.resume and is_made(cfg.output_path)):
                 # While the models were opened, another process may have ended with it.
                 check_output(cfg.output_path, cfg.overwrite)
