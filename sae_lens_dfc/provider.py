@@ -8,7 +8,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from sae_lens_dfc.activations import Bookmark, Marked, PairedRows
-from sae_lens_dfc.stopping import Stop
+from sae_lens_dfc.stopping import Stop, close_soon
 
 StartRows = Callable[[Bookmark | None], Iterator[PairedRows]]
 """Starts a pass over the text, at a place or, with none, at the beginning."""
@@ -182,5 +182,10 @@ class Batches(Iterator[Tensor]):
 
     def close(self) -> None:
         """Stop the thread. Without this it would wait for somebody to take its next batch."""
-        if isinstance(self._marked, PrefetchingIterator):
+        if not isinstance(self._marked, PrefetchingIterator):
+            return
+        if self._stop.number:
+            close_soon(self._marked)
+        else:
+            # Whoever goes on may run the models, and hooks are not made for two threads.
             self._marked.close()

@@ -3,18 +3,25 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+from sae_lens.training.prefetch import PrefetchingIterator
 
 from sae_lens_dfc import ranks
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
+ALARMS = [getattr(signal, name) for name in ("SIGALRM",) if hasattr(signal, name)]
 # Several ranks stop at one step, and to ask the others at every step would have a GPU waited for.
 STEPS_BETWEEN_AGREEMENTS = 16
+PATIENCE = 2.0
+"""Seconds that a place where work waits has to look whether it is to end, before it is interrupted."""
+
+T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):  # noqa: N818
@@ -40,8 +47,10 @@ def stop_now(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 
 @contextmanager
-def signals_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Give `handler` the signals that ask a process to end, while this is open.
+def signals_to(
+    handler: Callable[[int, FrameType | None], Any], numbers: Sequence[int] = SIGNALS
+) -> Iterator[None]:
+    """Give `handler` the signals that ask a process to end, or others, while this is open.
 
     Those that are ignored, as under nohup, and those that a program around Python holds stay so. Outside the main thread, to which alone Python gives signals, it does
     nothing.
@@ -49,7 +58,7 @@ def signals_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in numbers}
     taken = [number for number, was in before.items() if was not in (signal.SIG_IGN, None)]
     for number in taken:
         signal.signal(number, handler)
@@ -60,12 +69,25 @@ def signals_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None
             signal.signal(number, before[number])
 
 
+def close_soon(ahead: PrefetchingIterator[Any]) -> None:
+    """Stop a thread that makes things ahead, and wait for its end for `PATIENCE` at the most.
+
+    It may be at a download that stalls. It ends by itself after what it is at, or with the process.
+    """
+    closing = threading.Thread(target=ahead.close, daemon=True)
+    closing.start()
+    closing.join(PATIENCE)
+
+
 class Stop:
     """Whether this process was asked to end, for work that says itself where it can be interrupted.
 
-    A first signal is remembered until the next place where work waits; there, or when it comes while work waits, it
-    raises `Stopped`. Another Ctrl-C, a second later or more, interrupts at once. Other signals that follow do not: whoever
-    ends a process sends several (torchrun passes on what its processes have had from the terminal, systemd adds SIGHUP).
+    A first signal is remembered until the next place where work waits, and raises `Stopped` there, or between two of the
+    things that it waits for. Only what does neither for two seconds, such as a download that stalls, is interrupted
+    wherever it is: an exception that comes between a lock's being taken and its being held can leave it locked for ever.
+
+    Another Ctrl-C, a second later or more, interrupts at once. Other signals that follow do not: whoever ends a process sends
+    several (torchrun passes on what its processes have had from the terminal, systemd adds SIGHUP).
 
     >>> stop = Stop()
     >>> with stop.on_signals():
@@ -83,6 +105,8 @@ class Stop:
     def __init__(self) -> None:
         self.number = 0
         """The signal; 0 while there was none."""
+        self.is_certain = False
+        """Whether the work ends: with several ranks, whether all know of it."""
         self._asked = 0.0
         self._is_waiting = False
         self._n_waits = 0
@@ -90,15 +114,26 @@ class Stop:
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """Take the signals while this is open."""
-        with signals_to(self._on_signal):
-            yield
+        with signals_to(self._on_signal), signals_to(self._on_alarm, ALARMS):
+            try:
+                yield
+            finally:
+                if ALARMS and self.number:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.number == 0:
             self.number, self._asked = number, time.monotonic()
-        is_insisted_on = number == signal.SIGINT and time.monotonic() - self._asked > 1
-        if is_insisted_on or (self._is_waiting and ranks.world_size() == 1):
+            # Others must hear of it before the work ends, and are told at a step that all are at.
+            self.is_certain = ranks.world_size() == 1
+            if ALARMS and self.is_certain:
+                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        elif number == signal.SIGINT and time.monotonic() - self._asked > 1:
             stop_now(number, frame)
+
+    def _on_alarm(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self._is_waiting:
+            stop_now(self.number, frame)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -110,14 +145,29 @@ class Stop:
         self._is_waiting = True
         try:
             if self._is_agreed():
-                raise Stopped(self.number or signal.SIGTERM)
+                self.is_certain = True
+            self._check()
             yield
         finally:
             self._is_waiting = False
 
+    def between(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, as long as the work goes on; in any thread.
+
+        Raises:
+            Stopped: It ends.
+        """
+        for item in items:
+            self._check()
+            yield item
+
+    def _check(self) -> None:
+        if self.is_certain:
+            raise Stopped(self.number or signal.SIGTERM)
+
     def _is_agreed(self) -> bool:
         if ranks.world_size() == 1:
-            return self.number != 0
+            return False
         self._n_waits += 1
         if self._n_waits % STEPS_BETWEEN_AGREEMENTS:
             return False

@@ -21,6 +21,7 @@ from sae_lens_dfc.contexts import (
 from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import Source, SourceConfig
+from sae_lens_dfc.stopping import close_soon
 
 BATCHES_AHEAD = 8
 # Each has a share of each data set open, when all shares are read one after the other.
@@ -190,7 +191,7 @@ class PairedText:
                 self.pair, batches, counts, self.cfg.outlier_factor, start
             )
         finally:
-            batches.close()
+            close_soon(batches)
 
     def rows_of(
         self, part: Part, contexts: Collection[int], after: Bookmark

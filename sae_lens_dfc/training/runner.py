@@ -161,7 +161,7 @@ class CrosscoderTrainingRunner:
         evaluator = self._evaluator()
         checkpoint = self._checkpoint()
         start = None if checkpoint is None else self._read_place(checkpoint)
-        batches = Batches(self._marked_batches(start), cfg.prefetch_llm_batches, start, stop)
+        batches = Batches(self._marked_batches(start, stop), cfg.prefetch_llm_batches, start, stop)
         try:
             if checkpoint is None:
                 self._fit_normalization(crosscoders, batches)
@@ -266,7 +266,7 @@ class CrosscoderTrainingRunner:
 
     # --- the data ---
 
-    def _marked_batches(self, start: Bookmark | None) -> Iterator[Marked]:
+    def _marked_batches(self, start: Bookmark | None, stop: Stop) -> Iterator[Marked]:
         cfg = self.cfg
         batch_size = cfg.train_batch_size_tokens // ranks.world_size()
         if self.cache is not None:
@@ -280,7 +280,7 @@ class CrosscoderTrainingRunner:
         in_memory = cfg.keep_in_memory or self._rows is not None
         repeat = epochs_in_memory if in_memory else epochs
         return shuffled(
-            lambda place: repeat(self.training_rows, place),
+            lambda place: stop.between(repeat(self.training_rows, place)),
             batch_size,
             cfg.n_batches_in_buffer * batch_size,
             cfg.activations_mixing_fraction,

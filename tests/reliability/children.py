@@ -78,7 +78,8 @@ class Child:
             # It writes where each of its threads is.
             self.kill(signal.SIGUSR1)
             self.process.join(1)
-        assert self.process.exitcode is not None, f"still running:\n{self.errors.read_text()}"
+            self.kill()
+            raise AssertionError(f"still running:\n{self.errors.read_text()}")
         return Ended(self.process.exitcode, self.errors.read_text(), time.monotonic() - self.began)
 
 
@@ -160,6 +161,12 @@ def ask_to_end(asked: Path) -> None:
     if not asked.exists():
         asked.write_text(str(time.monotonic()))
         signal.raise_signal(signal.SIGTERM)
+
+
+def stall_while(there: Path) -> None:
+    """Do nothing as long as this file is there."""
+    while there.exists():
+        time.sleep(0.01)
 
 
 def write_file_operations(path: str, folder: str) -> None:

@@ -7,7 +7,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from tests.reliability.children import (
     do_when_called,
     do_when_touched,
     run,
+    stall_while,
 )
 from tests.reliability.conftest import Jobs
 from tests.reliability.test_kills import left_over, result
@@ -66,7 +69,7 @@ def never_stopped(
     for prefetch in (0, 2):
         output = folder / str(prefetch) / "out"
         output.parent.mkdir()
-        assert run(long_training(jobs, output, prefetch), folder).status == 0
+        assert run(long_training(jobs, output, prefetch), folder, timeout=600).status == 0
         found[prefetch] = result(output)
     return found
 
@@ -94,6 +97,31 @@ def test_a_training_asked_to_end_saves_the_step_that_it_is_at_and_goes_on_to_the
         assert ended.status == 128 + number
         last = checkpoints(folder)[-1]
         assert f"stopped after {last.name} samples, saved in {last}: go on" in ended.error
+    assert run(command, tmp_path).status == 0
+    assert result(tmp_path / "out") == never_stopped[prefetch]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_training_whose_text_stalls_as_a_download_does_saves_its_step_all_the_same(
+    prefetch: int, jobs: Jobs, tmp_path: Path, never_stopped: dict[int, dict[str, bytes]]
+) -> None:
+    folder, stalls = tmp_path / "out-checkpoints", tmp_path / "stalls"
+    command = long_training(jobs, tmp_path / "out", prefetch)
+    stalling = partial(do_when_called, "sae_lens_dfc.pair:clean", partial(stall_while, stalls))
+    child = Child(command, tmp_path / "errors.txt", stalling)
+    at_new_checkpoint(folder, child)
+    stalls.touch()
+    time.sleep(3)
+    at_stall = len(checkpoints(folder))
+    time.sleep(1)
+    assert len(checkpoints(folder)) == at_stall, "it goes on"
+    child.kill(signal.SIGTERM)
+    asked = time.monotonic()
+    ended = child.ended()
+    assert time.monotonic() - asked < SECONDS_TO_STOP
+    assert ended.status == 128 + signal.SIGTERM
+    assert f"saved in {checkpoints(folder)[-1]}" in ended.error
     assert run(command, tmp_path).status == 0
     assert result(tmp_path / "out") == never_stopped[prefetch]
 
@@ -186,6 +214,44 @@ def test_a_wait_for_a_batch_is_interrupted_and_the_batch_is_not_counted(prefetch
         other.join()
     assert time.monotonic() - began < SECONDS_TO_STOP
     assert batches.after is not None and batches.after.values == {"batches": 1}
+
+
+def ask_at(n: int) -> Callable[[object, str, object], None]:
+    """A profile function that has this process asked to end at the n-th call or return of the main thread from now."""
+    left = count(n, -1)
+
+    def at_event(*_: object) -> None:
+        if next(left) == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+    return at_event
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_wherever_a_wait_is_when_it_is_asked_to_end_it_does_and_no_lock_stays_taken(
+    prefetch: int,
+) -> None:
+    n_threads, at = threading.active_count(), 0
+    is_asked = True
+    while is_asked:
+        stop = Stop()
+        rows = (Marked(torch.zeros(1), Bookmark({"batches": i})) for i in count())
+        with stop.on_signals():
+            batches = Batches(stop.between(rows), prefetch, stop=stop)  # type: ignore[arg-type]
+            sys.setprofile(ask_at(at))
+            try:
+                with suppress(Stopped):
+                    next(batches)
+            finally:
+                sys.setprofile(None)
+            is_asked = stop.number != 0
+            if is_asked:
+                with pytest.raises(Stopped):
+                    next(batches)
+            batches.close()
+        assert threading.active_count() == n_threads, f"asked at event {at}"
+        at += 1
+    assert at > 10
 
 
 def _send(begun: threading.Event, number: signal.Signals = signal.SIGINT) -> None:
