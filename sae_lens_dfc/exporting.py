@@ -17,6 +17,7 @@ from sae_lens_dfc.metrics.spread import SE
 from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
 from sae_lens_dfc.output import all_or_nothing, claimed, is_made, say
 from sae_lens_dfc.pair_data import MAX_FIT_PAIRS, regrouped
+from sae_lens_dfc.stopping import interruptible
 from sae_lens_dfc.training.data import PairedText
 
 OF_BOTH = {
@@ -91,8 +92,8 @@ def _export(options: ExportOptions) -> None:
 @torch.no_grad()
 def _stitching(text: PairedText, d_a: int) -> Stitching:
     """The maps between the models, fitted to the run's training text."""
-    rows = text.rows("training", PairCounts())
-    return fit_stitching(PairMoments.of(r.acts for r in rows), d_a)
+    with interruptible(text.rows("training", PairCounts())) as rows:
+        return fit_stitching(PairMoments.of(r.acts for r in rows), d_a)
 
 
 def difference_tables(

@@ -87,7 +87,11 @@ class Stop:
     wherever it is: an exception that comes between a lock's being taken and its being held can leave it locked for ever.
 
     Another Ctrl-C, a second later or more, interrupts at once. Other signals that follow do not: whoever ends a process sends
-    several (torchrun passes on what its processes have had from the terminal, systemd adds SIGHUP).
+    several (torchrun passes on what its processes have had from the terminal, systemd adds SIGHUP). One that comes when there
+    is nothing left to wait for goes to whoever had the signals before.
+
+    Args:
+        together: Whether all ranks end at one step; otherwise each by itself.
 
     >>> stop = Stop()
     >>> with stop.on_signals():
@@ -102,12 +106,14 @@ class Stop:
     SIGTERM
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool = True) -> None:
+        self.together = together
         self.number = 0
         """The signal; 0 while there was none."""
         self.is_certain = False
         """Whether the work ends: with several ranks, whether all know of it."""
         self._asked = 0.0
+        self._is_fulfilled = False
         self._is_waiting = False
         self._n_waits = 0
 
@@ -120,15 +126,18 @@ class Stop:
             finally:
                 if ALARMS and self.number:
                     signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.number and not self._is_fulfilled:
+            signal.raise_signal(self.number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.number == 0:
             self.number, self._asked = number, time.monotonic()
-            # Others must hear of it before the work ends, and are told at a step that all are at.
-            self.is_certain = ranks.world_size() == 1
+            # The others must hear of it before the work ends, and are told at a step that all are at.
+            self.is_certain = not self._has_others
             if ALARMS and self.is_certain:
                 signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         elif number == signal.SIGINT and time.monotonic() - self._asked > 1:
+            self._is_fulfilled = True
             stop_now(number, frame)
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -148,6 +157,9 @@ class Stop:
                 self.is_certain = True
             self._check()
             yield
+        except Stopped:
+            self._is_fulfilled = True
+            raise
         finally:
             self._is_waiting = False
 
@@ -165,10 +177,30 @@ class Stop:
         if self.is_certain:
             raise Stopped(self.number or signal.SIGTERM)
 
+    @property
+    def _has_others(self) -> bool:
+        return self.together and ranks.world_size() > 1
+
     def _is_agreed(self) -> bool:
-        if ranks.world_size() == 1:
+        if not self._has_others:
             return False
         self._n_waits += 1
         if self._n_waits % STEPS_BETWEEN_AGREEMENTS:
             return False
         return bool(ranks.anyone(self.number != 0))
+
+
+@contextmanager
+def interruptible(items: Iterable[T]) -> Iterator[Iterator[T]]:
+    """The items, for work that can end between any two of them, each rank by itself.
+
+    Raises:
+        Stopped: The process was asked to end.
+
+    >>> with interruptible(range(3)) as numbers:
+    ...     list(numbers)
+    [0, 1, 2]
+    """
+    stop = Stop(together=False)
+    with stop.on_signals(), stop.waiting():
+        yield stop.between(items)

@@ -28,6 +28,7 @@ from sae_lens_dfc.models import ModelConfig
 from sae_lens_dfc.output import check_output, sole_user
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import SourceConfig
+from sae_lens_dfc.stopping import interruptible
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data import DataConfig, PairedText, open_pair, require_positive
 
@@ -118,9 +119,9 @@ def _write(text: PairedText, header: CacheHeader, folder: Path, cfg: CacheConfig
     _check_space(folder, header, cfg, writer.progress.rows)
     if not writer.progress.done:
         counts = PairCounts()
-        rows = text.rows("training", counts, writer.progress.after)
         n_pairs = text.stream("training").n_pairs
-        writer.write(_with_bar(rows, n_pairs, writer.progress.rows), counts)
+        with interruptible(text.rows("training", counts, writer.progress.after)) as rows:
+            writer.write(_with_bar(rows, n_pairs, writer.progress.rows), counts)
     ranks.wait()
     if ranks.rank() == 0:
         paths = [progress_path(folder, rank) for rank in range(ranks.world_size())]

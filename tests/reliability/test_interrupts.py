@@ -21,7 +21,7 @@ from sae_lens_dfc.cache_writer import CacheWriter
 from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.manifest import Progress, Shard, progress_path
 from sae_lens_dfc.provider import Batches
-from sae_lens_dfc.stopping import Stop, Stopped, signals_to, stop_now
+from sae_lens_dfc.stopping import Stop, Stopped, interruptible, signals_to, stop_now
 from sae_lens_dfc.training.checkpoint import checkpoints
 from tests.reliability.children import (
     Child,
@@ -272,6 +272,32 @@ def test_a_second_ctrl_c_interrupts_at_once_but_not_what_only_follows_the_first_
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_last_wait_goes_to_whoever_had_the_signals_before(
+    number: signal.Signals,
+) -> None:
+    done: list[int] = []
+    with signals_to(stop_now), pytest.raises(Stopped) as stopped:  # noqa: PT012
+        with interruptible(range(3)) as numbers:
+            done += numbers
+            signal.raise_signal(number)
+            done.append(3)
+        done.append(4)
+    assert done == [0, 1, 2, 3] and stopped.value.number == number
+
+
+def test_a_signal_that_was_acted_on_is_not_passed_on() -> None:
+    done: list[int] = []
+    with signals_to(stop_now):
+        with suppress(Stopped), interruptible(count()) as numbers:
+            for i in numbers:
+                done.append(i)
+                if i == 2:
+                    signal.raise_signal(signal.SIGTERM)
+        done.append(-1)
+    assert done == [0, 1, 2, -1]
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
