@@ -1,5 +1,6 @@
 """A crosscoder made by hand of features that are known: what is exclusive is called so, and what only looks so is not."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -73,10 +74,13 @@ def _readers(directions: Tensor) -> Tensor:
     return torch.linalg.pinv(directions)
 
 
+def measured_on(pair: ToyPair) -> Iterator[Tensor]:
+    return islice(pair.batches(500, seed=2), 20)
+
+
 def measured(crosscoder: Crosscoder, pair: ToyPair) -> tuple[Evaluation, LatentEvidence]:
     moments = PairMoments.of(islice(pair.batches(1000, seed=1), 10))
-    acts = islice(pair.batches(500, seed=2), 20)
-    evaluation = evaluate(crosscoder, acts, fit_stitching(moments, pair.cfg.d_a))
+    evaluation = evaluate(crosscoder, measured_on(pair), fit_stitching(moments, pair.cfg.d_a))
     assert evaluation.evidence is not None
     return evaluation, evaluation.evidence
 
@@ -129,9 +133,10 @@ def test_where_every_feature_is_shared_nothing_is_called() -> None:
 def test_a_latent_that_hardly_fires_is_not_judged() -> None:
     pair = ToyPair(TOY)
     crosscoder = perfect(pair)
-    crosscoder.threshold.data[0] = 0.9999
+    acts = torch.cat(list(measured_on(pair)))
+    crosscoder.threshold.data[0] = crosscoder.encode(acts)[:, 0].topk(MIN_FIRINGS).values[-1]
     _, evidence = measured(crosscoder, pair)
-    assert evidence.firings[0] < MIN_FIRINGS
+    assert 0 < evidence.firings[0] < MIN_FIRINGS
     assert evidence.q[0].isnan() and not evidence.is_exclusive[0]
     assert verdict(evidence, 0).startswith("not judged: it fired")
 
