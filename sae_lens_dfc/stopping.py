@@ -120,10 +120,12 @@ class Stop:
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """Take the signals while this is open."""
-        with signals_to(self._on_signal), signals_to(self._on_alarm, ALARMS):
+        with signals_to(self._on_alarm, ALARMS):
             try:
-                yield
+                with signals_to(self._on_signal):
+                    yield
             finally:
+                # Not before the signals are somebody else's, as each may set it.
                 if ALARMS and self.number:
                     signal.setitimer(signal.ITIMER_REAL, 0)
         if self.number and not self._is_fulfilled:
