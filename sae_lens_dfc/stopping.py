@@ -107,12 +107,12 @@ class Stop:
     """
 
     def __init__(self, together: bool = True) -> None:
-        self.together = together
+        self._together = together
         self.number = 0
         """The signal; 0 while there was none."""
-        self.is_certain = False
-        """Whether the work ends: with several ranks, whether all know of it."""
         self._asked = 0.0
+        # With several ranks, whether all know of it.
+        self._is_certain = False
         self._is_fulfilled = False
         self._is_waiting = False
         self._n_waits = 0
@@ -135,8 +135,8 @@ class Stop:
         if self.number == 0:
             self.number, self._asked = number, time.monotonic()
             # The others must hear of it before the work ends, and are told at a step that all are at.
-            self.is_certain = not self._has_others
-            if ALARMS and self.is_certain:
+            self._is_certain = not self._has_others
+            if ALARMS and self._is_certain:
                 signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         elif number == signal.SIGINT and time.monotonic() - self._asked > 1:
             self._is_fulfilled = True
@@ -156,7 +156,7 @@ class Stop:
         self._is_waiting = True
         try:
             if self._is_agreed():
-                self.is_certain = True
+                self._is_certain = True
             self._check()
             yield
         except Stopped:
@@ -176,12 +176,14 @@ class Stop:
             yield item
 
     def _check(self) -> None:
-        if self.is_certain:
+        if self._is_certain:
+            # What ends, and puts away what it has, is not to be interrupted once more.
+            self._is_waiting = False
             raise Stopped(self.number or signal.SIGTERM)
 
     @property
     def _has_others(self) -> bool:
-        return self.together and ranks.world_size() > 1
+        return self._together and ranks.world_size() > 1
 
     def _is_agreed(self) -> bool:
         if not self._has_others:

@@ -21,7 +21,7 @@ from sae_lens_dfc.cache_writer import CacheWriter
 from sae_lens_dfc.contexts import PairCounts
 from sae_lens_dfc.manifest import Progress, Shard, progress_path
 from sae_lens_dfc.provider import Batches
-from sae_lens_dfc.stopping import Stop, Stopped, interruptible, signals_to, stop_now
+from sae_lens_dfc.stopping import PATIENCE, Stop, Stopped, interruptible, signals_to, stop_now
 from sae_lens_dfc.training.checkpoint import checkpoints
 from tests.reliability.children import (
     Child,
@@ -298,6 +298,19 @@ def test_a_signal_that_was_acted_on_is_not_passed_on() -> None:
                     signal.raise_signal(signal.SIGTERM)
         done.append(-1)
     assert done == [0, 1, 2, -1]
+
+
+def test_what_ends_is_not_interrupted_once_more_while_it_puts_away_what_it_has() -> None:
+    done: list[str] = []
+    with pytest.raises(Stopped), interruptible(count()) as numbers:
+        try:
+            for i in numbers:
+                if i == 2:
+                    signal.raise_signal(signal.SIGTERM)
+        finally:
+            time.sleep(PATIENCE + 0.2)
+            done.append("put away")
+    assert done == ["put away"]
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
