@@ -30,6 +30,7 @@ from sae_lens_dfc.metrics.shuffle import order_measures
 from sae_lens_dfc.models import HookedModel
 from sae_lens_dfc.pair import ModelPair
 from sae_lens_dfc.sources import MAX_CHARS
+from sae_lens_dfc.stopping import interruptible
 from sae_lens_dfc.texts import clean, load_texts, split_text
 from sae_lens_dfc.tokens import tokenize
 from sae_lens_dfc.training.caching import CacheConfig, cache_header
@@ -137,15 +138,15 @@ class _Harvest:
 
     def run(self, write: bool) -> None:
         counts = PairCounts()
-        rows = self.text.rows("training", counts)
-        if not write:
-            for _ in rows:
-                pass
-            return
-        shutil.rmtree(self.cfg.cache_path, ignore_errors=True)
-        CacheWriter(self.cfg.cache_path, cache_header(self.cfg, self.pair, self.text)).write(
-            rows, counts
-        )
+        with interruptible(self.text.rows("training", counts)) as rows:
+            if not write:
+                for _ in rows:
+                    pass
+                return
+            shutil.rmtree(self.cfg.cache_path, ignore_errors=True)
+            CacheWriter(self.cfg.cache_path, cache_header(self.cfg, self.pair, self.text)).write(
+                rows, counts
+            )
 
     def bare(self, model: HookedModel) -> None:
         """The same tokens, without padding, in whole batches of whole contexts."""
