@@ -227,7 +227,7 @@ def test_given_activations_of_the_pair_are_taken_as_they_are(
         row = torch.from_numpy(ids)[None]
         expected = model.activations(row, torch.ones_like(row))
         expected[0, last[1:]] -= contribution[1:, part].detach()
-        change = latent_change(crosscoder, name, operations, feature_acts=given[name])  # type: ignore
+        change = latent_change(crosscoder, name, operations, feature_acts=given[name])  # type: ignore[arg-type]
         with changed(model, change):
             found = model.activations(row, torch.ones_like(row))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
