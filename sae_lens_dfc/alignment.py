@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from sae_lens_dfc.files import from_plain
 from sae_lens_dfc.segments import Segment, Segments
 from sae_lens_dfc.spans import LETTER_OF_BYTE_TOKEN
-from sae_lens_dfc.tokens import Tokens
+from sae_lens_dfc.tokens import UNKNOWN, Tokens
 
 INSIDE_CHARACTER = "inside_character"
 NO_PARTNER = "no_partner"
@@ -114,8 +114,8 @@ def aligned_positions(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
     """Positions, in A's tokens and in B's, at which both models have read exactly the same text.
 
     Both tokens are whole and end at the same character. Tokens before such a pair that end inside a
-    character pair too where what is left of it up to the pair is spelled the same in both: then they end
-    at the same byte. Linear in the number of tokens.
+    character pair too where what is left of it up to the pair is known and spelled the same in both: then
+    they end at the same byte. Linear in the number of tokens.
 
     >>> a = Tokens([1, 2, 3], ends=[4, 5, 7], whole=[True] * 3, strings=["1989", "!", "ok"])
     >>> b = Tokens([7, 8, 9], ends=[3, 4, 7], whole=[True] * 3, strings=["198", "9", "!ok"])
@@ -211,7 +211,7 @@ def _unread(
 
 def _same_from_the_back(a: _Unread, b: _Unread) -> Iterator[tuple[int, int]]:
     """Pairs of open tokens with the same letters left, where those of their character are the same too."""
-    same = len(commonprefix([a.text[::-1], b.text[::-1]]))
+    same = len(commonprefix([a.text[::-1], b.text[::-1]]).partition(UNKNOWN)[0])
     for place, (i, before_a) in a.open.items():
         j, before_b = b.open.get(place, (-1, 0))
         if j >= 0 and min(before_a, before_b) <= same:

@@ -1,5 +1,6 @@
 """One text in one tokenizer: its tokens, and the character at which each of them ends."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from sae_lens_dfc.gguf_file import check_gguf
 from sae_lens_dfc.spans import true_spans
 from sae_lens_dfc.texts import first_line
 
+UNKNOWN = "\ufffd"
+"""Stands for a token whose spelling does not say what it has read."""
+
 
 class Tokens(NamedTuple):
     """A text's tokens, without added special ones."""
@@ -23,7 +27,7 @@ class Tokens(NamedTuple):
     whole: Sequence[bool] | Bool[np.ndarray, " n"]
     """Whether the token ends where its last character does, rather than inside it."""
     strings: Sequence[str]
-    """The tokens as the tokenizer's vocabulary spells them."""
+    """The tokens as the tokenizer's vocabulary spells them, and unknown ones as `UNKNOWN` where any ends inside a character."""
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
@@ -52,7 +56,21 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     starts, ends = true_spans(backend, text, spans, strings).T
     whole = np.append(starts[1:] >= ends[:-1], True)[: len(ids)]
+    if not whole.all():
+        unknown = _unknown(backend)
+        strings = [UNKNOWN if string == unknown else string for string in strings]
     return Tokens(ids, ends, whole, strings)
+
+
+def _unknown(tokenizer: Tokenizer) -> str | None:
+    """How the token that stands for all that is not in the vocabulary is spelled."""
+    # A unigram model says which one it is nowhere but in its description.
+    unigram = re.match(r"Unigram\(unk_id=(\d+)", repr(tokenizer.model))
+    return (
+        tokenizer.id_to_token(int(unigram[1]))
+        if unigram
+        else getattr(tokenizer.model, "unk_token", None)
+    )
 
 
 def spelled(

@@ -20,7 +20,7 @@ from sae_lens_dfc.alignment import (
 )
 from sae_lens_dfc.segments import Segment
 from sae_lens_dfc.texts import clean, reference_pages
-from sae_lens_dfc.tokens import Tokens, tokenize
+from sae_lens_dfc.tokens import UNKNOWN, Tokens, tokenize
 from tests.tokenizer_kinds import TOKENIZERS
 
 Tokenizers = dict[str, PreTrainedTokenizerBase]
@@ -158,6 +158,16 @@ def test_bytes_of_a_character_pair_one_by_one_while_what_follows_is_spelled_the_
     b = spelled([(0, 1), (1, 2), (1, 2), (1, 2)], ["Ġ", "ð", "Ł", "¤"])
     # A's first token holds the space too, but ends at the same byte as B's second.
     assert aligned_positions(a, b) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_what_an_unknown_token_has_read_is_not_told_by_its_spelling(tokenizers: Tokenizers) -> None:
+    # One reads ">", then the halfwidth Korean vowel and the control character as one unknown token, the other as two.
+    text = "|>\uffc2\x08"
+    a, b = tokenize(tokenizers["unigram_nfkc"], text), tokenize(tokenizers["characters_nfkc"], text)
+    assert list(a.strings) == ["▁", "|", ">", UNKNOWN]
+    assert list(b.strings) == ["|", ">", UNKNOWN, UNKNOWN]
+    # Spelled "<unk>", B's first unknown token seemed to have read the ">" that A has.
+    assert aligned_positions(a, b) == [(1, 0), (3, 3)]
 
 
 def test_a_split_number_pairs_at_its_end() -> None:
