@@ -146,10 +146,10 @@ def test_commands_on_models_of_width_one_and_a_dictionary_of_one_latent(
 
 
 def with_token(folder: Path, model: Path, value: float) -> tuple[Path, int]:
-    """The model with an embedding in which a token of about one in 250 is this number; and the token."""
+    """The model with an embedding in which a token of about one in 200 is this number; and the token."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     counts = Counter(i for page in reference_pages()[:12] for i in tokenizer(page)["input_ids"])
-    token = min(counts, key=lambda t: abs(counts[t] / counts.total() - 1 / 250))
+    token = min(counts, key=lambda t: abs(counts[t] / counts.total() - 1 / 200))
     changed = LlamaForCausalLM.from_pretrained(model)
     changed.model.embed_tokens.weight.data[token] = value
     changed.save_pretrained(folder)
@@ -170,7 +170,7 @@ def test_a_model_that_overflows_at_a_few_tokens_is_measured_without_them_and_wha
     capsys.readouterr()
     with caplog.at_level(logging.WARNING):
         metrics = said(capsys, "evaluate", str(run), "--output", str(tmp_path / "out"), *FULLY)
-    options = HeldOutOptions(eval_pairs=600)
+    options = HeldOutOptions(eval_pairs=2_000)
     _, _, pair = opened_run(str(run), options)
     held_out, part = held_out_text(str(run), options, pair)
     read = held_out.collect(part, "")
