@@ -175,8 +175,9 @@ def _card(folder: Path) -> dict[str, Any]:
             values = parse_yaml(front) or {}
     if (folder / ".huggingface.yaml").exists():
         values = values | (read_yaml(folder / ".huggingface.yaml") or {})
-    if not isinstance(values, dict):
-        raise ValueError("its README.md does not begin with a mapping.")
+    # Some versions of the hub's library would pass over names that are none, others fail on them.
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError("its README.md does not begin with a mapping of names.")
     return values
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pyarrow as pa
 import pytest
 import torch
@@ -535,9 +534,7 @@ def test_a_data_sets_card_that_is_none_is_refused(what: str, tmp_path: Path) -> 
     open_rows(str(tmp_path))
     card = NOT_YAML[what][0].replace(b"sources: ", b"configs: ").replace(b"lr: ", b"configs: ")
     (tmp_path / "README.md").write_bytes(b"---\n" + card + b"\n---\n")
-    # The hub's library refuses it in version 2.4, and passed over it in 1.5.
-    is_passed_over = what == "a key that is a number" and huggingface_hub.__version__ < "2"
-    if what in CARDS_THAT_SAY_NOTHING or is_passed_over:
+    if what in CARDS_THAT_SAY_NOTHING:
         open_rows(str(tmp_path))
     else:
         refused(lambda: open_rows(str(tmp_path)))
