@@ -131,20 +131,17 @@ def _patterns(folder: Path, config: str | None) -> tuple[dict[str, list[str]], d
             )
     inside = _relative(values.get("data_dir", "."))
     if "data_files" not in values:
-        usual = _usual_patterns(folder / inside)
-        return _beneath(inside, usual), _options(values)
+        return _usual_patterns(folder, inside), _options(values)
     named = sanitize_patterns(values["data_files"])
     own = {split: [_relative(one) for one in several] for split, several in named.items()}
     return _beneath(inside, own), _options(values)
 
 
-def _usual_patterns(folder: Path) -> dict[str, list[str]]:
-    return {
-        str(split): several for split, several in get_data_patterns(str(folder.resolve())).items()
-    }
+def _usual_patterns(folder: Path, inside: str = ".") -> dict[str, list[str]]:
+    return _beneath(inside, get_data_patterns(str((folder / inside).resolve())))
 
 
-def _beneath(inside: str, patterns: Mapping[str, list[str]]) -> dict[str, list[str]]:
+def _beneath(inside: str, patterns: Mapping[Any, list[str]]) -> dict[str, list[str]]:
     return {
         str(split): [str(Path(inside, one)) for one in several]
         for split, several in patterns.items()
