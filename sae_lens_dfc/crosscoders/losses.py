@@ -72,7 +72,8 @@ def dead_latent_loss(
     >>> dead_latent_loss(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 1.0]]), n_dead=1, k_aux=2)
     tensor(2.)
     """
-    return min(n_dead / k_aux, 1.0) * (decoded - residual).pow(2).sum(dim=-1).mean()
+    # Compiled by torch 2.8, the smaller of the ratio and 1.0 is 0.
+    return min(n_dead, k_aux) / k_aux * (decoded - residual).pow(2).sum(dim=-1).mean()
 
 
 def explained_variances(
