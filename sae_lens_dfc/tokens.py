@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase
 
 from sae_lens_dfc.gguf_file import check_gguf
@@ -64,13 +65,12 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
 
 def _unknown(tokenizer: Tokenizer) -> str | None:
     """How the token that stands for all that is not in the vocabulary is spelled."""
-    # A unigram model says which one it is nowhere but in its description.
-    unigram = re.match(r"Unigram\(unk_id=(\d+)", repr(tokenizer.model))
-    return (
-        tokenizer.id_to_token(int(unigram[1]))
-        if unigram
-        else getattr(tokenizer.model, "unk_token", None)
-    )
+    model = tokenizer.model
+    if not isinstance(model, Unigram):
+        return getattr(model, "unk_token", None)
+    # It says which one it is nowhere but in its description, which for other models takes long to make.
+    found = re.match(r"Unigram\(unk_id=(\d+)", repr(model))
+    return tokenizer.id_to_token(int(found[1])) if found else None
 
 
 def spelled(
