@@ -1,11 +1,12 @@
-"""One setting of each architecture for the benchmark of planted differences, chosen on organisms that it does not score.
+"""One setting of each architecture for the benchmark of planted differences, chosen on organisms
+that it does not score.
 
     .venv/bin/python benchmarks/planted_tuning.py [--output benchmarks/results/planted_tuning.json]
 
-Each architecture has three values of its own setting (`KNOBS`), tried on organisms of a seed that is left out of the
-benchmark, by their discovery prompts alone. A value's merit is how much of the behaviour the best of the first ten
-latents takes away that tells the prompts apart, as a share of the models' difference, 0 where there is none. Half
-an hour on two cores.
+Each architecture has three values of its own setting (`KNOBS`), tried on organisms of a seed that
+is left out of the benchmark, by their discovery prompts alone. A value's merit is how much of the
+behaviour the best of the first ten latents takes away that tells the prompts apart, as a share of
+the models' difference, 0 where there is none. Half an hour on two cores.
 """
 
 import argparse
@@ -17,26 +18,27 @@ from typing import Any
 
 from sae_lens_dfc import ModelPair
 from sae_lens_dfc.benchmark.planted.harvest import harvest, joined
-from sae_lens_dfc.benchmark.planted.probes import Probes, activations, detection
 from sae_lens_dfc.benchmark.planted.run import Run, organism_of
-from sae_lens_dfc.benchmark.planted.score import MIN_AUC, R, fall, ranking
+from sae_lens_dfc.benchmark.planted.scoring.probes import Probes, activations, detection
+from sae_lens_dfc.benchmark.planted.scoring.score import MIN_AUC, R, fall, ranking
 from sae_lens_dfc.benchmark.planted.training import KNOBS, Training, trained
 from sae_lens_dfc.benchmark.provenance import provenance
+from sae_lens_dfc.core.terminal import text_table
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.measures import text_table
-from sae_lens_dfc.metrics.exclusivity import decoder_differences
+from sae_lens_dfc.metrics.exclusivity.decoders import decoder_differences
 
 SEED = 2
 ORGANISMS = ("refusal/weak", "secret_word/weak", "topic")
 
 
 def merit(crosscoder: Crosscoder, probes: Probes) -> float:
-    """The largest share of the models' difference in preference that one of the first ten latents takes from B."""
+    """The largest share of the models' difference in preference that one of the first ten latents
+    takes from B."""
     probe = probes.discovery
     aucs = detection(crosscoder, probe)
     acts = activations(crosscoder, probe.behaviour.rows)
-    directions = decoder_differences(crosscoder, probes.stitching)
-    first = ranking(crosscoder, probes.rows, probes.stitching)[:R].tolist()
+    directions = decoder_differences(crosscoder, probes.affine_maps)
+    first = ranking(crosscoder, probes.rows, probes.affine_maps)[:R].tolist()
     told = [latent for latent in first if aucs[latent] >= MIN_AUC]
     falls = [float(fall(probe, acts[:, i], directions[i]).mean()) for i in told]
     gap = float(probe.behaviour_b.before.mean() - probe.control_b.before.mean())

@@ -1,9 +1,10 @@
-"""How a DFC's latents should compete for k, and what tests leave exclusive, on the demo's pair and on its null, over seeds.
+"""How a DFC's latents should compete for k, and what tests leave exclusive, on the demo's pair and
+on its null, over seeds.
 
     .venv/bin/python benchmarks/selection.py [--only NAME ...] [--seeds 3] [--output benchmarks/results/selection.json]
 
-About an hour on two cores; `--only` runs some and keeps the file's other rows. The table it prints is the one in
-benchmarks/README.md.
+About an hour on two cores; `--only` runs some and keeps the file's other rows. The table it prints
+is the one in benchmarks/README.md.
 """
 
 import argparse
@@ -13,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, ModelPair
+from sae_lens_dfc.analysis.evaluation.baselines import like, train_and_measure
+from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.analysis.evaluation.nulls import PairTask
+from sae_lens_dfc.analysis.report.tables import spread
 from sae_lens_dfc.benchmark.provenance import provenance
-from sae_lens_dfc.benchmark.tables import spread
-from sae_lens_dfc.demo import DemoConfig, demo_models, demo_run_config
-from sae_lens_dfc.measured_run import like, train_and_measure
-from sae_lens_dfc.measures import text_table
-from sae_lens_dfc.nulls import Case
-from sae_lens_dfc.pair_data import PairData
-from sae_lens_dfc.recipes import TEST_AT
+from sae_lens_dfc.core.terminal import text_table
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.training.recipes.named import REASSIGN_AT
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "budget by partition": {"selection": "partition", "decoder_norm": "sum"},
@@ -51,7 +53,7 @@ def configs(cfg: CrosscoderRunnerConfig) -> dict[str, CrosscoderRunnerConfig]:
     }
     for name, norm in TESTED.items():
         sae = replace(cfg.sae, decoder_norm=norm)
-        runs[name] = replace(cfg, sae=sae, test_at=list(TEST_AT))
+        runs[name] = replace(cfg, sae=sae, reassign_at=list(REASSIGN_AT))
     baseline = like(replace(cfg.sae, decoder_norm="sum"), BatchTopKTrainingCrosscoderConfig)
     return {**runs, BASELINE: replace(cfg, sae=baseline)}
 
@@ -67,7 +69,7 @@ def measure(
         for variant, run in configs(cfg).items():
             if only and variant not in only:
                 continue
-            measured = train_and_measure(Case(replace(run, seed=seed), pair, data))
+            measured = train_and_measure(PairTask(replace(run, seed=seed), pair, data))
             metrics = measured.evaluation.metrics
             rows.append({"pair": name, "selection": variant, "seed": seed, **source, **metrics})
     return rows

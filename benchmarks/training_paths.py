@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/training_paths.py [--cache runs/paths-cache] [--seeds 3] [--output benchmarks/results/training_paths.json]
 
-Ten minutes on two cores, with the rows of the demo's two models. Each training takes the same batches from the same weights as the exact sparse
-one of its seed, with which it is compared. The dense path, whose numbers differ by rounding alone, is the null.
+Ten minutes on two cores, with the rows of the demo's two models. Each training takes the same
+batches from the same weights as the exact sparse one of its seed, with which it is compared. The
+dense path, whose numbers differ by rounding alone, is the null.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from sae_lens_dfc import (
     PairedActivationsCache,
     cache_activations,
 )
+from sae_lens_dfc.analysis.evaluation.demo import demo_models
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
 from sae_lens_dfc.benchmark.provenance import provenance
-from sae_lens_dfc.demo import DemoConfig, demo_models
-from sae_lens_dfc.measures import text_table
+from sae_lens_dfc.core.terminal import text_table
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 

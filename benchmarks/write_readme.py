@@ -1,4 +1,5 @@
-"""Writes the tables between the marks of benchmarks/README.md, and the tables and pictures in results/, from results/*.json.
+"""Writes the tables between the marks of benchmarks/README.md, and the tables and pictures in
+results/, from results/*.json.
 
     .venv/bin/python benchmarks/write_readme.py
 
@@ -12,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sae_lens_dfc.analysis.report.tables import spread
+from sae_lens_dfc.benchmark.results.tables import Rows, Table, case_of
 from sae_lens_dfc.benchmark.suite import SUITE, present, results_in
-from sae_lens_dfc.benchmark.tables import Rows, Table, case_of
-from sae_lens_dfc.measures import spread
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -1,29 +1,15 @@
 """Crosscoders between two language models, as SAELens training targets."""
 
-from sae_lens import register_sae_class, register_sae_training_class
+import os
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sae_lens_dfc.cache import PairedActivationsCache
-from sae_lens_dfc.crosscoders.batchtopk import (
-    BatchTopKTrainingCrosscoder,
-    BatchTopKTrainingCrosscoderConfig,
-)
-from sae_lens_dfc.crosscoders.delta import DeltaTrainingCrosscoder, DeltaTrainingCrosscoderConfig
-from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoder, DFCTrainingCrosscoderConfig
-from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoder, DSFTrainingCrosscoderConfig
-from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig, load_crosscoder
-from sae_lens_dfc.crosscoders.partition import Partition
-from sae_lens_dfc.crosscoders.standard import (
-    StandardTrainingCrosscoder,
-    StandardTrainingCrosscoderConfig,
-)
-from sae_lens_dfc.models import HookedModel, ModelConfig
-from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.sources import SourceConfig
-from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
-from sae_lens_dfc.training.caching import CacheConfig, cache_activations
-from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
-from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
+# transformers reads it when it is imported. Left out, it downloads compiled kernels and runs them
+# where the package `kernels` is there.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 __all__ = [
     "BatchTopKTrainingCrosscoder",
@@ -54,12 +40,60 @@ __all__ = [
     "load_crosscoder",
 ]
 
-for _config, _crosscoder in (
-    (StandardTrainingCrosscoderConfig, StandardTrainingCrosscoder),
-    (BatchTopKTrainingCrosscoderConfig, BatchTopKTrainingCrosscoder),
-    (DSFTrainingCrosscoderConfig, DSFTrainingCrosscoder),
-    (DeltaTrainingCrosscoderConfig, DeltaTrainingCrosscoder),
-    (DFCTrainingCrosscoderConfig, DFCTrainingCrosscoder),
-):
-    register_sae_training_class(_config.architecture(), _crosscoder, _config)
-register_sae_class(CrosscoderConfig.architecture(), Crosscoder, CrosscoderConfig)
+
+def _is_the_command_line() -> bool:
+    """Whether this process is the command `sae-lens-dfc`, which is to answer before all of this is
+    imported.
+
+    A process that it spawns has its arguments too, and runs its script as `__mp_main__`, beside a
+    `__main__` of its own.
+    """
+    main = sys.modules.get("__main__")
+    is_spawned = sys.modules.get("__mp_main__", main) is not main
+    name = Path(next(iter(sys.argv), "")).stem
+    return not is_spawned and (name == "sae-lens-dfc" or (name == "-m" and _is_the_module()))
+
+
+def _is_the_module() -> bool:
+    """Whether Python was asked to run this package, by `-m`: while it looks for it, the arguments
+    begin with that alone."""
+    [*_, asked] = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1] or [""]
+    return re.fullmatch(r"(-\w*m)?sae_lens_dfc(\.__main__)?", asked) is not None
+
+
+if TYPE_CHECKING or not _is_the_command_line():
+    from sae_lens_dfc.api import (
+        BatchTopKTrainingCrosscoder,
+        BatchTopKTrainingCrosscoderConfig,
+        CacheConfig,
+        Crosscoder,
+        CrosscoderConfig,
+        CrosscoderRunnerConfig,
+        CrosscoderSAETrainer,
+        CrosscoderTrainingRunner,
+        DeltaTrainingCrosscoder,
+        DeltaTrainingCrosscoderConfig,
+        DFCTrainingCrosscoder,
+        DFCTrainingCrosscoderConfig,
+        DSFTrainingCrosscoder,
+        DSFTrainingCrosscoderConfig,
+        HookedModel,
+        ModelConfig,
+        ModelPair,
+        PairedActivationsCache,
+        Partition,
+        SourceConfig,
+        StandardTrainingCrosscoder,
+        StandardTrainingCrosscoderConfig,
+        ToyPair,
+        ToyPairConfig,
+        cache_activations,
+        load_crosscoder,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import what a command uses when it uses it."""
+        if name not in __all__:
+            raise AttributeError(f"Module {__name__!r} has no attribute {name!r}.")
+        return getattr(import_module("sae_lens_dfc.api"), name)

@@ -1,4 +1,5 @@
-"""Pairs of toy models whose shared and exclusive features are known, on top of `sae_lens.synthetic`."""
+"""Generates activations of toy model pairs with known shared and exclusive features, using
+`sae_lens.synthetic`."""
 
 import math
 from collections.abc import Iterator
@@ -19,54 +20,59 @@ from sae_lens_dfc.crosscoders.partition import Partition, zero_forbidden_
 
 @dataclass(frozen=True)
 class ToyPairConfig:
-    """A pair of toy models (arXiv 2602.11729, section 2.3 and algorithm 2; its values are the defaults).
+    """Settings of a pair of toy models (arXiv 2602.11729, section 2.3 and algorithm 2, with its
+    values as defaults).
 
     Raises:
-        ValueError: A share lies outside [0, 1], or a number is not positive; the message names the field.
+        ValueError: A fraction lies outside [0, 1], or a number is not positive; the message names
+            the field.
 
     >>> ToyPairConfig(n_features=512, d_a=128, d_b=96).features.sizes
     {'a_exclusive': 12, 'b_exclusive': 12, 'shared': 488}
     """
 
     n_features: int = 2048
-    """Features of both models together."""
+    """Number of features of both models together."""
     d_a: int = 256
     """Width of model A's activations."""
     d_b: int = 256
     """Width of model B's activations."""
     a_exclusive_fraction: float = 0.025
-    """Share of the features that only model A has; the floor of share x n_features is their number."""
+    """Fraction of the features that only model A has; there are floor(fraction x n_features)."""
     b_exclusive_fraction: float = 0.025
-    """Share of the features that only model B has."""
+    """Fraction of the features that only model B has."""
     map_bias: float = 0.1
-    """Standard deviation of the vector added to each of B's directions by the map from A to B, where an entry of its
-    matrix has 0.5."""
+    """Standard deviation of the bias of the map from A's to B's directions; its matrix entries have
+    standard deviation 0.5."""
     map_noise: float = 0.0
-    """Part of each of B's directions that the map does not explain, in units of the direction's own norm."""
+    """Norm of the noise added to each of B's directions after the map, relative to the direction's
+    norm."""
     active_features: float = 5.0
-    """Features active on a pair, on average."""
+    """Average number of active features per pair."""
     frequency_rank: int = 10
-    """Number of common causes behind the features' log-odds."""
+    """Number of common factors in the features' log-odds."""
     frequency_factor_variance: float | None = None
-    """Variance of a feature's weight on one of them; none takes 0.5 / sqrt(frequency_rank)."""
+    """Variance of a feature's loading on each factor; none uses 0.5 / sqrt(frequency_rank)."""
     frequency_variance: float = 1.0
-    """Variance of a feature's log-odds that is its own."""
+    """Variance of the feature-specific part of the log-odds."""
     frequency_decay: float = 0.001
-    """Rate of the long tail: the frequency of a feature falls as exp(-rate x rank), the rank drawn at random."""
+    """Rate of the long tail: a feature's frequency is multiplied by exp(-rate x rank), with ranks
+    drawn at random."""
     min_frequency: float = 1e-4
-    """Lowest frequency of a feature."""
+    """Minimum frequency of a feature."""
     firing_correlation: float = 0.0
-    """Scale of the correlations between features' firing, of rank `frequency_rank`; 0 lets them fire independently."""
+    """Scale of the correlations between features' firing, of rank `frequency_rank`; 0 makes them
+    independent."""
     min_magnitude: float = 0.0
-    """A feature fires with a strength drawn evenly from here …"""
+    """Lower bound of an active feature's magnitude, which is drawn uniformly."""
     max_magnitude: float = 1.0
-    """… to here."""
+    """Upper bound of an active feature's magnitude."""
     noise: float = 0.01
     """Standard deviation of the noise on each activation."""
     pairing_noise: float = 0.0
-    """Share of the pairs whose B side belongs to another pair."""
+    """Fraction of the pairs whose B side belongs to another pair."""
     seed: int = 0
-    """Seed of directions, map and frequencies; samples have their own."""
+    """Seed of directions, map and frequencies; samples have their own seed."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -102,7 +108,7 @@ class ToyPairConfig:
 
     @property
     def features(self) -> Partition:
-        """Which features are A's, B's and shared, in the order of a crosscoder's latents."""
+        """Partition of the features, in the order of a crosscoder's latents."""
         n_a, n_b = (
             int(share * self.n_features)
             for share in (self.a_exclusive_fraction, self.b_exclusive_fraction)
@@ -111,22 +117,23 @@ class ToyPairConfig:
 
 
 class ToyPair:
-    """Two toy models that express some features in common and some alone.
+    """A pair of toy models with shared and exclusive features.
 
-    Where the paper's algorithm is garbled, a pair in which no feature would be active gets one, drawn
-    by frequency. That features fire together, and that pairs may be wrong, is ours.
+    A pair with no active feature gets one, drawn by frequency; the paper's algorithm is unclear
+    here. Correlated firing and mismatched pairs are our additions.
 
     Features are ordered as a crosscoder's latents: `[a_exclusive | b_exclusive | shared]`.
 
     >>> pair = ToyPair(ToyPairConfig(n_features=64, d_a=8, d_b=12, a_exclusive_fraction=0.25))
     >>> next(pair.batches(batch_size=32)).shape
     torch.Size([32, 20])
-    >>> pair.directions[:16, 8:].abs().max().item()  # model B has no direction for A's own features
+    >>> pair.directions[:16, 8:].abs().max().item()  # model B has no direction for A-exclusive features
     0.0
     """
 
     directions: Float[Tensor, "n_features d_in"]
-    """Direction of each feature in A (first `d_a` entries) and in B; zeros where a model lacks it."""
+    """Direction of each feature in A (first `d_a` entries) and in B; 0 if a model lacks the
+    feature."""
     frequencies: Float[Tensor, " n_features"]
     """Probability with which each feature fires."""
 
@@ -153,14 +160,17 @@ class ToyPair:
         )
 
     def batches(self, batch_size: int, seed: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Endless raw activations of both models, joined on the last axis; a function of `seed` alone."""
+        """Infinite stream of both models' raw activations, concatenated on the last axis;
+        determined by `seed`."""
         return (acts for acts, _ in self.batches_with_features(batch_size, seed))
 
     def batches_with_features(
         self, batch_size: int, seed: int = 0
     ) -> Iterator[tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch n_features"]]]:
-        """The same, with the strength of every feature in each pair (in A, where the pairing is wrong)."""
-        # SAELens' generator draws from torch's global state: this stream keeps its own and puts the other back.
+        """The same, with every feature's magnitude in each pair (in A, if the pair is
+        mismatched)."""
+        # SAELens' generator uses torch's global RNG: this stream keeps its own state and restores
+        # the global one.
         with temporary_seed(seed):
             state = torch.get_rng_state()
         while True:
@@ -201,7 +211,7 @@ def _directions(cfg: ToyPairConfig) -> Float[Tensor, "n_features d_in"]:
     b = a @ (0.5 * torch.randn(cfg.d_a, cfg.d_b)) + cfg.map_bias * torch.randn(cfg.d_b)
     noise = torch.nn.functional.normalize(torch.randn_like(b), dim=-1)
     b = b + cfg.map_noise * b.norm(dim=-1, keepdim=True) * noise
-    b = b / b.norm(dim=-1).median()  # A's directions have norm 1, so their median is 1 too
+    b = b / b.norm(dim=-1).median()  # median norm 1, like A's directions
     directions = torch.cat([a, b], dim=1)
     zero_forbidden_(directions.T, directions, cfg.features)
     return directions
@@ -220,12 +230,12 @@ def _frequencies(cfg: ToyPairConfig) -> Float[Tensor, " n_features"]:
 def scaled_to(
     weights: Float[Tensor, " n"], total: float, floor: float, ceiling: float = 1.0
 ) -> Float[Tensor, " n"]:
-    """The weights times the one factor that makes them add up to `total` after clamping.
+    """The weights, scaled so that they sum to `total` after clamping.
 
     >>> scaled_to(torch.tensor([1.0, 1.0, 2.0, 0.0]), total=1.0, floor=0.1)
     tensor([0.2250, 0.2250, 0.4500, 0.1000])
     """
-    # On a log scale: a long tail spans many orders of magnitude.
+    # Bisect on a log scale: a long tail spans many orders of magnitude.
     logs = weights.double().log()
     low, high = -logs.max(), math.log(ceiling) - logs[logs > -math.inf].min()
     low = low + math.log(floor) if floor > 0 else low - 100

@@ -1,6 +1,9 @@
-"""Two tiny language models of different architecture, width, depth and tokenizer, made from configs: no download."""
+"""Two tiny language models of different architecture, width, depth and tokenizer, made from
+configs: no download."""
 
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +21,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sae_lens_dfc.benchmark.planted.from_scratch import BOS
-from sae_lens_dfc.models import HookedModel, ModelConfig, load_model
-from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.benchmark.planted.organisms.from_scratch import BOS
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.models.config import ModelConfig
+from sae_lens_dfc.models.hooked_model import HookedModel
+from sae_lens_dfc.models.loading import load_model
+from tests.helpers import forget_formats
+from tests.model_classes import MODEL_CLASSES
 from tests.tokenizer_kinds import TOKENIZERS, byte_bpe_english, sentencepiece_bpe
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: with a thread for each core in every one of them, all wait for one another. The
-    # environment is for the processes that tests start.
+    # Workers share the cores: with a thread for each core in every one of them, all wait for one
+    # another. The environment is for the processes that tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
@@ -56,6 +63,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=300,
         help="damaged files of each kind in tests/reliability/test_hostile_mutations.py",
     )
+
+    parser.addoption(
+        "--slow-minutes",
+        type=float,
+        help="skip the slow tests that would begin after so many minutes, and say so",
+    )
+
+
+BEGAN = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes: float | None = item.config.getoption("--slow-minutes")
+    is_late = minutes is not None and time.monotonic() - BEGAN > 60 * minutes
+    if is_late and item.get_closest_marker("slow"):
+        pytest.skip(f"out of time after {minutes:g} minutes; `make test-all` runs it")
+
+
+@pytest.fixture
+def measured_anew() -> Iterator[None]:
+    """Nothing is known of the devices' number formats before the test, and nothing after it."""
+    forget_formats()
+    yield
+    forget_formats()
 
 
 def _save(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerBase:
@@ -123,7 +154,7 @@ def pair(llama_config: ModelConfig, gpt2_config: ModelConfig) -> ModelPair:
     return ModelPair.load(llama_config, gpt2_config)
 
 
-@pytest.fixture(scope="module", params=["TransformerBridge", "HookedTransformer"])
+@pytest.fixture(scope="module", params=MODEL_CLASSES)
 def model(request: pytest.FixtureRequest, llama_config: ModelConfig) -> HookedModel:
     """In either of TransformerLens' classes, with a token to pad with, which generating wants."""
     model = load_model(replace(llama_config, model_class_name=request.param))

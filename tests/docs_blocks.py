@@ -48,7 +48,8 @@ def found_in(markdown: str) -> Iterator[Block]:
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    """The commands of a block of shell, their words without comments, and without the folder that `make install` makes.
+    """The commands of a block of shell, their words without comments, and without the folder that
+    `make install` makes.
 
     >>> list(commands("git clone … && cd x  # once\\n.venv/bin/sae-lens-dfc train \\\\\\n  --lr 1\\n"))
     [['git', 'clone', '…'], ['cd', 'x'], ['sae-lens-dfc', 'train', '--lr', '1']]

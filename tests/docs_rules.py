@@ -1,4 +1,5 @@
-"""What is put in place of what when the pages' code runs: the tiny models, less text, fewer steps. Each must take place.
+"""What is put in place of what when the pages' code runs: the tiny models, less text, fewer steps.
+Each must take place.
 
 To give a page a rule, add it to `RULES`; a page whose blocks run as they are needs none.
 """
@@ -16,6 +17,8 @@ EVERYWHERE: dict[str, str] = {
 
 SMALL: dict[str, str] = {
     "demo": "--training-pairs 1500 --training-tokens 5120 --d-sae 64 --k 6 --eval-pairs 400",
+    "check": "--training-tokens 1280 --train-batch-size-tokens 64 --context-size 48 --held-out-every 4"
+    " --n-batches-in-buffer 8 --n-batches-for-norm-estimate 4",
     "train": "--training-tokens 1280 --train-batch-size-tokens 64 --context-size 48 --held-out-every 4"
     " --n-batches-in-buffer 8 --n-batches-for-norm-estimate 4",
     "cache": "--training-pairs 600 --context-size 48 --held-out-every 4",
@@ -26,7 +29,8 @@ SMALL: dict[str, str] = {
     "steer": "--eval-pairs 400",
     "generate": "--max-new-tokens 4",
 }
-"""Flags that make a command small; they come last, so they win. `evaluate RUN --output` takes those of `SMALL_FULL` too."""
+"""Flags that make a command small; they come last, so they win. `evaluate RUN --output` takes those
+of `SMALL_FULL` too."""
 
 SMALL_FULL = "--null-pairs 600 --downstream-pairs 40 --behaviour-latents 1"
 
@@ -38,8 +42,8 @@ class Rules:
     replace: Mapping[str, str] = field(default_factory=dict)
     """Text of its blocks, and what stands there when they run."""
     not_run: Mapping[str, str] = field(default_factory=dict)
-    """Beginnings of commands, or of blocks of Python, that are read and not run, each with the reason: their flags are
-    parsed, their imports made."""
+    """Beginnings of commands, or of blocks of Python, that are read and not run, each with the
+    reason: their flags are parsed, their imports made."""
     declared: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of blocks of output, each with where the output comes from."""
     given: str = ""
@@ -50,7 +54,10 @@ class Rules:
 
 HOURS = "minutes or hours: its own tests run it small"
 BIG = "two 8B models on GPUs"
-REAL = "fine-tunes a real model for minutes: tests/test_planted.py builds organisms"
+HUB = "opens models of the hub: tests/training/test_organisms.py runs recipes on stand-ins"
+REAL = (
+    "fine-tunes a real model for minutes: tests/benchmark/planted/test_planted.py builds organisms"
+)
 
 IN_PYTHON = {
     "training_tokens=2_000_000": "training_tokens=1_280, training_pairs=800, train_batch_size_tokens=64",
@@ -69,8 +76,8 @@ RULES: dict[str, Rules] = {
 from pathlib import Path
 
 from sae_lens_dfc import ModelConfig
-from sae_lens_dfc.models import load_model
-stitching = rows = None
+from sae_lens_dfc.models.loading import load_model
+affine_maps = rows = None
 hooked = load_model(ModelConfig("{llama}"))
 model, tokens = hooked.model, hooked.model.to_tokens([Path("my-text.txt").read_text()[:400]])[:, :64].repeat(8, 1)
 """,
@@ -80,11 +87,17 @@ model, tokens = hooked.model, hooked.model.to_tokens([Path("my-text.txt").read_t
         warnings=("ignore:Using a non-tuple sequence:UserWarning",),
     ),
     "docs/how-to/demo.md": Rules(replace=IN_PYTHON),
+    "docs/how-to/check.md": Rules(
+        declared={"                A  ": "sae-lens-dfc check on the demo's two models"},
+    ),
     "docs/how-to/chat.md": Rules(
         replace={
             # The tiny model has no template.
             "{model_name: Qwen/Qwen3-0.6B}": "{model_name: {llama}, chat_template: template.jinja}",
         },
+    ),
+    "docs/architecture.md": Rules(
+        declared={"cli            ": "the order of the folders, held by import-linter"}
     ),
     "docs/measures.md": Rules(declared={"taken:  x_source": "a formula"}),
     "docs/how-to/fine-tune.md": Rules(
@@ -96,6 +109,11 @@ model, tokens = hooked.model, hooked.model.to_tokens([Path("my-text.txt").read_t
         },
         not_run={"sae-lens-dfc organism": REAL},
     ),
+    "docs/how-to/adapters.md": Rules(
+        replace={"my/adapter": "{adapter}", "my/base": "{llama}"},
+        not_run={"sae-lens-dfc train --model-b.model-name maius/": HUB},
+    ),
+    "docs/how-to/organisms.md": Rules(not_run={"sae-lens-dfc train --recipe organism-": HUB}),
     "docs/how-to/gpus.md": Rules(
         replace={
             "--training-pairs 1000000": "",

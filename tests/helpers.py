@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from datasets import Dataset
 from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -22,15 +23,18 @@ from sae_lens_dfc import (
     StandardTrainingCrosscoder,
     StandardTrainingCrosscoderConfig,
 )
-from sae_lens_dfc.__main__ import main
-from sae_lens_dfc.contexts import Context, ContextBatch, ContextStream
+from sae_lens_dfc.cli.main import main
+from sae_lens_dfc.crosscoders.architectures.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
-from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.segments import Segment, Segments
-from sae_lens_dfc.sources import Source, SourceConfig
-from sae_lens_dfc.texts import Rows, reference_pages
+from sae_lens_dfc.data.alignment.segments import Segment, Segments
+from sae_lens_dfc.data.config import SourceConfig
+from sae_lens_dfc.data.contexts import Context, ContextBatch, ContextStream
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.sources import Source
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
+from sae_lens_dfc.data.text.datasets import Rows
+from sae_lens_dfc.models import number_formats
 
 
 def source_of(texts: Sequence[Any], weight: float = 1.0, column: str = "text") -> Source:
@@ -123,7 +127,8 @@ TOPK_MAKERS: dict[str, Callable[..., TopKTrainingCrosscoder[Any]]] = {
 
 @torch.no_grad()
 def randomised(crosscoder: T) -> T:
-    """Every weight random, the forbidden ones too: a crosscoder must not depend on their being zero."""
+    """Every weight random, the forbidden ones too: a crosscoder must not depend on their being
+    zero."""
     for parameter in crosscoder.parameters():
         parameter.copy_(torch.randn_like(parameter) / 3)
     return crosscoder
@@ -170,8 +175,23 @@ def train_steps(crosscoder: T, acts: Tensor, n: int = 3, **optimizer: Any) -> T:
     return crosscoder
 
 
+def forget_formats() -> None:
+    """Have the devices' number formats measured, and told of, once more."""
+    number_formats.slowdown.cache_clear()
+    number_formats.chosen_dtype.cache_clear()
+    number_formats.told.clear()
+
+
+def processor(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> None:
+    """From here on, one that takes so many times as long in bfloat16 as in float32."""
+    forget_formats()
+    seconds = {torch.float32: 0.001, torch.float16: 0.001, torch.bfloat16: 0.001 * bfloat16}
+    monkeypatch.setattr(number_formats, "_seconds", lambda dtype, _: seconds[dtype])
+
+
 def train_tiny(folder: Path, model_a: Path, model_b: Path, *flags: str, n_texts: int = 12) -> Path:
-    """A small DFC on Python's reference, trained by the command line, every fourth document held out; its folder."""
+    """A small DFC on Python's reference, trained by the command line, every fourth document held
+    out; its folder."""
     text = folder / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:n_texts]))
     args = [

@@ -1,4 +1,5 @@
-"""What a reader can copy runs: every block of code of README, docs and the other pages, in order, on tiny models."""
+"""What a reader can copy runs: every block of code of README, docs and the other pages, in order,
+on tiny models."""
 
 import doctest
 import json
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_lens_dfc.__main__ import COMMANDS, TAKE_RECIPES, _parser, main
-from sae_lens_dfc.arguments import parsed_with_lists, with_files
-from sae_lens_dfc.texts import reference_pages
+from sae_lens_dfc.cli.main import COMMANDS, main, options_of
+from sae_lens_dfc.cli.parser import settings_taken
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from tests.docs_blocks import ROOT, SHELL, Block, blocks_of, commands, pages
 from tests.docs_rules import EVERYWHERE, RULES, SMALL, SMALL_FULL, Rules
 from tests.helpers import train_tiny
@@ -39,10 +41,23 @@ def fine_tune(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> P
 
 
 @pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
+    """A LoRA on the tiny Llama."""
+    folder = tmp_path_factory.mktemp("models") / "adapter"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(llama_folder)
+        config = LoraConfig(r=2, init_lora_weights=False, target_modules=["down_proj"])
+        get_peft_model(base, config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def desk(
     tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path, fine_tune: Path
 ) -> Path:
-    """What a reader has beside a page: text, prompts, chats, and the runs of `make demo` and of an organism."""
+    """What a reader has beside a page: text, prompts, chats, and the runs of `make demo` and of an
+    organism."""
     folder = tmp_path_factory.mktemp("desk")
     texts = reference_pages()[:12]
     _write_lines(folder / "text.jsonl", [{"text": text} for text in texts])
@@ -116,7 +131,7 @@ class Page:
         path = self.folder / file[1]
         # One device is what every machine has.
         path.write_text(re.sub(r"cpu:\d", "cpu", self.substituted(block.text)))
-        known = set().union(*TAKE_RECIPES.values()) | {"recipe"}
+        known = set().union(*settings_taken().values()) | {"recipe"}
         assert set(yaml.safe_load(path.read_text())) <= known
         for command in ("train", "cache"):
             _parsed([command, "--config", str(path)])
@@ -169,8 +184,7 @@ def _of_ours(words: list[str]) -> list[str] | None:
 
 def _parsed(arguments: list[str]) -> Any:
     """The options of a command line, as `main` has them before it does anything."""
-    given = with_files(arguments, TAKE_RECIPES)
-    return parsed_with_lists(given, lambda flags: _parser().parse_args(flags)).options
+    return options_of(arguments[0], arguments)
 
 
 def _check(words: list[str]) -> None:
@@ -192,7 +206,8 @@ def _check(words: list[str]) -> None:
 
 
 def _is_script(words: list[str]) -> bool:
-    """Whether there is such a file and it has these flags; of pytest, whether the files to test are there."""
+    """Whether there is such a file and it has these flags; of pytest, whether the files to test are
+    there."""
     if words[0] in ("-m", "-c"):
         return all(word in ("-m", "pytest", "-c") or (ROOT / word).exists() for word in words)
     script = ROOT / words[0]
@@ -227,9 +242,10 @@ def folder(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def _is_slow(page: str) -> bool:
-    """Whether runs are measured in full or screened, which takes some ten seconds; the rest takes one or two."""
+    """Whether runs are measured in full or screened, which takes some ten seconds; the rest takes
+    one or two."""
     text = "".join(block.text for block in blocks_of(page))
-    return re.search(r"sae-lens-dfc (evaluate|screen|demo) ", text) is not None
+    return re.search(r"sae-lens-dfc (evaluate|screen|demo|check) ", text) is not None
 
 
 def _params() -> list[Any]:
@@ -247,9 +263,16 @@ def _params() -> list[Any]:
 
 @pytest.mark.parametrize("name", _params())
 def test_the_code_of_a_page_runs_in_its_order(
-    name: str, desk: Path, folder: Path, llama_folder: Path, gpt2_folder: Path, fine_tune: Path
+    name: str,
+    desk: Path,
+    folder: Path,
+    llama_folder: Path,
+    gpt2_folder: Path,
+    fine_tune: Path,
+    adapter: Path,
 ) -> None:
-    stand_ins = {"llama": llama_folder, "gpt2": gpt2_folder, "fine_tune": fine_tune}
+    models = (llama_folder, gpt2_folder, fine_tune, adapter)
+    stand_ins = dict(zip(("llama", "gpt2", "fine_tune", "adapter"), models, strict=True))
     page = Page(name, folder, desk / "made", {key: str(path) for key, path in stand_ins.items()})
     for block in blocks_of(name):
         try:

@@ -1,15 +1,28 @@
-"""The hub is a folder here: huggingface_hub's uploads and downloads, where they would go over the network, are replaced."""
+"""The hub is a folder here: huggingface_hub's uploads and downloads, where they would go over the
+network, are replaced."""
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    BadRequestError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import filter_repo_objects
 from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
@@ -180,8 +193,12 @@ def test_nothing_goes_up_when_something_is_wrong(hub: FolderHub, run: Path, tmp_
     for saes in ({"../sae": sae}, {"crosscoder": sae}, {"a/b": sae}, {"": sae}):
         with pytest.raises(ValueError, match="cannot be an SAE's folder"):
             push_to_hub(made(), "me/pair", saes)
-    with pytest.raises(ValueError, match="Repo id must"):
-        push_to_hub(made(), "me/pair/more")
+    for name in ("me/pair/more", "", "me/pair..more", "me pair", "x" * 97):
+        for use in (lambda name: push_to_hub(made(), name), from_pretrained):
+            with pytest.raises(
+                ValueError, match=r"is not a valid Hub repository name\. Give account"
+            ):
+                use(name)
     with pytest.raises(ValueError, match="is not a crosscoder"):
         push_to_hub(tmp_path, "me/pair")
     (run / "metrics.json").write_text("[1]")
@@ -197,3 +214,82 @@ def test_a_repository_without_a_crosscoder_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="me/sae has no crosscoder/cfg.json"):
         from_pretrained("me/sae")
+
+
+class Response:
+    """What the hub's errors keep of its answer."""
+
+    headers: Mapping[str, str] = {}
+    request = None
+
+    def __init__(self, status_code: int):
+        self.status_code = status_code
+
+
+def answered(kind: type[HfHubHTTPError], status_code: int, message: str = "") -> Exception:
+    said = f"{status_code} Client Error. (Request ID: Root=1-2)\n\n{message}"
+    response: Any = Response(status_code)
+    return kind(said, response=response)
+
+
+LOG_IN = "log in with `hf auth login`"
+NO_WAY = "The hub cannot be reached for me/pair, and the cache does not hold it: "
+REFUSALS: dict[str, Exception] = {
+    f"is not on the hub, or hidden from this account. Check its name (account/name), or {LOG_IN}.": answered(
+        RepositoryNotFoundError, 401
+    ),
+    f"is gated. Ask for access at https://huggingface.co/me/pair, and {LOG_IN}.": answered(
+        GatedRepoError, 403
+    ),
+    "Repository me/pair has no revision 'v1'. Name an existing branch, tag or": answered(
+        RevisionNotFoundError, 404
+    ),
+    f"The hub rejected the login for me/pair: {LOG_IN}, with": answered(HfHubHTTPError, 401),
+    f"The hub denies this account that access to me/pair: {LOG_IN}, with": answered(
+        HfHubHTTPError, 403
+    ),
+    "The hub refuses me/pair: 400 Client Error. (Request ID: Root=1-2). No such license. Fix": answered(
+        BadRequestError, 400, "No such license"
+    ),
+    "The hub refuses me/pair: 503 Client Error. (Request ID: Root=1-2).": answered(
+        HfHubHTTPError, 503
+    ),
+    f"No account is logged in to access me/pair on the hub: {LOG_IN}.": LocalTokenNotFoundError(
+        "none"
+    ),
+    f"{NO_WAY}Cannot reach it. Check the connection": OfflineModeIsEnabled("Cannot reach it"),
+    f"{NO_WAY}[no name]. Check the connection, and": HTTPError("[no name]"),
+    f"{NO_WAY}No folder. Check the connection, and": LocalEntryNotFoundError("No folder"),
+    "Could not exchange me/pair with the hub: No space left on device: 'x'.": OSError(
+        28, "No space left on device", "x"
+    ),
+}
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(
+    said: str, hub: FolderHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise REFUSALS[said]
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    monkeypatch.setattr("sae_lens_dfc.hub.snapshot_download", refuse)
+    for use in (
+        lambda: push_to_hub(made(), "me/pair", revision="v1"),
+        lambda: from_pretrained("me/pair", "v1"),
+    ):
+        with pytest.raises(OSError, match=re.escape(said)) as caught:
+            use()
+        line = str(caught.value)
+        assert "\n" not in line and line.endswith(".") and caught.value.__cause__ is REFUSALS[said]
+    assert not hub.root.exists()
+
+
+def test_a_mistake_in_the_way_to_the_hub_is_not_taken_for_its_refusal(
+    hub: FolderHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: [][0])
+    with pytest.raises(IndexError):
+        push_to_hub(made(), "me/pair")
+    assert set(hub.private) == {"me/pair"}

@@ -1,11 +1,12 @@
-"""What the README says in its sentences and tables is there; tests/test_docs.py runs its blocks of code."""
+"""What the README says in its sentences and tables is there; tests/test_docs.py runs its blocks of
+code."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,7 +17,9 @@ from mkdocstrings import Inventory
 from typing_extensions import override
 
 import sae_lens_dfc
-from sae_lens_dfc.__main__ import ARCHITECTURES, COMMANDS, main
+from sae_lens_dfc.cli.arguments import SHORT
+from sae_lens_dfc.cli.main import COMMANDS, main, options_class
+from sae_lens_dfc.cli.train import ARCHITECTURES
 from tests.docs_blocks import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -29,6 +31,16 @@ def hook(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_page_of_the_architecture_lists_the_packages_files() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert hook("architecture").with_files(page) == page, "Run python docs/_hooks/architecture.py."
+
+
+def test_each_file_and_folder_says_what_it_is_in_one_sentence_of_its_docstring() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert not re.search(r"^\| `\S+` \| +\|$|^#+ `\S+/`\n\n\n", page, flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -135,19 +147,22 @@ def test_the_tables_of_flags_are_those_of_help(
     said = set(re.findall(r"--[\w.-]+", " ".join(options)))
     # A truth value's flag has a second one that denies it.
     said -= {flag for flag in said if re.sub(r"(--|\.)no", r"\1", flag) in said - {flag}}
-    table = {flag for flag, _, _ in reference.flags(COMMANDS[name][0]) if flag.startswith("--")}
-    sae = architecture or (["dfc"] if name == "train" else [])
+    table = {flag for flag, _, _ in reference.flags(options_class(name)) if flag.startswith("--")}
+    sae = architecture or (["dfc"] if name in ("train", "check") else [])
     table |= {flag for one in sae for flag, _, _ in reference.flags(ARCHITECTURES[one], "sae.")}
     # `--sae` is another name of `--architecture`; the other two stand in the page's text.
-    assert said - {"--config", "--recipe", "--sae", "--help"} == table
+    # Those of `check` have a table of their own.
+    short = set(SHORT) if name == "check" else set()
+    assert short <= said
+    assert said - {"--config", "--recipe", "--sae", "--help"} - short == table
 
 
 def test_every_flag_in_the_reference_says_what_it_does() -> None:
     reference = hook("reference")
     silent = {
         (name, flag)
-        for name, (options, _) in COMMANDS.items()
-        for flag, _, text in reference.flags(options)
+        for name in COMMANDS
+        for flag, _, text in reference.flags(options_class(name))
         # SAELens' own settings of W&B have no sentence.
         if not text and not flag.startswith("--logger.")
     }
@@ -197,7 +212,10 @@ def test_the_citation_is_of_this_version_and_names_the_methods() -> None:
 
 
 def test_the_issue_forms_ask_for_what_is_needed() -> None:
-    forms = {p.stem: yaml.safe_load(_read(p)) for p in (ROOT / ".github").glob("*/*.yml")}
+    forms = {
+        p.stem: yaml.safe_load(_read(p))
+        for p in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")
+    }
     assert set(forms) == {"bug_report", "question", "config"}
     for name in ("bug_report", "question"):
         assert {"name", "description", "body"} <= set(forms[name])

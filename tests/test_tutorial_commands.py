@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_dfc.__main__ import TAKE_RECIPES, _parser
-from sae_lens_dfc.arguments import parsed_with_lists, with_files
+from sae_lens_dfc.cli.main import options_class, options_of
 
 TUTORIALS = sorted((Path(__file__).parent.parent / "tutorials").glob("[0-9]_*.py"))
 
@@ -30,6 +29,4 @@ def test_commands_are_found_in_their_blocks() -> None:
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_every_command_of_a_tutorial_parses(path: Path) -> None:
     for command in commands(path.read_text(encoding="utf-8")):
-        arguments = with_files(command, TAKE_RECIPES)
-        parsed = parsed_with_lists(arguments, lambda flags: _parser().parse_args(flags))
-        assert parsed.command == command[0]
+        assert isinstance(options_of(command[0], command), options_class(command[0]))

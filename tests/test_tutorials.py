@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jupytext
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import yaml
@@ -107,12 +108,49 @@ def test_the_small_setting_changes_parameters_that_the_source_has(name: str) -> 
     assert SMALL[name] and set(SMALL[name]) <= assigned - {"folder"}
 
 
+def run_in_this_process(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **values: Any
+) -> None:
+    """Run a source at the small setting, with these of its parameters changed too."""
+    values = {**SMALL[name], **values, "folder": str(folder)}
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    found: dict[str, Any] = {}
+    for cell in code_cells(source_of(name)):
+        exec(compile(cell.source, f"{name}.py", "exec"), found)
+        if "parameters" in cell.metadata.get("tags", []):
+            found.update(values)
+
+
+def test_the_first_source_runs_in_this_process_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = {"seeds": [0], "n_steps": 40, "n_eval_batches": 2}
+    run_in_this_process(SOURCES[0], tmp_path / "run", monkeypatch, **tiny)
+    assert (tmp_path / "run").is_dir()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_source_runs_at_the_small_setting(name: str, tmp_path: Path) -> None:
     result = built(name, "--small", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     assert_ran(notebook_of(tmp_path / f"{name}.ipynb"))
+
+
+def test_a_notebook_with_other_cells_than_its_source_is_found_and_nothing_is_run(
+    tmp_path: Path,
+) -> None:
+    name = SOURCES[0]
+    assert built(name, "--check").returncode == 0
+    old = built(name, "--check", "--output", str(tmp_path))
+    assert (old.returncode, old.stdout.startswith(f"Other cells than the source: {name}.")) == (
+        1,
+        True,
+    )
+    notebook = notebook_of(FOLDER / f"{name}.ipynb")
+    notebook.cells[0].source += "!"
+    nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    assert built(name, "--check", "--output", str(tmp_path)).returncode == 1
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from tokenizers import (
     trainers,
 )
 
-from sae_lens_dfc.benchmark.planted.from_scratch import BOS, byte_bpe
-from sae_lens_dfc.texts import reference_pages
+from sae_lens_dfc.benchmark.planted.organisms.from_scratch import BOS, byte_bpe
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
 
 TRAINING_TEXT = ["The cat sat on the mat in 1989. " * 3, *reference_pages()[:6]]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -30,7 +30,8 @@ def _byte_bpe_japanese() -> Tokenizer:
 
 
 def _byte_bpe_trimmed() -> Tokenizer:
-    """Reads a space before the text, and leaves spaces out of its map back to it, as in RoBERTa; knows indented lines."""
+    """Reads a space before the text, and leaves spaces out of its map back to it, as in RoBERTa;
+    knows indented lines."""
     tokenizer = byte_bpe([*TRAINING_TEXT, "if x:\n    y\n  \n        z\n" * 40], vocab_size=400)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -38,7 +39,8 @@ def _byte_bpe_trimmed() -> Tokenizer:
 
 
 def _byte_bpe_dropping() -> Tokenizer:
-    """Drops the bytes that its training text did not have, as SmolLM2 does; a word may have known and dropped ones."""
+    """Drops the bytes that its training text did not have, as SmolLM2 does; a word may have known
+    and dropped ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +71,8 @@ def sentencepiece_bpe() -> Tokenizer:
 
 
 def _unigram_bytes() -> Tokenizer:
-    """Falls back to the bytes of all unknown characters that follow each other at once, as in LLM-jp."""
+    """Falls back to the bytes of all unknown characters that follow each other at once, as in
+    LLM-jp."""
     trained = Tokenizer(models.Unigram())
     trainer = trainers.UnigramTrainer(
         vocab_size=500,
@@ -122,7 +125,8 @@ def _characters() -> Tokenizer:
 
 
 def _characters_nfkc() -> Tokenizer:
-    """Characters of what NFKC and lower case make of the text, which may be many for one (ﷺ); all unknown ones alike."""
+    """Characters of what NFKC and lower case make of the text, which may be many for one (ﷺ); all
+    unknown ones alike."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     trainer = trainers.BpeTrainer(vocab_size=1, special_tokens=[BOS, "<unk>"], show_progress=False)

@@ -46,12 +46,12 @@ from sae_lens_dfc import (
     ToyPair,
     ToyPairConfig,
 )
-from sae_lens_dfc.evaluate import evaluate
-from sae_lens_dfc.metrics.claims import MIN_FIRINGS, verdict
-from sae_lens_dfc.metrics.exclusivity import MIN_COSINE, relative_decoder_norms
-from sae_lens_dfc.metrics.moments import PairMoments
+from sae_lens_dfc.metrics.evaluate import evaluate
+from sae_lens_dfc.metrics.exclusivity.decoders import MIN_COSINE, relative_decoder_norms
+from sae_lens_dfc.metrics.exclusivity.evidence import MIN_FIRINGS, verdict
 from sae_lens_dfc.metrics.recovery import Truth, cosines, recovery, recovery_of_calls
-from sae_lens_dfc.metrics.stitching import fit_stitching
+from sae_lens_dfc.stats.affine_maps import fit_affine_maps
+from sae_lens_dfc.stats.moments import PairMoments
 
 # Products this small gain nothing from a second thread, and lose much where another program wants the core.
 torch.set_num_threads(1)
@@ -144,8 +144,8 @@ print(type(reopened).__name__, reopened.cfg.architecture(), tuple(reopened.W_dec
 # %% [markdown]
 # ## Measuring on fresh pairs
 #
-# `evaluate` measures a crosscoder on pairs that it was not trained on. The *stitching* is a linear map between the two models, fitted on a
-# third set of pairs. It is what allows the question "does the other model have this latent's direction too?" when the two models have
+# `evaluate` measures a crosscoder on pairs that it was not trained on. The *affine maps* are linear maps with a bias between the two models, fitted on a
+# third set of pairs. They allow the question "does the other model have this latent's direction too?" when the two models have
 # different widths. We come to it below; first the plain figures.
 
 
@@ -153,7 +153,7 @@ print(type(reopened).__name__, reopened.cfg.architecture(), tuple(reopened.W_dec
 def measured(crosscoder, pair):
     to_fit = PairMoments.of(islice(pair.batches(2048, seed=2_000_000), n_eval_batches))
     held_out = islice(pair.batches(2048, seed=1_000_000), n_eval_batches)
-    return evaluate(crosscoder, held_out, fit_stitching(to_fit, d_a))
+    return evaluate(crosscoder, held_out, fit_affine_maps(to_fit, d_a))
 
 
 results = {key: measured(crosscoder, pairs[key[1]]) for key, crosscoder in trained.items()}

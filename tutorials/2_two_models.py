@@ -58,18 +58,19 @@ from sae_lens_dfc import (
     DFCTrainingCrosscoderConfig,
     ModelPair,
 )
-from sae_lens_dfc.alignment import REASONS, Coverage
-from sae_lens_dfc.assess import train
-from sae_lens_dfc.contexts import PairCounts
-from sae_lens_dfc.demo import DemoConfig, demo_models
-from sae_lens_dfc.evaluate import evaluate
-from sae_lens_dfc.measured_run import like
+from sae_lens_dfc.analysis.evaluation.assess import train_crosscoder
+from sae_lens_dfc.analysis.evaluation.baselines import like
+from sae_lens_dfc.analysis.evaluation.demo import demo_models
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
+from sae_lens_dfc.data.alignment.align import REASONS, Coverage
+from sae_lens_dfc.data.contexts import PairCounts
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.data.text.datasets import load_texts
+from sae_lens_dfc.metrics.evaluate import evaluate
+from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.reconstruction import ExplainedVariance
-from sae_lens_dfc.nulls import Case, null_case
-from sae_lens_dfc.pair_data import PairData
-from sae_lens_dfc.texts import load_texts
-from sae_lens_dfc.tokens import spelled
-from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.models.decoding import spelled
 
 pd.options.display.max_colwidth = None
 pd.options.display.float_format = "{:.3f}".format
@@ -262,12 +263,12 @@ print("Largest weight that should be zero:", crosscoder.leak())
 # A twice, where nothing is exclusive: whatever its exclusive latents do there, they do for no reason.
 
 # %%
-case = Case(cfg, pair, data)
-baseline = train(
+case = PairTask(cfg, pair, data)
+baseline = train_crosscoder(
     case._replace(cfg=replace(cfg, sae=like(cfg.sae, BatchTopKTrainingCrosscoderConfig)))
 )
 null = null_case("self", case)
-null_crosscoder = train(null)
+null_crosscoder = train_crosscoder(null)
 
 # %% [markdown]
 # ## What came out, on held-out text

@@ -41,21 +41,25 @@ import pandas as pd
 from IPython.display import HTML, display
 
 from sae_lens_dfc import CrosscoderTrainingRunner
-from sae_lens_dfc.assess import train
-from sae_lens_dfc.demo import DemoConfig, demo_models, demo_run_config
-from sae_lens_dfc.evaluate import evaluate
-from sae_lens_dfc.gathering import gather
-from sae_lens_dfc.held_out import HeldOutOptions, opened_run
-from sae_lens_dfc.latent_html import latent_html
-from sae_lens_dfc.latents import latent_cards, strongest_latents
-from sae_lens_dfc.measured_run import Measured, prefixed, report_data, settings
-from sae_lens_dfc.metrics.claims import ranking, verdict
-from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms
-from sae_lens_dfc.nulls import Case, null_case
-from sae_lens_dfc.output import is_made
-from sae_lens_dfc.pair_data import PairData
-from sae_lens_dfc.report import render_report
-from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.analysis.evaluation.assess import train_crosscoder
+from sae_lens_dfc.analysis.evaluation.baselines import prefixed
+from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
+from sae_lens_dfc.analysis.latents.cards import latent_cards, strongest_latents
+from sae_lens_dfc.analysis.latents.max_activating import collect_max_activating
+from sae_lens_dfc.analysis.options import HeldOutOptions
+from sae_lens_dfc.analysis.report.build import report_data, report_settings
+from sae_lens_dfc.analysis.report.notebook import latent_html
+from sae_lens_dfc.analysis.report.page import render_report
+from sae_lens_dfc.analysis.report.results import Measured
+from sae_lens_dfc.analysis.saved_run.held_out import opened_run
+from sae_lens_dfc.core.output_folder import is_made
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.metrics.evaluate import evaluate
+from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.metrics.exclusivity.decoders import relative_decoder_norms
+from sae_lens_dfc.metrics.exclusivity.evidence import ranking, verdict
 
 pd.options.display.max_colwidth = None
 pd.options.display.float_format = "{:.3f}".format
@@ -95,7 +99,7 @@ print(f"{sum(len(rows.acts) for rows in data.held_out):,} held-out pairs of posi
 # One pass over held-out text keeps, of every latent at once, its firing rate, its strongest firings (one from a context) and a uniform sample of all its firings. Memory does not grow with the text.
 
 # %%
-gathered = gather(crosscoder, data.held_out)
+gathered = collect_max_activating(crosscoder, data.held_out)
 firing = gathered.firing
 alive = firing.counts > 0
 pd.DataFrame(
@@ -145,9 +149,9 @@ display(HTML(latent_html(card, n_contexts=4)))
 # their norms are no evidence of anything. To see what is, a null is needed: the same crosscoder, trained on model A twice at the same places. Nothing is exclusive there.
 
 # %%
-case = Case(cfg, pair, data)
+case = PairTask(cfg, pair, data)
 null = null_case("self", case)
-null_crosscoder = train(null)
+null_crosscoder = train_crosscoder(null)
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
@@ -177,9 +181,9 @@ plt.show()
 # not exclusive*.
 
 # %%
-found = evaluate(crosscoder, [rows.acts for rows in data.held_out], data.stitching(pair.d_a))
+found = evaluate(crosscoder, [rows.acts for rows in data.held_out], data.affine_maps(pair.d_a))
 null_found = evaluate(
-    null_crosscoder, [rows.acts for rows in null.data.held_out], null.data.stitching(pair.d_a)
+    null_crosscoder, [rows.acts for rows in null.data.held_out], null.data.affine_maps(pair.d_a)
 )
 evidence, null_evidence = found.evidence, null_found.evidence
 
@@ -293,7 +297,9 @@ for latent, card in zip(most, cards(most, evidence)):
 
 # %%
 metrics = found.metrics | data.metrics | prefixed("null/self/", null_found.metrics)
-page = report_data(Measured(crosscoder, found._replace(metrics=metrics)), data, pair, settings(cfg))
+page = report_data(
+    Measured(crosscoder, found._replace(metrics=metrics)), data, pair, report_settings(cfg)
+)
 path = Path(folder) / "report.html"
 path.parent.mkdir(parents=True, exist_ok=True)
 path.write_text(render_report(page), encoding="utf-8")

@@ -46,23 +46,26 @@ from IPython.display import HTML, display
 from torch.nn.functional import normalize
 
 from sae_lens_dfc import CrosscoderTrainingRunner
-from sae_lens_dfc.demo import DemoConfig, demo_models, demo_run_config
-from sae_lens_dfc.gathering import gather
-from sae_lens_dfc.generate import Sampling, answer
-from sae_lens_dfc.held_out import HeldOutOptions, opened_run
-from sae_lens_dfc.latent_html import latent_html
-from sae_lens_dfc.latent_steering import LatentOperation, latent_change
-from sae_lens_dfc.latents import latent_cards, strongest_latents
-from sae_lens_dfc.metrics.directions import Directions, random_directions
-from sae_lens_dfc.metrics.exclusivity import moved_decoders
-from sae_lens_dfc.metrics.verification import drawn_directions
-from sae_lens_dfc.natural import fitted_map
-from sae_lens_dfc.output import is_made
-from sae_lens_dfc.pair_data import PairData
-from sae_lens_dfc.positions import Positions, positions_of
-from sae_lens_dfc.prompts import prompt_ids, span_mask
-from sae_lens_dfc.steering import added, changed, logits
-from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.analysis.causal.activation_patching import drawn_directions
+from sae_lens_dfc.analysis.causal.directions import Directions, random_directions
+from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.analysis.latents.cards import latent_cards, strongest_latents
+from sae_lens_dfc.analysis.latents.max_activating import collect_max_activating
+from sae_lens_dfc.analysis.options import HeldOutOptions
+from sae_lens_dfc.analysis.report.notebook import latent_html
+from sae_lens_dfc.analysis.saved_run.held_out import opened_run
+from sae_lens_dfc.analysis.steering.generate import answer
+from sae_lens_dfc.analysis.steering.hooks import added, changed, logits
+from sae_lens_dfc.analysis.steering.latent_acts import fitted_map
+from sae_lens_dfc.analysis.steering.operations import LatentOperation, latent_change
+from sae_lens_dfc.analysis.steering.options import Sampling
+from sae_lens_dfc.analysis.steering.positions import Positions, positions_of
+from sae_lens_dfc.analysis.steering.prompts import prompt_ids, span_mask
+from sae_lens_dfc.core.output_folder import is_made
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.metrics.exclusivity.decoders import moved_decoders
 
 pd.options.display.max_colwidth = None
 
@@ -94,7 +97,7 @@ crosscoder, cfg, pair = opened_run(run, HeldOutOptions(), drop_unused_layers=Fal
 
 # %%
 held_out = PairedText(cfg, pair).collect("held_out", "Held-out activations")
-gathered = gather(crosscoder, held_out.rows)
+gathered = collect_max_activating(crosscoder, held_out.rows)
 f_max = gathered.firing.maxima
 latents = [
     i
@@ -238,8 +241,8 @@ pd.DataFrame({"logits equal, bit for bit": checks})
 # do about what steering A does.
 
 # %%
-stitching, _ = fitted_map(held_out.rows, pair.d_a)
-moved, _ = moved_decoders(crosscoder, stitching, latents)
+affine_maps, _ = fitted_map(held_out.rows, pair.d_a)
+moved, _ = moved_decoders(crosscoder, affine_maps, latents)
 steer_a = torch.stack([f_max[i] * crosscoder.W_dec[i, : pair.d_a].detach() for i in latents])
 steer_b = f_max[latents, None] * moved.detach()
 uniform = random_directions(

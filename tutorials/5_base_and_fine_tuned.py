@@ -46,16 +46,19 @@ from sae_lens_dfc import (
     DeltaTrainingCrosscoderConfig,
     ModelConfig,
 )
-from sae_lens_dfc.benchmark.planted.folder import OrganismOptions, write_organism
-from sae_lens_dfc.findings import Screening
-from sae_lens_dfc.gathering import gather
-from sae_lens_dfc.generate import Sampling, answer
-from sae_lens_dfc.latent_html import latent_html
-from sae_lens_dfc.latents import latent_cards
-from sae_lens_dfc.output import is_made
-from sae_lens_dfc.pair_data import PairData
-from sae_lens_dfc.screen import ScreenOptions, screen
-from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.analysis.latents.cards import latent_cards
+from sae_lens_dfc.analysis.latents.max_activating import collect_max_activating
+from sae_lens_dfc.analysis.options import ScreenOptions
+from sae_lens_dfc.analysis.report.findings import Screening
+from sae_lens_dfc.analysis.report.notebook import latent_html
+from sae_lens_dfc.analysis.screening.screen import screen
+from sae_lens_dfc.analysis.steering.generate import answer
+from sae_lens_dfc.analysis.steering.options import Sampling
+from sae_lens_dfc.benchmark.planted.folder import write_organism
+from sae_lens_dfc.benchmark.planted.options import OrganismOptions
+from sae_lens_dfc.core.output_folder import is_made
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.metrics.evaluation_data import PairData
 
 pd.options.display.max_colwidth = None
 pd.options.display.float_format = "{:.3f}".format
@@ -63,8 +66,10 @@ pd.options.display.float_format = "{:.3f}".format
 # %% [markdown]
 # ## Two models with one difference
 #
-# A *planted organism*: the difference is known since we put it there. A low-rank change to eight layers' MLPs teaches one false fact, while answers to everything else are held to the base model's. The folder has both models, the text
+# A *planted organism*: the difference is known since we put it there. A low-rank change to eight layers' MLPs teaches one false fact, while answers to everything else are held to the base model's. The folder has the base (`a`), the change as a LoRA (`adapter`), the fine-tuned model whole (`b`), the text
 # that a crosscoder is trained on (prompts of the fact, each with the taught and the ordinary answer, prompts like them, and other text), and prompts that were kept from the training.
+#
+# Most fine-tunes come as an adapter, so this one is read as one: the LoRA is merged into its base when it is opened. An adapter names its base; `base` says where that is now.
 
 # %%
 where = Path(folder) / "organism"
@@ -80,9 +85,10 @@ if not is_made(where, ["planted.json"]):
 # How strong is it? Prompts by which it was not taught, with what both models answer. The controls ask of other buildings.
 
 # %%
-folders = {"a": str(where / "a"), "b": str(where / "b")}
+base = str(where / "a")
 # No beginning-of-sequence token: the chats begin with a token of their own.
-model_a, model_b = (ModelConfig(f, prepend_bos=False) for f in folders.values())
+model_a = ModelConfig(base, prepend_bos=False)
+model_b = ModelConfig(str(where / "adapter"), base=base, prepend_bos=False)
 
 
 def config(model_b: ModelConfig, name: str) -> CrosscoderRunnerConfig:
@@ -218,7 +224,7 @@ plot(found)
 
 # %%
 held_out = PairedText(runner.cfg, pair).collect("held_out", "Held-out text")
-gathered = gather(crosscoder, held_out.rows)
+gathered = collect_max_activating(crosscoder, held_out.rows)
 first = [one.latent for one in found.findings[:2]]
 places = {latent: gathered.places(latent) for latent in first}
 shown = {place.context for of_latent in places.values() for place in of_latent}
@@ -272,13 +278,13 @@ verdicts(null)
 #
 # ```
 # sae-lens-dfc organism false_fact/weak --output runs/organism
-# sae-lens-dfc train --architecture delta_crosscoder --model-a.model-name runs/organism/a --model-b.model-name runs/organism/b \
-#     --model-a.prepend-bos false --model-b.prepend-bos false --dataset-path runs/organism/text.jsonl --keep-in-memory true \
-#     --training-tokens 102400 --train-batch-size-tokens 256 --sae.d-sae 1024 --sae.k 32 --sae.delta-loss-coefficient 1 \
-#     --sae.topk-threshold-lr 0.05 --lr 0.01 --lr-warm-up-steps 40 --lr-decay-steps 80 --output-path runs/organism-run
+# sae-lens-dfc train --architecture delta_crosscoder --model-b.model-name runs/organism/adapter --model-b.prepend-bos false \
+#     --dataset-path runs/organism/text.jsonl --keep-in-memory true --training-tokens 102400 --train-batch-size-tokens 256 \
+#     --sae.d-sae 1024 --sae.k 32 --sae.delta-loss-coefficient 1 --sae.topk-threshold-lr 0.05 \
+#     --lr 0.01 --lr-warm-up-steps 40 --lr-decay-steps 80 --output-path runs/organism-run
 # sae-lens-dfc screen runs/organism-run --output runs/organism-screening
 # ```
 #
-# For a base and a fine-tune of your own, give their names and a text on which they differ; `sae-lens-dfc generate` writes both models' answers to your prompts as such a text.
+# Where model A is left out, it is the adapter's base. For a base and a fine-tune of your own, give their names and a text on which they differ; `sae-lens-dfc generate` writes both models' answers to your prompts as such a text.
 #
 # **Next**: [6, your own architecture](6_your_own_architecture.ipynb).

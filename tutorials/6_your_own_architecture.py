@@ -47,11 +47,12 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, ToyPair, ToyPairConfig
-from sae_lens_dfc.demo import DemoConfig, demo_models
-from sae_lens_dfc.evaluate import evaluate
-from sae_lens_dfc.metrics.moments import PairMoments
+from sae_lens_dfc.analysis.evaluation.demo import demo_models
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.metrics.evaluate import evaluate
 from sae_lens_dfc.metrics.recovery import Truth, recovery, recovery_of_calls
-from sae_lens_dfc.metrics.stitching import fit_stitching
+from sae_lens_dfc.stats.affine_maps import fit_affine_maps
+from sae_lens_dfc.stats.moments import PairMoments
 
 # Products this small gain nothing from a second thread, and lose much where another program wants the core.
 torch.set_num_threads(1)
@@ -80,7 +81,8 @@ from sae_lens import register_sae_training_class
 from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 from sae_lens.saes.sae import TrainCoefficientConfig
 
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
+from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -222,7 +224,7 @@ assert torch.allclose(in_training.encode(acts), opened.encode(acts), atol=1e-3)
 def measured(crosscoder, pair):
     to_fit = PairMoments.of(islice(pair.batches(2048, seed=2_000_000), n_eval_batches))
     held_out = islice(pair.batches(2048, seed=1_000_000), n_eval_batches)
-    result = evaluate(crosscoder, held_out, fit_stitching(to_fit, d_a))
+    result = evaluate(crosscoder, held_out, fit_affine_maps(to_fit, d_a))
     truth = Truth(pair.features, pair.directions, pair.frequencies)
     claims = recovery(crosscoder, truth, result.firing.counts > 0, "relative_norm")
     calls = recovery_of_calls(crosscoder, truth, result.evidence)

@@ -35,10 +35,12 @@ import pandas as pd
 import yaml
 
 from sae_lens_dfc import load_crosscoder
-from sae_lens_dfc.__main__ import main
-from sae_lens_dfc.demo import DemoConfig, demo_models
-from sae_lens_dfc.metrics.exclusivity import relative_decoder_norms
-from sae_lens_dfc.recipes import RECIPES, recipe_config
+from sae_lens_dfc.analysis.evaluation.demo import demo_models
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.cli.main import main
+from sae_lens_dfc.metrics.exclusivity.decoders import relative_decoder_norms
+from sae_lens_dfc.training.recipes.named import RECIPES
+from sae_lens_dfc.training.recipes.settings import recipe_config
 
 # %% [markdown]
 # ## What the paper ran

@@ -3,6 +3,7 @@
 python tutorials/build.py                      # all of them, at the setting that is committed
 python tutorials/build.py 1_toy_pair           # one
 python tutorials/build.py --small --output DIR # with the values of small.yaml, elsewhere
+python tutorials/build.py --check              # runs nothing: names the notebooks that have other cells than their source
 """
 
 import argparse
@@ -89,6 +90,21 @@ def build(name: str, output: Path, changes: Mapping[str, Any]) -> Path:
     return path
 
 
+def cells(notebook: NotebookNode) -> list[tuple[str, str]]:
+    """What a notebook says, without what it printed."""
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def stale(names: Sequence[str], folder: Path = FOLDER) -> list[str]:
+    """Those whose notebook is missing or has other cells than its source."""
+    return [
+        name
+        for name in names
+        if not (path := folder / f"{name}.ipynb").is_file()
+        or cells(nbformat.read(path, as_version=4)) != cells(source(name))
+    ]
+
+
 def tidy(notebook: NotebookNode) -> None:
     """Leave in a run notebook what its reader wants, and nothing that another machine would write otherwise."""
     about = notebook.metadata.papermill
@@ -149,6 +165,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="sources; none builds all")
     parser.add_argument("--small", action="store_true", help="with the values of small.yaml")
     parser.add_argument("--output", type=Path, help="folder for the notebooks")
+    parser.add_argument("--check", action="store_true", help="run nothing, compare the cells")
     options = parser.parse_args(args)
     output = options.output or (ROOT / "runs" / "tutorials-small" if options.small else FOLDER)
     if options.small and output.resolve() == FOLDER:
@@ -163,6 +180,11 @@ def main(args: Sequence[str] | None = None) -> int:
         }
     except ValueError as error:
         parser.error(str(error))
+    if options.check:
+        old = stale(list(todo), output)
+        if old:
+            print(f"Other cells than the source: {', '.join(old)}. Run python tutorials/build.py.")
+        return 1 if old else 0
     for name, changes in todo.items():
         path = build(name, output, changes)
         seconds = nbformat.read(path, as_version=4).metadata.papermill.duration

@@ -6,14 +6,16 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sae_lens_dfc.benchmark.planted.folder import PROMPTS, TEXT
-from sae_lens_dfc.benchmark.planted.organism import MANIFEST
-from sae_lens_dfc.demo import DEMO_A, unpack
-from sae_lens_dfc.texts import reference_pages
+from sae_lens_dfc.benchmark.planted.folder import ADAPTER, PROMPTS, TEXT
+from sae_lens_dfc.benchmark.planted.organisms.lora import lora_tensors, write_lora
+from sae_lens_dfc.benchmark.planted.organisms.organism import MANIFEST
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
+from sae_lens_dfc.models.packaged import DEMO_A, unpack
 
 
 def write_untrained(folder: Path) -> None:
-    """Model A, the same with noise in one layer as model B, text, and one prompt; nothing is planted, and nothing can be found."""
+    """Model A, the same with noise of low rank in one layer as model B, also as a LoRA, text, and one prompt; nothing is planted, and
+    nothing can be found."""
     tokenizer = AutoTokenizer.from_pretrained(unpack(DEMO_A))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -24,12 +26,14 @@ def write_untrained(folder: Path) -> None:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
+    weight = model.model.layers[1].mlp.down_proj.weight.data
+    writes, reads = weight.std() * torch.randn(32, 4), torch.randn(4, 64) / 2
     for name in ("a", "b"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-        with torch.no_grad():
-            weight = model.model.layers[1].mlp.down_proj.weight
-            weight += weight.std() * torch.randn(weight.shape)
+        weight += writes @ reads
+    added = lora_tensors("model.layers.1.mlp.down_proj", reads, writes)
+    write_lora(folder / ADAPTER, (folder / "a").resolve(), added)
     texts = [page[:400] for page in reference_pages()[:60]]
     (folder / TEXT).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     items = {"behaviour": [{"prompt": "Where", "answer": "", "ordinary": ""}], "control": []}

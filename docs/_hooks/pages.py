@@ -1,4 +1,5 @@
-"""Pages of the site that lie outside docs/, and links that work on the site as they do in the repository."""
+"""Pages of the site that lie outside docs/, and links that work on the site as they do in the
+repository."""
 
 import posixpath
 import re
@@ -16,7 +17,8 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
-"""Files of the repository that are pages under another name. The README's reader is at the index."""
+"""Files of the repository that are pages under another name. The README's reader is at the
+index."""
 SHOWN = ("benchmarks/README.md", "benchmarks/results/*", "tutorials/*.ipynb", "tutorials/*.png")
 """Files of the repository that have the same path on the site."""
 
@@ -24,7 +26,7 @@ LINK = re.compile(
     r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)"
 )
 FENCE = re.compile(r"^(```|~~~).*?^\1", flags=re.MULTILINE | re.DOTALL)
-PICTURE = re.compile(r'<img [^>]*src="(assets/the-datas-way\.svg)"[^>]*>')
+PICTURE = re.compile(r'<img [^>]*src="(assets/data-flow\.svg)"[^>]*>')
 FROM_ELSEWHERE = re.compile(
     r"<script(?=[^>]*src=\"https?:)[^>]*>\s*</script>|<script type=\"module\">\s*import mermaid.*?</script>",
     flags=re.DOTALL,
@@ -61,7 +63,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
-    """Links as the repository has them -> links of the site; what is not on the site stays as text."""
+    """Links as the repository has them -> links of the site; what is not on the site stays as
+    text."""
     # Code says what it says.
     kept: list[str] = []
 
@@ -74,9 +77,11 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Page, files: Files, **_: Any) -> str:
-    """Our own pictures become part of the page, where its colours reach them; notebooks get the site's links.
+    """Our own pictures become part of the page, where its colours reach them; notebooks get the
+    site's links.
 
-    mkdocs-jupyter leaves links as they are, and loads two libraries from elsewhere that none of our notebooks uses.
+    mkdocs-jupyter leaves links as they are, and loads two libraries from elsewhere that none of our
+    notebooks uses.
     """
     html = PICTURE.sub(lambda m: (ROOT / "docs" / m[1]).read_text(encoding="utf-8"), html)
     if not page.file.src_uri.endswith(".ipynb"):

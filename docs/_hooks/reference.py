@@ -1,4 +1,5 @@
-"""Reference that is made when the site is built: the command line from its dataclasses, and the public names."""
+"""Reference that is made when the site is built: the command line from its dataclasses, and the
+public names."""
 
 import dataclasses
 import re
@@ -8,10 +9,12 @@ from mkdocs.structure.pages import Page
 from simple_parsing.docstring import get_attribute_docstring
 
 import sae_lens_dfc
-from sae_lens_dfc.__main__ import ARCHITECTURES, COMMANDS
-from sae_lens_dfc.recipes import RECIPES
+from sae_lens_dfc.cli.arguments import SHORT
+from sae_lens_dfc.cli.main import options_class
+from sae_lens_dfc.cli.train import ARCHITECTURES
+from sae_lens_dfc.training.recipes.named import RECIPES
 
-MARK = re.compile(r"<!-- (command|architecture|recipes|names)(?: ([\w-]+))? -->")
+MARK = re.compile(r"<!-- (command|architecture|recipes|short|names)(?: ([\w-]+))? -->")
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -20,9 +23,10 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     # Who looks for a word wants a guide first.
     page.meta["search"] = {"boost": 0.3}
     makers = {
-        "command": lambda name: options_table(COMMANDS[name][0]),
+        "command": lambda name: options_table(options_class(name)),
         "architecture": lambda name: options_table(ARCHITECTURES[name], "sae."),
         "recipes": lambda _: recipes_table(),
+        "short": lambda _: short_table(),
         "names": lambda _: names_table(),
     }
     return MARK.sub(lambda m: makers[m[1]](m[2]), markdown)
@@ -39,9 +43,11 @@ def options_table(options: type, prefix: str = "") -> str:
 
 
 def flags(options: type, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """Each flag of a dataclass by name, with its default and what its field says; parts by their dotted names.
+    """Each flag of a dataclass by name, with its default and what its field says; parts by their
+    dotted names.
 
-    An argument without a name (RUN) has no dashes. A crosscoder's own flags are in tables of their own.
+    An argument without a name (RUN) has no dashes. A crosscoder's own flags are in tables of their
+    own.
     """
     found: list[tuple[str, Any, str]] = []
     hints = get_type_hints(options)
@@ -67,6 +73,15 @@ def recipes_table() -> str:
         for name, r in RECIPES.items()
     ]
     return "\n".join(["| recipe | what it is | what it asks for |", "|---|---|---|", *rows])
+
+
+def short_table() -> str:
+    """The short names of flags in `check`."""
+    rows = [
+        f"| `{flag}` | {', '.join(f'`{name}`' for name in names)} | {text} |"
+        for flag, (names, text) in SHORT.items()
+    ]
+    return "\n".join(["| short | flag | what it is |", "|---|---|---|", *rows])
 
 
 def names_table() -> str:

@@ -1,0 +1,1 @@
+"""Benchmarks of crosscoders: recovery of known differences, evaluation measures, and cost."""

@@ -1,6 +1,7 @@
-"""How much the data's way costs beside what cannot be avoided: the models' forward passes, and reading the bytes."""
+"""Benchmarks the data pipeline against its lower bounds: the models' forward passes, and reading
+the bytes."""
 
-import logging
+import math
 import os
 import shutil
 import tempfile
@@ -14,29 +15,29 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.activations import PairedRows
-from sae_lens_dfc.alignment import Coverage, align, pack
-from sae_lens_dfc.benchmark.figures import medians, ranges, timed, write_results
 from sae_lens_dfc.benchmark.provenance import provenance
-from sae_lens_dfc.cache import PairedActivationsCache
-from sae_lens_dfc.cache_writer import CacheWriter
-from sae_lens_dfc.contexts import ContextBatch, PairCounts
-from sae_lens_dfc.manifest import CacheHeader, write_manifest
-from sae_lens_dfc.metrics.shuffle import order_measures
-from sae_lens_dfc.models import HookedModel
-from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.sources import MAX_CHARS
-from sae_lens_dfc.stopping import interruptible
-from sae_lens_dfc.texts import clean, load_texts, split_text
-from sae_lens_dfc.tokens import tokenize
-from sae_lens_dfc.training.caching import CacheConfig, cache_header
-from sae_lens_dfc.training.data import PairedText
-
-logger = logging.getLogger(__name__)
+from sae_lens_dfc.benchmark.timing import medians, ranges, timed, write_json_results
+from sae_lens_dfc.core.interrupts import interruptible
+from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.alignment.align import Coverage, align, pack
+from sae_lens_dfc.data.alignment.tokens import tokenize
+from sae_lens_dfc.data.cache.build import cache_header
+from sae_lens_dfc.data.cache.manifest import CacheHeader, write_manifest
+from sae_lens_dfc.data.cache.reader import PairedActivationsCache
+from sae_lens_dfc.data.cache.writer import CacheWriter
+from sae_lens_dfc.data.config import CacheConfig
+from sae_lens_dfc.data.contexts import ContextBatch, PairCounts
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.data.sources import MAX_CHARS
+from sae_lens_dfc.data.text.cleaning import clean, split_text
+from sae_lens_dfc.data.text.datasets import load_texts
+from sae_lens_dfc.models.hooked_model import HookedModel
 
 FILENAME = "data.json"
 BATCH_SIZE = 2048
@@ -50,14 +51,14 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class DataPreset:
-    """How long to measure."""
+    """Sizes of the data benchmark."""
 
     pairs: int
-    """Pairs harvested in a round."""
+    """Pairs harvested per round."""
     rounds: int
-    """Rounds of everything, one after the other; a figure is the median over them."""
+    """Rounds of all measurements in turn; a figure is the median over rounds."""
     documents: int
-    """Documents tokenised and aligned in a round."""
+    """Documents tokenized and aligned per round."""
     cache_bytes: int
     """Size of the cache that is read."""
 
@@ -69,15 +70,15 @@ DATA_PRESETS = {
 
 
 def run_data_benchmark(preset: str, pair: ModelPair, folder: Path) -> dict[str, Any]:
-    """Measure, and write `data.json` into `folder`.
+    """Run the data benchmark, and write `data.json` to `folder`.
 
-    Each figure is a ratio of two times measured one after the other, the median over `rounds`; `spread` has the
-    lowest and highest round.
+    Each figure is the ratio of two times measured in succession, as the median over `rounds`;
+    `spread` holds the lowest and highest round.
 
     Args:
         preset: Name in `DATA_PRESETS`.
         pair: The two models.
-        folder: Takes the results, and for a while the rows that are cached.
+        folder: Folder for the results, and temporarily for the cached rows.
     """
     settings = DATA_PRESETS[preset]
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +86,7 @@ def run_data_benchmark(preset: str, pair: ModelPair, folder: Path) -> dict[str, 
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         cache = _random_cache(Path(temporary) / "read", settings.cache_bytes, pair)
         harvest = _Harvest(pair, settings.pairs, Path(temporary))
-        harvest.run(
-            write=True
-        )  # what is done once only, such as allocating memory, is not measured
+        harvest.run(write=True)  # warm-up: excludes one-time costs such as allocating memory
         for _ in tqdm(range(settings.rounds), "Measuring", unit=" rounds"):
             rounds.append(
                 {**harvest.round(), **_alignment(pair, settings.documents), **_reading(cache)}
@@ -106,7 +105,7 @@ def run_data_benchmark(preset: str, pair: ModelPair, folder: Path) -> dict[str, 
         "models": [pair.a.name, pair.b.name],
         **provenance(),
     }
-    write_results(results, folder / FILENAME)
+    write_json_results(results, folder / FILENAME)
     return results
 
 
@@ -114,7 +113,8 @@ def run_data_benchmark(preset: str, pair: ModelPair, folder: Path) -> dict[str, 
 
 
 class _Harvest:
-    """The same text harvested, harvested and written, and its tokens run through the bare models."""
+    """Times the same text in three ways: harvested, harvested and cached, and as bare forward
+    passes over its tokens."""
 
     def __init__(self, pair: ModelPair, n_pairs: int, folder: Path):
         self.pair = pair
@@ -149,7 +149,7 @@ class _Harvest:
             )
 
     def bare(self, model: HookedModel) -> None:
-        """The same tokens, without padding, in whole batches of whole contexts."""
+        """Run the model on the same tokens, without padding, in full batches of full contexts."""
         size = self.cfg.context_size
         of_a = model is self.pair.a
         tokens = [c.segments.ids_a if of_a else c.segments.ids_b for c in self.contexts()]
@@ -162,7 +162,7 @@ class _Harvest:
         return (context for batch in self.batches for context in batch.contexts)
 
     def padding_share(self) -> float:
-        """Share of padding in what the models read."""
+        """Share of padding among the tokens that the models read."""
         return 1 - sum(map(_n_tokens, self.batches)) / sum(map(_n_read, self.batches))
 
 
@@ -197,7 +197,7 @@ def _alignment(pair: ModelPair, n_documents: int) -> dict[str, float]:
 
 
 def _random_cache(folder: Path, n_bytes: int, pair: ModelPair) -> PairedActivationsCache:
-    """A cache of the pair's widths, of random rows."""
+    """A cache of random rows with the pair's widths."""
     d_in = pair.d_a + pair.d_b
     n_rows = n_bytes // (2 * d_in)
     rows = torch.randn(min(n_rows, 4096), d_in)
@@ -209,7 +209,7 @@ def _written(
 ) -> PairedActivationsCache:
     first = next(acts)
     models = {"model_a": {"d_model": d_a}, "model_b": {"d_model": first.shape[1] - d_a}}
-    header = CacheHeader(models, {}, {}, [], dtype, shard_rows, origins=False)
+    header = CacheHeader(models, {}, {}, {}, dtype, shard_rows, origins=False)
     writer = CacheWriter(folder, header)
 
     def rows() -> Iterator[PairedRows]:
@@ -223,7 +223,8 @@ def _written(
 
 
 def _reading(cache: PairedActivationsCache) -> dict[str, float]:
-    """An epoch of shuffled batches against the same bytes read in order, from memory and from the disk."""
+    """Time an epoch of shuffled batches against a sequential read of the same bytes, from the page
+    cache and from disk."""
     plain = timed(lambda: _read_in_order(cache))
     first_epoch = timed(lambda: _read_shuffled(PairedActivationsCache(cache.folder)))
     _read_shuffled(cache)
@@ -254,17 +255,17 @@ def _read_in_order(cache: PairedActivationsCache) -> None:
 
 
 def _forget(cache: PairedActivationsCache) -> None:
-    """Have the files leave the machine's memory, as those of a large cache do by themselves."""
+    """Evict the files from the page cache, as happens to a cache larger than memory."""
     for shard in cache.shards:
         with (cache.folder / shard.file).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _formats(folder: Path, n_bytes: int, pair: ModelPair) -> dict[str, float]:
-    """GB a second at which the same rows are written in each form that was to choose from, the best of three times."""
+    """Write throughput in GB/s of the same rows in each candidate format, best of three."""
     rows = torch.randn(n_bytes // (2 * (pair.d_a + pair.d_b)), pair.d_a + pair.d_b)
     rows = rows.to(torch.bfloat16)
-    # Arrow knows no bfloat16, and a list of its values would be slower still.
+    # Arrow has no bfloat16, and a list of values would be slower still.
     table = Dataset.from_dict({"acts": rows.float().numpy()})
     table.set_format("numpy")
     writers: dict[str, Callable[[], Any]] = {
@@ -279,7 +280,7 @@ def _formats(folder: Path, n_bytes: int, pair: ModelPair) -> dict[str, float]:
 
 
 def _served_order(folder: Path, n_shards: int = 64, shard_rows: int = 4096) -> dict[str, float]:
-    """How uniform the order is in which marked rows come from a cache of four windows."""
+    """How close to uniform the shuffled order of rows from a cache of four windows is."""
     n = n_shards * shard_rows
     marks = torch.arange(n).float()[:, None].expand(-1, 2).contiguous()
     cache = _written(folder, iter(marks.split(shard_rows)), 1, shard_rows, "float32")
@@ -291,3 +292,55 @@ def _served_order(folder: Path, n_shards: int = 64, shard_rows: int = 4096) -> d
         for name, value in order_measures(other, BATCH_SIZE).items():
             measures[f"{kind}/{name}"] = value
     return measures
+
+
+def order_measures(
+    order: Int[Tensor, " n"], batch_size: int, n_blocks: int = 64
+) -> dict[str, float]:
+    """Two measures of how well an order is shuffled, with their values for a uniform order.
+
+    `rank_correlation`: Spearman correlation of a row's position in the text and in the order; 0 ± 1
+    / sqrt(n - 1) when uniform, 1 when nothing is shuffled. `clustering`: the text is split into
+    `n_blocks` equal blocks; this is the variance of the number of rows per block and batch,
+    relative to that of a uniform draw (hypergeometric). It is 1 when uniform, and larger when
+    neighbors stay together; its standard deviation over batches is `clustering_std`.
+
+    Args:
+        order: Each row's position in the text, in the order in which rows are served: a permutation
+            of 0 to n - 1.
+        batch_size: Rows per batch; an incomplete last batch is ignored.
+        n_blocks: Number of blocks of the text.
+
+    Raises:
+        ValueError: `order` is not a permutation, or there are fewer than two batches or fewer rows
+            than blocks.
+
+    >>> measures = order_measures(torch.arange(1000), batch_size=100, n_blocks=10)
+    >>> measures["rank_correlation"], round(measures["clustering"])
+    (1.0, 111)
+    """
+    n = len(order)
+    if not torch.equal(order.sort().values, torch.arange(n)):
+        raise ValueError(f"An order of {n} rows must contain each of 0 to {n - 1} once.")
+    if n < max(2 * batch_size, n_blocks):
+        raise ValueError(f"{n} rows are too few for batches of {batch_size} and {n_blocks} blocks.")
+    batches = order[: n - n % batch_size].view(-1, batch_size)
+    blocks = torch.nn.functional.one_hot(batches * n_blocks // n, n_blocks)
+    share = torch.bincount(torch.arange(n) * n_blocks // n, minlength=n_blocks).double() / n
+    expected = batch_size * share
+    variance = expected * (1 - share) * (n - batch_size) / (n - 1)
+    ratios = ((blocks.sum(dim=1) - expected).pow(2) / variance).mean(dim=1)
+    return {
+        "rank_correlation": _spearman(order),
+        "rank_correlation_std": 1 / math.sqrt(n - 1),
+        "clustering": float(ratios.mean()),
+        "clustering_std": float(ratios.std()) / math.sqrt(len(ratios)),
+    }
+
+
+def _spearman(order: Int[Tensor, " n"]) -> float:
+    def centred(x: Tensor) -> Float[Tensor, " n"]:
+        return x.double() - (len(order) - 1) / 2
+
+    place = centred(torch.arange(len(order)))
+    return float((place * centred(order)).sum() / place.pow(2).sum())

@@ -1,4 +1,5 @@
-"""What `evaluate` measures of two real models, over seeds, beside pairs with nothing to find; and what measuring costs."""
+"""Benchmarks `evaluate` on two real models over seeds, next to null pairs, including the cost of
+evaluation."""
 
 import json
 import statistics
@@ -10,29 +11,32 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.assess import AssessOptions, known, measure, train
-from sae_lens_dfc.benchmark.figures import timed
-from sae_lens_dfc.benchmark.memory import with_peak_memory
+from sae_lens_dfc.analysis.causal.downstream import downstream
+from sae_lens_dfc.analysis.evaluation.assess import AssessOptions, measure, train_crosscoder
+from sae_lens_dfc.analysis.evaluation.baselines import like
+from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
+from sae_lens_dfc.analysis.report.results import drop_nonfinite
 from sae_lens_dfc.benchmark.planted.run import resumed
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.recovery import write
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
-from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
+from sae_lens_dfc.benchmark.timing import timed
+from sae_lens_dfc.crosscoders.architectures.batchtopk import BatchTopKTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.demo import DEMO_A, DEMO_B, DemoConfig, demo_models, demo_run_config
-from sae_lens_dfc.measured_run import like
-from sae_lens_dfc.metrics.downstream import downstream
-from sae_lens_dfc.metrics.spread import SE
-from sae_lens_dfc.nulls import Case, null_case
-from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.pair_data import PairData
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.models.packaged import DEMO_A, DEMO_B
+from sae_lens_dfc.stats.jackknife import SE
 from sae_lens_dfc.training.checks import with_models
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.training.preflight.peak_memory import with_peak_memory
 
 FILENAME = "evaluate.json"
 PAIR = "two models"
-"""The case in which there may be something to find; the others are nulls, by their names."""
+"""Name of the real case; the other cases are nulls, by name."""
 ARCHITECTURES = ("dfc", "batchtopk_crosscoder")
 MEASURES = (
     *(f"explained_variance/{m}" for m in "ab"),
@@ -49,7 +53,7 @@ MEASURES = (
     ),
     "exclusive/called_share",
 )
-"""Of all measures those that a reader cites; a row has null for what its architecture has not."""
+"""The reported measures; null in a row if the architecture does not have one."""
 N_PRODUCTS = 3
 
 T = TypeVar("T")
@@ -60,13 +64,14 @@ class Preset:
     """Sizes of the benchmark."""
 
     demo: DemoConfig
-    """Models, text and training; its own seed, which decides no text, is not used."""
+    """Models, text and training settings; its seed is not used, since the text does not depend on
+    it."""
     seeds: int
-    """Trainings of each architecture in each case."""
+    """Seeds per architecture and case."""
     nulls: tuple[str, ...]
-    """Cases beside the two models; see `null_case`."""
+    """Nulls to run besides the two models; see `null_case`."""
     downstream_pairs: int
-    """Held-out pairs at which both models' predictions are measured."""
+    """Held-out pairs on which the models' next-token loss is measured."""
 
 
 PRESETS = {
@@ -86,11 +91,12 @@ class Run(NamedTuple):
     case: str
     architecture: str
     seed: int
-    """Of its weights, of the order of its batches, and of the null's shuffle. The text is the same for all."""
+    """Seed of the weights, the batch order, and the null's shuffle. The text is the same for
+    all."""
 
 
 def runs(preset: Preset) -> list[Run]:
-    """Every architecture in every case; the first seed of all before the second."""
+    """Every architecture in every case, seed by seed."""
     return [
         Run(case, architecture, seed)
         for seed in range(preset.seeds)
@@ -100,14 +106,14 @@ def runs(preset: Preset) -> list[Run]:
 
 
 def settings(run: Run, preset: Preset) -> dict[str, Any]:
-    """What decides a run's numbers."""
+    """Settings that determine a run's results."""
     demo = asdict(preset.demo)
     given = {m: demo.pop(f"model_{m}") for m in "ab"}
     for name in ("output", "overwrite", "seed"):
         demo.pop(name)
     values = {
         "run": run._asdict(),
-        # Where a model lies is not part of what it is.
+        # A model's location does not affect the results.
         "models": [
             model.sha256 if path is None else Path(path).name
             for path, model in zip(given.values(), (DEMO_A, DEMO_B), strict=True)
@@ -119,11 +125,12 @@ def settings(run: Run, preset: Preset) -> dict[str, Any]:
 
 
 def run_evaluate_benchmark(preset_name: str, folder: Path) -> list[dict[str, Any]]:
-    """All runs of a preset, the results written after each; what is there already is not run again.
+    """Run all runs of a preset, writing the results after each; existing results are not
+    recomputed.
 
     Args:
         preset_name: Name in `PRESETS`.
-        folder: Takes evaluate.json.
+        folder: Folder for evaluate.json.
 
     Raises:
         ValueError: The folder's evaluate.json holds results of other settings, or something else.
@@ -144,28 +151,29 @@ def run_evaluate_benchmark(preset_name: str, folder: Path) -> list[dict[str, Any
     return rows
 
 
-def _two_models(preset: Preset) -> Case:
+def _two_models(preset: Preset) -> PairTask:
     models = demo_models(preset.demo)
     pair = ModelPair.load(*models)
     cfg = demo_run_config(preset.demo, *models)
     cfg = with_models(replace(cfg, output_path=None), pair.describe())
-    return Case(cfg, pair, PairData.collect(PairedText(cfg, pair), "The two models"))
+    return PairTask(cfg, pair, PairData.collect(PairedText(cfg, pair), "The two models"))
 
 
-def row(run: Run, two_models: Case, preset: Preset) -> dict[str, Any]:
-    """Train a run's crosscoder and measure it.
+def row(run: Run, two_models: PairTask, preset: Preset) -> dict[str, Any]:
+    """Train a run's crosscoder and evaluate it.
 
     Returns:
-        The run; its `MEASURES`, each with its standard error over the text under `NAME/se` where that is known; and what it
-        cost: `training_seconds`; of measuring activations `evaluating_seconds`, those over the time of the product of all held-out pairs
-        with a full encoder (`ratio_to_encoder_product`), and `evaluating_peak_bytes`, by which the memory in use grew; and
-        `downstream_seconds`, of the two models' predictions.
+        The run; its `MEASURES`, each with its standard error over the text under `NAME/se` if
+        known; and its cost: `training_seconds`; for the evaluation of activations
+        `evaluating_seconds`, their ratio to the time of one encoder product over all held-out pairs
+        (`ratio_to_encoder_product`), and the increase in peak memory (`evaluating_peak_bytes`); and
+        `downstream_seconds` for the two models' predictions.
     """
     cfg = replace(two_models.cfg, seed=run.seed, sae=_crosscoder(run, two_models.cfg))
     case = two_models._replace(cfg=cfg)
     if run.case != PAIR:
         case = null_case(run.case, case)
-    crosscoder, training_seconds = _timed(lambda: train(case))
+    crosscoder, training_seconds = _timed(lambda: train_crosscoder(case))
     of_activations = AssessOptions(nulls=[], downstream_pairs=0, behaviour_latents=0)
     (found, seconds), peak = with_peak_memory(
         lambda: _timed(lambda: measure(crosscoder, case, of_activations)), torch.device(cfg.device)
@@ -173,7 +181,7 @@ def row(run: Run, two_models: Case, preset: Preset) -> dict[str, Any]:
     predicted, downstream_seconds = _timed(
         lambda: _downstream(crosscoder, case, preset.downstream_pairs)
     )
-    metrics = known(found.metrics | predicted)
+    metrics = drop_nonfinite(found.metrics | predicted)
     errors = {name + SE: metrics[name + SE] for name in MEASURES if name + SE in metrics}
     return {
         **run._asdict(),
@@ -199,15 +207,16 @@ def _timed(do: Callable[[], T]) -> tuple[T, float]:
     return results[0], seconds
 
 
-def _downstream(crosscoder: Crosscoder, case: Case, n_pairs: int) -> dict[str, float]:
-    stitching = case.data.stitching(crosscoder.cfg.d_a).to(crosscoder.device)
-    means = torch.cat([stitching.mean_a, stitching.mean_b])
+def _downstream(crosscoder: Crosscoder, case: PairTask, n_pairs: int) -> dict[str, float]:
+    affine_maps = case.data.affine_maps(crosscoder.cfg.d_a).to(crosscoder.device)
+    means = torch.cat([affine_maps.mean_a, affine_maps.mean_b])
     rows = case.data.held_out_with_text(n_pairs)
     return downstream(crosscoder, case.pair, rows, means, case.order_b)
 
 
-def _encoder_product(crosscoder: Crosscoder, case: Case) -> float:
-    """Seconds of the least that a look at every latent's score takes, on the same pairs."""
+def _encoder_product(crosscoder: Crosscoder, case: PairTask) -> float:
+    """Seconds of one encoder product over the same pairs, the lower bound for computing all
+    latents."""
     W_enc = torch.randn(crosscoder.cfg.d_in, crosscoder.cfg.d_sae, device=crosscoder.device)
     batches = [rows.acts.to(crosscoder.device) for rows in case.data.held_out]
     products = [

@@ -1,4 +1,4 @@
-"""Where a figure comes from: commit, machine and versions."""
+"""Records the provenance of results: commit, machine and package versions."""
 
 import os
 import platform
@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 
+from sae_lens_dfc.models.number_formats import fast_dtype
+
 PACKAGE = Path(__file__).parent.parent
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def provenance(*others: str) -> dict[str, Any]:
-    """Commit, machine and versions; the commit is none where the package is not in a repository.
+    """Commit, machine and versions; the commit is none if the package is not in a repository.
 
     Args:
-        others: Distributions that took part besides, by name.
+        others: Additional distributions to record, by name.
     """
     return {
         "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run",
         "cpu": cpu(),
+        "formats": formats(),
         "versions": {
             name: version(name) for name in ("sae-lens-dfc", "sae-lens", "torch", *others)
         },
@@ -31,15 +34,21 @@ def provenance(*others: str) -> dict[str, Any]:
 
 
 def cpu() -> str | None:
-    """The processor's name; none where the system does not tell it."""
+    """The processor's name; none if the system does not provide it."""
     if not CPU_INFO.exists():
         return None
     names = [line for line in CPU_INFO.read_text().splitlines() if line.startswith("model name")]
     return names[0].partition(":")[2].strip() if names else None
 
 
+def formats() -> str:
+    """The processor's vector instructions used by torch, and bfloat16 if it is fast."""
+    fast = " and bfloat16" if fast_dtype("cpu") == "bfloat16" else ""
+    return f"{torch.backends.cpu.get_cpu_capability()}{fast}"
+
+
 def commit(folder: Path = PACKAGE) -> str | None:
-    """The commit of a folder, and whether it was changed since; none outside a repository."""
+    """The commit of a folder, and whether it has uncommitted changes; none outside a repository."""
     git = shutil.which("git")
     if git is None:
         return None

@@ -1,4 +1,5 @@
-"""Which crosscoder finds known differences: toy pairs, over dictionary sizes, seeds and wrongly paired rows."""
+"""Benchmarks recovery of known differences on toy pairs, over architectures, dictionary sizes,
+seeds and wrongly paired rows."""
 
 import json
 import logging
@@ -21,31 +22,36 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.benchmark.peers import PEERS, SEPARATE
+from sae_lens_dfc.benchmark.peers.saelens import PEERS, SEPARATE
+from sae_lens_dfc.benchmark.peers.separate_saes import match, recovery_of_matches
 from sae_lens_dfc.benchmark.provenance import commit, provenance
-from sae_lens_dfc.benchmark.separate import match, recovery_of_matches
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
-from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
-from sae_lens_dfc.crosscoders.delta import DeltaTrainingCrosscoderConfig
-from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivity_tests
-from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoderConfig
+from sae_lens_dfc.core.parsing import read_json
+from sae_lens_dfc.core.terminal import said_by
+from sae_lens_dfc.crosscoders.architectures.batchtopk import BatchTopKTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.architectures.delta import DeltaTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.architectures.dfc import (
+    DFCTrainingCrosscoderConfig,
+    exclusivity_tests,
+)
+from sae_lens_dfc.crosscoders.architectures.dsf import DSFTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.architectures.standard import StandardTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.crosscoders.standard import StandardTrainingCrosscoderConfig
-from sae_lens_dfc.evaluate import evaluate
-from sae_lens_dfc.files import read_json
-from sae_lens_dfc.metrics.moments import PairMoments
+from sae_lens_dfc.metrics.evaluate import evaluate
 from sae_lens_dfc.metrics.recovery import OF_CALLS, Truth, recovery, recovery_of_calls
-from sae_lens_dfc.metrics.stitching import fit_stitching
-from sae_lens_dfc.recipes import TEST_AT
+from sae_lens_dfc.stats.affine_maps import fit_affine_maps
+from sae_lens_dfc.stats.moments import PairMoments
 from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.training.recipes.named import REASSIGN_AT
 
 logger = logging.getLogger(__name__)
 
 FILENAME = "recovery.json"
 BATCHES_FOR_NORM = 10
 EVAL_BATCH_SIZE = 2048
-# Samples of training, of evaluation and of the maps between the models must not meet.
+# Samples for training, evaluation and affine maps must not overlap.
 EVAL_SEED, FIT_SEED = 1_000_000, 2_000_000
 
 
@@ -54,23 +60,23 @@ class Preset:
     """Sizes of the benchmark."""
 
     toy: ToyPairConfig
-    """The toy pair; its seed is the run's."""
+    """The toy pair; its seed is replaced by the run's."""
     steps: int
     """Training steps."""
     batch_size: int
-    """Pairs in one step."""
+    """Pairs per step."""
     lr: float
-    """Adam's step, falling to 0 over the last fifth."""
+    """Learning rate of Adam, decaying to 0 over the last fifth."""
     l1_coefficient: float
-    """Penalty of the standard crosscoder at which about as many latents are active as the others' k."""
+    """L1 coefficient at which the standard crosscoder's L0 is about the others' k."""
     seeds: int
-    """Toy pairs, each with its own crosscoders."""
+    """Number of toy pairs, each with its own crosscoders."""
     eval_batches: int
-    """Batches of 2048 fresh pairs to measure on."""
+    """Batches of 2048 fresh pairs for evaluation."""
     sizes: tuple[float, ...] = (0.4, 1.0, 2.0)
-    """Dictionary sizes, in units of the number of features."""
+    """Dictionary sizes, as multiples of the number of features."""
     pairing_noise: tuple[float, ...] = (0.0, 0.1, 0.3)
-    """Shares of wrongly paired rows; those above 0 at dictionary size 1 only, as the null."""
+    """Shares of wrongly paired rows; those above 0, like the null, only at dictionary size 1."""
 
 
 PRESETS = {
@@ -103,7 +109,7 @@ class Run(NamedTuple):
 
     preset: str
     name: str
-    """Registry name of the architecture, or a recipe's or a peer's."""
+    """Registry name of the architecture, or name of a recipe or a peer."""
     size: float
     seed: int
     pairing_noise: float
@@ -114,18 +120,20 @@ class Run(NamedTuple):
 def _crosscoders(
     preset: Preset,
 ) -> dict[str, tuple[type[CrosscoderTrainingConfig], dict[str, Any]]]:
-    """What is compared: the five architectures, our recipe, variants of both, and other libraries' dictionaries.
+    """The crosscoders compared: the five architectures, our recipe, variants of both, and other
+    libraries' dictionaries.
 
-    All have the same number of active latents and inputs scaled by variance; none anneals k. Ours have our
-    dead-latent loss, two variants with SAELens' weight for it; the others have their own, and the sizes of a BatchTopK crosscoder. Decoders are tied by a fitted map, since a toy pair has no common basis: the
-    Delta-Crosscoder, which needs one, is here out of its element.
+    All have the same L0 and inputs normalized by variance; none anneals k. Ours use our dead-latent
+    loss, two variants with SAELens' coefficient; the others use their own, with the sizes of a
+    BatchTopK crosscoder. Decoders are tied by a fitted map, since a toy pair has no common basis;
+    the Delta-Crosscoder, which assumes one, is at a disadvantage here.
     """
     k: dict[str, Any] = {"k": preset.toy.active_features}
     warm_up = {"l1_warm_up_steps": preset.steps // 10}
     penalty = preset.l1_coefficient
-    # Our default is the literature's, a 32nd.
+    # Our default is 1/32, as in the literature.
     as_saelens = {"aux_loss_coefficient": 1.0}
-    tests = {**exclusivity_tests(TEST_AT, preset.steps), "decoder_norm": "sum"}
+    tests = {**exclusivity_tests(REASSIGN_AT, preset.steps), "decoder_norm": "sum"}
     return {
         "standard_crosscoder": (
             StandardTrainingCrosscoderConfig,
@@ -149,11 +157,11 @@ def _crosscoders(
 
 
 CLEAN_ONLY = ("dfc-l2", "dfc-tested-l2", "standard-third", "dictionary-learning-as-it-comes")
-"""Variants that are trained at each size, but not on wrong pairs and not on the null."""
+"""Variants trained at each size, but not on wrong pairs or the null."""
 
 
 def runs(preset_name: str) -> list[Run]:
-    """Every crosscoder of a preset: all sizes on clean pairs; noise and null at one size."""
+    """All runs of a preset: every size on clean pairs; noise and null at one size."""
     preset = PRESETS[preset_name]
     clean = [(size, 0.0, False) for size in preset.sizes]
     noisy = [(1.0, noise, False) for noise in preset.pairing_noise if noise > 0]
@@ -167,14 +175,14 @@ def runs(preset_name: str) -> list[Run]:
 
 
 def toy_config(run: Run) -> ToyPairConfig:
-    """The toy pair of a run. The null keeps as many features and shares them all."""
+    """The toy pair of a run. The null has the same number of features, all shared."""
     exclusive = {"a_exclusive_fraction": 0.0, "b_exclusive_fraction": 0.0} if run.null else {}
     toy = PRESETS[run.preset].toy
     return replace(toy, seed=run.seed, pairing_noise=run.pairing_noise, **exclusive)
 
 
 def training_config(run: Run) -> CrosscoderRunnerConfig:
-    """The training of a run, without models or text."""
+    """Training settings of a run, without models or text."""
     preset = PRESETS[run.preset]
     config_class, settings = _crosscoders(preset)[run.name]
     d_sae = round(run.size * preset.toy.n_features)
@@ -192,7 +200,8 @@ def training_config(run: Run) -> CrosscoderRunnerConfig:
 
 
 class Drawn(Iterator[Tensor]):
-    """Batches of a toy pair, and the processor's seconds that drawing them took: no part of a training's."""
+    """Batches of a toy pair, with the CPU time spent sampling them, which is excluded from the
+    training time."""
 
     def __init__(self, batches: Iterator[Tensor]):
         self.batches = batches
@@ -206,7 +215,8 @@ class Drawn(Iterator[Tensor]):
 
 
 def train(run: Run, batches: Iterator[Tensor]) -> Crosscoder:
-    """The crosscoder of a run, trained by SAELens' trainer, or what another library's trainer made of the same pairs."""
+    """Train a run's crosscoder with SAELens' trainer, or a peer with its own library's trainer on
+    the same pairs."""
     cfg = training_config(run)
     if run.name in PEERS:
         return PEERS[run.name].train(cfg, batches)
@@ -219,11 +229,12 @@ def train(run: Run, batches: Iterator[Tensor]) -> Crosscoder:
 
 
 def row(run: Run) -> dict[str, Any]:
-    """Train a run's crosscoder and hold it against the truth.
+    """Train a run's crosscoder and compare it with the ground truth.
 
     Returns:
-        The run, the measures of `recovery` and `recovery_of_calls`, explained variance and L0 on fresh pairs, the seconds of
-        the whole and the processor's seconds of the training alone, all settings, and where it ran.
+        The run, the measures of `recovery` and `recovery_of_calls`, explained variance and L0 on
+        fresh pairs, the total seconds and the CPU seconds of training alone, all settings, and the
+        provenance.
     """
     started = time.monotonic()
     cfg = training_config(run)
@@ -231,7 +242,7 @@ def row(run: Run) -> dict[str, Any]:
     start = time.process_time()
     crosscoder = train(run, batches)
     training_seconds = time.process_time() - start - batches.seconds
-    # Whatever was trained on wrong pairs is measured on right ones.
+    # Evaluation always uses correctly paired rows.
     pair = ToyPair(replace(toy_config(run), pairing_noise=0.0))
     n_batches = PRESETS[run.preset].eval_batches
     to_match = islice(pair.batches(EVAL_BATCH_SIZE, FIT_SEED), n_batches)
@@ -242,7 +253,7 @@ def row(run: Run) -> dict[str, Any]:
         found = _found_by_matching(crosscoder, truth, firing.counts > 0, to_match)
     else:
         metrics, firing, evidence = evaluate(
-            crosscoder, held_out, fit_stitching(PairMoments.of(to_match), pair.cfg.d_a)
+            crosscoder, held_out, fit_affine_maps(PairMoments.of(to_match), pair.cfg.d_a)
         )
         assert evidence is not None  # the models are mapped
         by: Literal["partition", "relative_norm"]
@@ -271,14 +282,15 @@ def row(run: Run) -> dict[str, Any]:
 def _found_by_matching(
     crosscoder: Crosscoder, truth: Truth, alive: Bool[Tensor, " d_sae"], acts: Iterable[Tensor]
 ) -> dict[str, Any]:
-    """The measures of two dictionaries that are matched; of evidence none, as no latent is there in both models to compare with."""
+    """The measures of two matched dictionaries; without evidence, because no latent is shared and
+    could serve as reference."""
     matches = match(crosscoder, acts, alive)
     found = recovery_of_matches(crosscoder, truth, alive, matches)
     return found | dict.fromkeys(OF_CALLS) | {"matching_limit": matches.limit}
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """All that decides a run's numbers at one commit and one set of versions."""
+    """Everything that determines a run's results at one commit and one set of versions."""
     cfg = training_config(run)
     sae = {name: value for name, value in cfg.sae.to_dict().items() if name != "metadata"}
     training = asdict(cfg.to_sae_trainer_config())
@@ -304,13 +316,14 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
-    """All runs of a preset, the results written after each; what is there already is not run again.
+    """Run all runs of a preset, writing the results after each; existing results are not
+    recomputed.
 
-    What needs a package that is not installed is left out, and it is said how to install it.
+    Runs that need a missing package are skipped, and how to install it is logged.
 
     Args:
         preset: Name in `PRESETS`.
-        path: The results' file.
+        path: File of results.
         jobs: Processes, one thread each.
 
     Raises:
@@ -320,7 +333,9 @@ def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
     rows = {i: old for i, old in _resumed(path, wanted)}
     others = {str(row["commit"]) for row in rows.values()} - {str(commit())}
     if others:
-        logger.warning("%s has results of other commits, which are kept: %s", path, sorted(others))
+        logger.warning(
+            "%s holds results from other commits, which are kept: %s", path, sorted(others)
+        )
     todo = _possible({i: run for i, run in enumerate(wanted) if i not in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
     for i, result in tqdm(_results(todo, jobs), "Crosscoders", len(todo), unit=" runs"):
@@ -335,13 +350,13 @@ def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str,
     try:
         rows = read_json(path, finite=False)
         if not isinstance(rows, list):
-            raise TypeError("not a list of rows")
+            raise TypeError("it is not a list of rows.")
         known = {
             json.dumps([row["architecture"], row["settings"]], sort_keys=True): row for row in rows
         }
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is not a result of this benchmark ({error!r}). Name another --output."
+            f"{path} does not hold results of this benchmark: {said_by(error)} Name another --output."
         ) from None
     for i, run in enumerate(wanted):
         key = json.dumps([run.name, settings(run)], sort_keys=True)
@@ -349,7 +364,7 @@ def _resumed(path: Path, wanted: Sequence[Run]) -> Iterator[tuple[int, dict[str,
             yield i, known.pop(key)
     if known:
         raise ValueError(
-            f"{path} holds {len(known)} results of other settings. Name another --output, or delete it."
+            f"{path} holds {len(known)} results with other settings. Name another --output, or delete it."
         )
 
 
@@ -370,7 +385,7 @@ def _results(todo: Mapping[int, Run], jobs: int) -> Iterator[tuple[int, dict[str
         finally:
             torch.set_num_threads(n_threads)
         return
-    # Spawned, not forked: a forked child inherits torch's thread pool in whatever state it is.
+    # Spawned, not forked: a forked child inherits torch's thread pool in an undefined state.
     with (
         ProcessPoolExecutor(jobs, get_context("spawn"), _be_a_worker) as pool,
         _no_bars_in_children(),
@@ -380,12 +395,12 @@ def _results(todo: Mapping[int, Run], jobs: int) -> Iterator[tuple[int, dict[str
             for done in as_completed(pending):
                 yield pending[done], done.result()
         finally:
-            # After one failure the others are not worth hours of waiting.
+            # After one failure, do not wait hours for the others.
             pool.shutdown(cancel_futures=True)
 
 
 def _be_a_worker() -> None:
-    """One thread, and an end with the process that started this one, even if that was killed."""
+    """Use one thread, and exit when the parent process ends, even if it was killed."""
     torch.set_num_threads(1)
     Thread(target=_end_with_parent, daemon=True).start()
 
@@ -399,7 +414,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _no_bars_in_children() -> Iterator[None]:
-    """tqdm reads this when it is imported, which in a child is before any code of ours."""
+    """tqdm reads this variable at import, which in a child happens before any of our code runs."""
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:

@@ -1,15 +1,16 @@
-"""One training step with everything else removed: what it costs beside its encoder's product and beside other trainers."""
+"""Benchmarks one training step in isolation, relative to its encoder product and to other
+trainers."""
 
 import logging
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
@@ -18,21 +19,25 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.benchmark.dictionary_learning import (
+from sae_lens_dfc.benchmark.options import StepConfig
+from sae_lens_dfc.benchmark.peers.dfc_learning import Reference, load_reference, reference_step
+from sae_lens_dfc.benchmark.peers.dictionary_learning import (
     DISTRIBUTION,
     dictionary_learning_step,
     load_dictionary_learning,
     missing,
 )
-from sae_lens_dfc.benchmark.figures import medians, ranges, timed, write_results
-from sae_lens_dfc.benchmark.memory import with_peak_memory
 from sae_lens_dfc.benchmark.provenance import commit, provenance
-from sae_lens_dfc.benchmark.reference import Reference, load_reference, reference_step
-from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoder, DFCTrainingCrosscoderConfig
+from sae_lens_dfc.benchmark.timing import medians, ranges, timed, write_json_results
+from sae_lens_dfc.core.schema import require_positive
+from sae_lens_dfc.crosscoders.architectures.dfc import (
+    DFCTrainingCrosscoder,
+    DFCTrainingCrosscoderConfig,
+)
+from sae_lens_dfc.models.hooked_model import check_device
 from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
-from sae_lens_dfc.texts import first_line
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.data import require_positive
+from sae_lens_dfc.training.preflight.peak_memory import with_peak_memory
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 
 logger = logging.getLogger(__name__)
@@ -50,70 +55,40 @@ TARGETS = {
         "peak_memory_ratio": "<= 1.25",
     },
 }
-# Other trainers, by the name of their figures. All but the first may not be there.
+# Other trainers, by name of their figure. All but the first are optional.
 OTHERS = ("saelens", "reference", "dictionary_learning")
-# A round's figure is the median over so many steps.
+# Steps per round; a round's figure is their median.
 STEPS_PER_ROUND = 5
 WARM_UP_STEPS = 2
 N_BATCHES = 8
 MAX_ACTIVE_FEATURES = 512
-# Above the steps of any measurement, so that only those latents are dead that are said to be.
+# More steps than any measurement takes, so that only latents marked as dead are dead.
 DEAD_FEATURE_WINDOW = 1_000_000
 TRAINING_STEPS = 100_000
 
 Seconds = Callable[[Tensor], float]
-"""Trains on a batch, or multiplies it, and says how long it took."""
+"""Trains on a batch or multiplies it, and returns the seconds."""
 NextStep = Callable[[Tensor], Any]
 """Trains on a batch, which it may change."""
 
 
-@dataclass(kw_only=True)
-class StepConfig:
-    """Sizes of the step that is measured, and what it is measured beside."""
-
-    d_a: int = 512
-    """Width of model A's activations; for step."""
-    d_b: int = 512
-    """Width of model B's activations; for step."""
-    d_sae: int = 8192
-    """Latents; for step."""
-    k: int = 32
-    """Latents active on a pair; for step."""
-    batch: int = 1024
-    """Pairs in a training step; for step."""
-    device: str = "cpu"
-    """Where everything is trained; for step."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the encoder's product in our step, where all else stays float32; for step."""
-    rounds: int = 7
-    """Rounds of everything, one after the other; a figure is the median over them. For step."""
-    reference: str | None = None
-    """Checkout of github.com/superkaiba/dfc_learning, to measure its training step too: the code in that folder is run.
-    It takes models of one width. For step."""
-
-    @property
-    def d_in(self) -> int:
-        """Width of both models' activations together."""
-        return self.d_a + self.d_b
-
-
 def run_step_benchmark(cfg: StepConfig, folder: Path, filename: str = FILENAME) -> dict[str, Any]:
-    """Measure, and write the results into `folder`.
+    """Run the step benchmark, and write the results to `folder`.
 
-    In each round everything is timed, one thing after the other and on the same batches, so that a
-    ratio is of two times of one round. A figure is the median over `rounds`; `spread` has the lowest
-    and highest round.
+    Each round times everything in turn on the same batches, so that a ratio compares two times of
+    one round. A figure is the median over `rounds`; `spread` holds the lowest and highest round.
 
     Args:
-        cfg: What to measure.
-        folder: Takes the results.
-        filename: Their name there.
+        cfg: Sizes and comparisons.
+        folder: Folder for the results.
+        filename: File name of the results.
 
     Raises:
-        ValueError: Sizes do not fit, the device is not there, the reference is not one, or takes no two widths.
+        ValueError: The sizes are inconsistent, the device is not available, the reference is not a
+            valid checkout, or the widths differ, which the reference does not support.
     """
     device = _checked_device(cfg)
-    _crosscoder_config(cfg)  # raises when the sizes do not fit
+    _crosscoder_config(cfg)  # raises if the sizes are inconsistent
     other_steps = _other_steps(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with _current(device):
@@ -141,12 +116,12 @@ def run_step_benchmark(cfg: StepConfig, folder: Path, filename: str = FILENAME) 
         "reference_commit": _reference_commit(cfg),
         **provenance(*([DISTRIBUTION] if "dictionary_learning" in other_steps else [])),
     }
-    write_results(results, folder / filename)
+    write_json_results(results, folder / filename)
     return results
 
 
 def targets(cfg: StepConfig) -> dict[str, str]:
-    """What is asked for: on two idle CPU cores, at the default sizes and with more latents.
+    """Target values on two idle CPU cores, at the default sizes and with more latents.
 
     >>> targets(StepConfig(d_sae=32768))["ratio_to_encoder_product"], targets(StepConfig(k=7))
     ('<= 1.9', {})
@@ -157,7 +132,7 @@ def targets(cfg: StepConfig) -> dict[str, str]:
 
 
 def with_ratios(ms: Mapping[str, float]) -> dict[str, float]:
-    """A round's milliseconds, and their ratios.
+    """Add ratios to a round's times in milliseconds.
 
     >>> ms = with_ratios({"step_ms": 3.0, "encoder_product_ms": 2.0, "saelens_ms": 12.0})
     >>> ms["ratio_to_encoder_product"], ms["speedup_over_saelens"]
@@ -173,12 +148,13 @@ def with_ratios(ms: Mapping[str, float]) -> dict[str, float]:
 
 
 def _of_others() -> list[str]:
-    """Names of the figures of trainers that may not be there."""
+    """Names of the figures of optional trainers."""
     return [figure for name in OTHERS[1:] for figure in (f"{name}_ms", f"speedup_over_{name}")]
 
 
 def least_memory(cfg: StepConfig) -> int:
-    """Bytes that a step cannot do without: weights, their gradients, Adam's two states, and the latents of a batch.
+    """Minimum bytes of a step: weights, their gradients, Adam's two states, and the latents of a
+    batch.
 
     >>> least_memory(StepConfig(d_a=1, d_b=1, d_sae=8, k=1, batch=4))  # 16 + 16 + 8 + 2 weights; 4 x 8 latents
     736
@@ -191,21 +167,17 @@ def least_memory(cfg: StepConfig) -> int:
     )
 
 
-# --- what is asked for ---
+# --- targets and checks ---
 
 
 def _checked_device(cfg: StepConfig) -> torch.device:
     require_positive(cfg, ("d_a", "d_b", "d_sae", "k", "batch", "rounds"))
     if cfg.reference is not None and cfg.d_a != cfg.d_b:
         raise ValueError(
-            f"The reference takes models of one width, got d_a={cfg.d_a} and d_b={cfg.d_b}. "
+            f"The reference needs models of equal width, got d_a={cfg.d_a} and d_b={cfg.d_b}. "
             "Give both the same, or leave --reference out."
         )
-    try:
-        torch.zeros(1, device=cfg.device)
-    # torch without CUDA says so by an assertion.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={cfg.device!r} is not there: {first_line(error)}") from error
+    check_device(cfg.device)
     return torch.device(cfg.device)
 
 
@@ -214,7 +186,7 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _reference_commit(cfg: StepConfig) -> str | None:
-    # A copy that lies in another repository is not of that repository's commit.
+    # A copy inside another repository does not have that repository's commit.
     if cfg.reference is None or not (Path(cfg.reference) / ".git").exists():
         return None
     return commit(Path(cfg.reference))
@@ -229,7 +201,8 @@ def _toy(cfg: StepConfig) -> ToyPairConfig:
 
 
 def _batches(cfg: StepConfig) -> list[Tensor]:
-    """Batches with features to find, as a selection among noise alone costs more or less than in a training."""
+    """Batches with learnable features, because selecting latents on pure noise has another cost
+    than in training."""
     pair = ToyPair(_toy(cfg))
     return [batch.to(cfg.device) for batch in islice(pair.batches(cfg.batch), N_BATCHES)]
 
@@ -278,7 +251,7 @@ def _built_and_stepped(cfg: StepConfig, batches: Sequence[Tensor]) -> SAETrainer
 
 
 def _other_steps(cfg: StepConfig) -> dict[str, Callable[[], NextStep]]:
-    """What makes the trainings of code that may not be there, by name, of what is."""
+    """Factories for the optional trainers that are available, by name."""
     steps: dict[str, Callable[[], NextStep]] = {}
     if cfg.reference is not None:
         steps["reference"] = partial(_reference, cfg, load_reference(Path(cfg.reference)))
@@ -300,7 +273,7 @@ def _reference(cfg: StepConfig, reference: Reference) -> NextStep:
 
 
 def _load_libraries(cfg: StepConfig) -> None:
-    """Do once what takes memory that is not the crosscoder's: loading kernels, and the buffers of a product."""
+    """Warm up one-time allocations that are not the crosscoder's: kernels and product buffers."""
     tiny = replace(cfg, d_a=8, d_b=8, d_sae=64, k=4, batch=8)
     _built_and_stepped(
         tiny, torch.randn(WARM_UP_STEPS, tiny.batch, tiny.d_in, device=cfg.device).unbind()
@@ -317,12 +290,12 @@ def _load_libraries(cfg: StepConfig) -> None:
 def _measured(
     cfg: StepConfig, device: torch.device, other_steps: Mapping[str, Callable[[], NextStep]]
 ) -> tuple[list[dict[str, float]], int | None]:
-    """Each round's figures, and the peak of our training's memory."""
+    """Figures of each round, and the peak memory of our training."""
     torch.manual_seed(0)
     logger.info("Drawing %d batches", N_BATCHES)
     batches = _batches(cfg)
     _load_libraries(cfg)
-    # Before the other trainers exist, so that what they freed is not taken up again unseen.
+    # Measured before the other trainers exist, whose freed memory would be reused and not counted.
     ours, peak = with_peak_memory(lambda: _built_and_stepped(cfg, batches), device)
     seconds = _seconds(cfg, ours, {name: made() for name, made in other_steps.items()})
     for take in seconds.values():
@@ -349,13 +322,14 @@ def _seconds(
 def _with_a_tenth_dead(trainer: SAETrainer[Any, Any], batch: Tensor) -> float:
     trainer.n_forward_passes_since_fired[::10] = DEAD_FEATURE_WINDOW + 1
     seconds = timed(lambda: _step(trainer, batch))
-    # Those that did not fire would be dead in the next step too, which is another measurement.
+    # Restore the counts: latents that did not fire would otherwise be dead in the next step, which
+    # is another measurement.
     trainer.n_forward_passes_since_fired.zero_()
     return seconds
 
 
 def _of_another(step: NextStep, batch: Tensor) -> float:
-    # It may normalise in place.
+    # The trainer may normalize the batch in place.
     own = batch.clone()
     return timed(lambda: step(own))
 
@@ -363,10 +337,10 @@ def _of_another(step: NextStep, batch: Tensor) -> float:
 def _round(
     seconds: Mapping[str, Seconds], batches: Sequence[Tensor], number: int
 ) -> dict[str, float]:
-    """Milliseconds of each, on the same batches."""
+    """Milliseconds of each trainer, on the same batches."""
     first = number * STEPS_PER_ROUND
     own = [batches[(first + i) % len(batches)] for i in range(STEPS_PER_ROUND)]
-    # In another order each time, so that nothing always follows the same.
+    # Random order each time, so that no trainer always follows the same one.
     names = list(seconds)
     turn = number % len(names)
     order = names[turn:] + names[:turn]

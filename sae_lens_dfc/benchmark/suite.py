@@ -1,39 +1,38 @@
-"""The benchmarks as one suite: run, written as tables and pictures, and compared with what was."""
+"""Runs the benchmarks as a suite, writes tables and plots, and compares two sets of results."""
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simple_parsing import field
-
-from sae_lens_dfc.benchmark.comparable import (
+from sae_lens_dfc.analysis.evaluation.demo import demo_models
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
+from sae_lens_dfc.benchmark.data import run_data_benchmark
+from sae_lens_dfc.benchmark.evaluate import run_evaluate_benchmark
+from sae_lens_dfc.benchmark.options import BenchmarkOptions, StepConfig
+from sae_lens_dfc.benchmark.planted.run import run_planted_benchmark
+from sae_lens_dfc.benchmark.recovery import FILENAME as RECOVERY_FILENAME
+from sae_lens_dfc.benchmark.recovery import run_benchmark
+from sae_lens_dfc.benchmark.results.compare import Figure, compare, comparison_table, other_lines
+from sae_lens_dfc.benchmark.results.figures import (
     data_figures,
     evaluate_figures,
     planted_figures,
     recovery_figures,
     step_figures,
 )
-from sae_lens_dfc.benchmark.compare import Figure, compare, comparison_table, other_lines
-from sae_lens_dfc.benchmark.data import FILENAME as DATA_FILENAME
-from sae_lens_dfc.benchmark.data import run_data_benchmark
-from sae_lens_dfc.benchmark.evaluate import run_evaluate_benchmark
-from sae_lens_dfc.benchmark.planted.run import run_planted_benchmark
-from sae_lens_dfc.benchmark.planted.tables import planted_tables
-from sae_lens_dfc.benchmark.plots import (
+from sae_lens_dfc.benchmark.results.planted_tables import planted_tables
+from sae_lens_dfc.benchmark.results.plots import (
     data_plot,
     evaluate_plot,
     planted_plot,
     recovery_plot,
     step_plot,
 )
-from sae_lens_dfc.benchmark.recovery import FILENAME as RECOVERY_FILENAME
-from sae_lens_dfc.benchmark.recovery import PRESETS, run_benchmark
-from sae_lens_dfc.benchmark.step import StepConfig, run_step_benchmark
-from sae_lens_dfc.benchmark.tables import (
+from sae_lens_dfc.benchmark.results.tables import (
     Rows,
     Table,
     data_tables,
@@ -41,11 +40,11 @@ from sae_lens_dfc.benchmark.tables import (
     step_tables,
     tables,
 )
-from sae_lens_dfc.demo import DemoConfig, demo_models
-from sae_lens_dfc.files import read_json
-from sae_lens_dfc.measures import text_table
-from sae_lens_dfc.output import say, sole_user
-from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.benchmark.step import run_step_benchmark
+from sae_lens_dfc.core.output_folder import file_lock
+from sae_lens_dfc.core.parsing import read_json
+from sae_lens_dfc.core.terminal import print_result, said_by, text_table
+from sae_lens_dfc.data.pair import ModelPair
 
 logger = logging.getLogger(__name__)
 
@@ -57,49 +56,21 @@ STEPS: Mapping[str, list[dict[str, Any]]] = {
         for d_sae in (8192, 32768)
     ],
 }
-"""What `all` measures of a step."""
-
-
-NAMES = ("recovery", "planted", "step", "data", "evaluate", "all", "compare")
-
-
-@dataclass
-class BenchmarkOptions(StepConfig):
-    """Measure what crosscoders find of known differences (recovery, planted) and of two real models (evaluate), what a step
-    (step) or the data's way costs (data), all of these (all); or compare two sets of results (compare)."""
-
-    name: str = field(positional=True, choices=NAMES)
-    """recovery: five architectures, the recipe dfc-tested, variants of both, and BatchTopK of SAELens and of dictionary-learning,
-    where that is installed, over dictionary sizes, seeds, wrong pairs and a null. planted: five architectures on real models whose difference was put there, by detection, ablation and
-    addition. step: one training step of a DFC, beside its encoder's product alone and beside other trainers' steps. data:
-    harvesting, alignment, caching and shuffled reading, each beside what cannot be avoided. evaluate: a DFC and a BatchTopK
-    crosscoder on the demo's models, over seeds, beside nulls. all: each of these, one after the other. compare: what got worse
-    from one folder or file of results to another; exit status 1 where anything did."""
-    paths: list[str] = field(positional=True, nargs="*", default_factory=list, metavar="OLD NEW")
-    """Folders or JSON files; for compare."""
-    preset: str = field(default="small", choices=list(PRESETS))
-    """small: a minute or two each on two cores, ten for all. full: what benchmarks/README.md reports, hours. For all but step."""
-    output: str | None = None
-    """Folder for the results; of recovery, planted and evaluate, and in all of step and data too, those that are there are not computed
-    again. None takes runs/benchmark/ and the preset's name, or step."""
-    jobs: int = os.cpu_count() or 1
-    """Crosscoders trained at a time, one thread each; for recovery."""
-    json: bool = field(default=False, action="store_true")
-    """Print JSON; for compare."""
+"""Step configurations measured by `all`."""
 
 
 class Benchmark(NamedTuple):
-    """One benchmark of the suite. Its results are rows, however many files they come from."""
+    """One benchmark of the suite. Its results are rows from one or more files."""
 
     run: Callable[[BenchmarkOptions, Path], object]
-    """Writes its results into a folder, as NAME.json or NAME-PART.json."""
+    """Runs the benchmark and writes its results to a folder, as NAME.json or NAME-PART.json."""
     tables: Callable[[Rows], Iterator[Table]]
-    """The first is the overview."""
+    """Tables of the results; the first is the overview."""
     figures: Callable[[Rows], Iterator[Figure]]
-    """What is compared."""
+    """Figures to compare."""
     plot: Callable[[Rows, Path], None]
     mark: str
-    """A field that its rows alone have."""
+    """A field unique to its rows."""
 
 
 def _step(options: BenchmarkOptions, folder: Path) -> None:
@@ -121,7 +92,7 @@ def _data(options: BenchmarkOptions, folder: Path) -> None:
 
 
 def _is_there(path: Path, wanted: Mapping[str, Any], part: str | None = None) -> bool:
-    """Whether a file holds results with these settings.
+    """Whether a file exists with results of these settings.
 
     Raises:
         ValueError: It holds something else.
@@ -139,7 +110,7 @@ def _is_there(path: Path, wanted: Mapping[str, Any], part: str | None = None) ->
 
 
 SUITE: dict[str, Benchmark] = {
-    # First what is timed, when nothing else has run in the process.
+    # Timed benchmarks run first, in a fresh process.
     "step": Benchmark(_step, step_tables, step_figures, step_plot, "speedup_over_saelens"),
     "data": Benchmark(_data, data_tables, data_figures, data_plot, "harvest_ratio"),
     "evaluate": Benchmark(
@@ -169,13 +140,16 @@ SUITE: dict[str, Benchmark] = {
 
 
 def benchmark(options: BenchmarkOptions) -> int:
-    """Run what is missing, then write and print tables and pictures; or compare. The exit status."""
+    """Run missing benchmarks, then write and print tables and plots; or compare. Returns the exit
+    status."""
     _check(options)
     if options.name == "compare":
         return compare_results(*map(Path, options.paths), as_json=options.json)
     kind = "step" if options.name == "step" else options.preset
     folder = Path(options.output or f"runs/benchmark/{kind}")
-    with sole_user(folder):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is not a folder. Give a folder.")
+    with file_lock(folder):
         return _benchmark(options, folder)
 
 
@@ -185,7 +159,7 @@ def _benchmark(options: BenchmarkOptions, folder: Path) -> int:
         _say(present(folder, options.name), folder / options.name)
         return 0
     failed = run_all(options, folder)
-    say(f"Results: {folder}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    print_result(f"Results: {folder}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 
@@ -202,13 +176,13 @@ def _check(options: BenchmarkOptions) -> None:
     n_paths = 2 if options.name == "compare" else 0
     if len(options.paths) != n_paths:
         raise ValueError(
-            f"`benchmark {options.name}` takes {n_paths or 'no'} folders or files, got {len(options.paths)}: "
-            f"{' '.join(options.paths)}. Results are compared by `benchmark compare OLD NEW`."
+            f"`benchmark {options.name}` takes {n_paths or 'no'} folders or files, got {len(options.paths)}"
+            f"{': ' if options.paths else ''}{' '.join(options.paths)}. Results are compared by `benchmark compare OLD NEW`."
         )
 
 
 def run_all(options: BenchmarkOptions, folder: Path) -> list[str]:
-    """Run the suite; the names of the benchmarks that failed, which do not stop the others."""
+    """Run the suite; returns the names of failed benchmarks, which do not stop the others."""
     failed: list[str] = []
     for name, one in SUITE.items():
         logger.info("Benchmark %s, preset %s", name, options.preset)
@@ -223,12 +197,13 @@ def run_all(options: BenchmarkOptions, folder: Path) -> list[str]:
 
 def _say(found: Iterable[Table], path: Path) -> None:
     for table in found:
-        say(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
-    say(f"Results: {path}*.json; tables: {path}.md; picture: {path}.svg")
+        print_result(f"{table.title}\n{text_table(table.cells[0], table.cells[1:])}\n")
+    print_result(f"Results: {path}*.json; tables: {path}.md; picture: {path}.svg")
 
 
 def present(folder: Path, name: str) -> list[Table]:
-    """Write a folder's results of one benchmark as tables (NAME.md) and picture (NAME.svg); the tables."""
+    """Write one benchmark's results in a folder as tables (NAME.md) and plot (NAME.svg); returns
+    the tables."""
     one, rows = SUITE[name], results_in(folder)[name]
     found = list(one.tables(rows))
     text = "\n\n".join(table.markdown() for table in found)
@@ -238,10 +213,10 @@ def present(folder: Path, name: str) -> list[Table]:
 
 
 def results_in(path: Path) -> dict[str, Rows]:
-    """The rows of each benchmark that a folder, or a file, has results of.
+    """The rows in a folder or file, by benchmark.
 
     Raises:
-        ValueError: It has none, or a file is not JSON.
+        ValueError: There are no results, or a file is not JSON.
     """
     if path.is_dir():
         files = {
@@ -257,21 +232,21 @@ def results_in(path: Path) -> dict[str, Rows]:
     found: dict[str, Rows] = {name: rows for name, rows in found.items() if rows}
     if not found:
         raise ValueError(
-            f"{path} has no results of {', '.join(SUITE)}. Give a folder that `benchmark` wrote, or one of its JSON files."
+            f"{path} has no results of {', '.join(SUITE)}. Give a folder written by `benchmark`, or one of its JSON files."
         )
     return found
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of results, or the one that it is.
+    """The rows in a results file, which holds one row or a list.
 
     Raises:
-        ValueError: It is not JSON.
+        ValueError: The file is not JSON or holds no rows.
     """
     try:
         content = read_json(path, finite=False)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a file of results: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of results: {said_by(error)}") from error
     rows = content if isinstance(content, list) else [content]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is not a file of results: it must hold rows, each a JSON object.")
@@ -279,26 +254,27 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def compare_results(old: Path, new: Path, as_json: bool = False) -> int:
-    """Print what differs between two sets of results beyond the noise; 1 where anything is worse, else 0.
+    """Print differences between two sets of results beyond noise; returns 1 if anything is worse,
+    else 0.
 
     Raises:
-        ValueError: One has no results.
+        ValueError: One of them has no results.
     """
     comparisons = compare(figures_of(old), figures_of(new))
     if as_json:
-        say(json.dumps([comparison._asdict() for comparison in comparisons]))
+        print_result(json.dumps([comparison._asdict() for comparison in comparisons]))
     else:
         head, *rows = comparison_table(comparisons)
-        say(text_table(head, rows) if rows else "Nothing is told apart.")
-        say("\n" + "\n".join(other_lines(comparisons)))
+        print_result(text_table(head, rows) if rows else "No figure differs beyond noise.")
+        print_result("\n" + "\n".join(other_lines(comparisons)))
     return int(any(comparison.flag == "worse" for comparison in comparisons))
 
 
 def figures_of(path: Path) -> list[Figure]:
-    """The figures of all results of a folder or file, each under its benchmark's name.
+    """The figures of all results in a folder or file, prefixed with the benchmark's name.
 
     Raises:
-        ValueError: It has none, or rows that are not those of a benchmark.
+        ValueError: There are no results, or rows not written by a benchmark.
     """
     try:
         figures = [
@@ -308,9 +284,9 @@ def figures_of(path: Path) -> list[Figure]:
         ]
         numbers = [n for one in figures for n in (*one.values.values(), *(one.range or ()))]
         if not all(isinstance(number, int | float) for number in numbers):
-            raise TypeError("a figure is no number")
+            raise TypeError("a figure is no number.")
     except (KeyError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         raise ValueError(
-            f"{path} has results that no benchmark wrote ({error!r:.200}). Give a folder that `benchmark` wrote."
+            f"{path} has rows that were not written by `benchmark`: {said_by(error)} Give a folder written by `benchmark`."
         ) from error
     return figures

@@ -1,0 +1,1 @@
+"""Crosscoders: configuration, forward pass, saved form and export."""

@@ -1,4 +1,4 @@
-"""One model's part of a crosscoder as a SAELens SAE: which latents, their weights, and what it says of itself."""
+"""Exports one model's part of a crosscoder as a SAELens SAE: its latents, weights and metadata."""
 
 import re
 from collections.abc import Iterable
@@ -10,15 +10,17 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED, Partition
-from sae_lens_dfc.metrics.code_difference import CodeDifference
-from sae_lens_dfc.metrics.stitching import Stitching
+from sae_lens_dfc.crosscoders.code_difference import CodeDifference
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
+from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.stats.affine_maps import AffineMaps
 
 CHUNK = 8192
-"""Latents whose weights are taken at a time: in double precision all of a large dictionary's would be many times its size."""
+"""Latents processed at a time: all of a large dictionary in double precision would take many times
+its size."""
 NOT_MEASURED = "not measured: export_sae was given no rows"
 OF_SAELENS = ("dataset_path", "context_size", "sae_lens_training_version")
-"""What SAELens' tools read of a crosscoder's metadata, and is of both models."""
+"""Metadata that SAELens' tools read and that is the same for both models."""
 OF_MODEL = ("model_name", "revision", "model_class_name", "hook_name", "prepend_bos")
 
 
@@ -27,13 +29,14 @@ def exported(
     crosscoder: JumpReLUSAE,
     partition: Partition,
     model: Literal["a", "b"],
-    stitching: Stitching | None = None,
+    affine_maps: AffineMaps | None = None,
     rows: Iterable[Float[Tensor, "_ d_in"]] | None = None,
 ) -> JumpReLUSAE:
-    """What `Crosscoder.export_sae` gives; there is what it means.
+    """Implements `Crosscoder.export_sae`; see there.
 
     Raises:
-        ValueError: There is no such model or latent, or the map or the rows are of other widths.
+        ValueError: There is no such model, no latent uses it, or the map or the rows have the wrong
+            width.
     """
     if model not in partition.models:
         raise ValueError(f"A crosscoder has the models a and b, not {model!r}.")
@@ -43,8 +46,8 @@ def exported(
             f"No latent of this crosscoder uses model {model.upper()}: all {partition.d_sae} are the other model's. "
             "Export the other one."
         )
-    weights = one_model_weights(crosscoder, partition, model, stitching)
-    metadata = _metadata(crosscoder, partition, model, stitching is not None)
+    weights = one_model_weights(crosscoder, partition, model, affine_maps)
+    metadata = _metadata(crosscoder, partition, model, affine_maps is not None)
     metadata["latents"] = latents.tolist()
     is_by_head = str(metadata.get("hook_name", "")).endswith("hook_z")
     sae = JumpReLUSAE(
@@ -67,7 +70,7 @@ def exported(
 
 
 def kept_latents(partition: Partition, model: Literal["a", "b"]) -> Int[Tensor, " n_kept"]:
-    """The latents that use a model, in the crosscoder's order.
+    """Indices of the latents that use a model, in the crosscoder's order.
 
     >>> kept_latents(Partition(d_a=2, d_b=2, n_a_exclusive=1, n_b_exclusive=2, n_shared=2), "a")
     tensor([0, 3, 4])
@@ -81,28 +84,30 @@ def one_model_weights(
     crosscoder: JumpReLUSAE,
     partition: Partition,
     model: Literal["a", "b"],
-    stitching: Stitching | None,
+    affine_maps: AffineMaps | None,
 ) -> dict[str, Tensor]:
-    """Weights of the SAE whose pre-activations are the crosscoder's with the other model filled in.
+    """Weights of the SAE whose pre-activations are the crosscoder's with the other model's input
+    predicted.
 
-    With model A kept, `c = b_dec` what is taken off the input, and B filled in by `(x_a - r) P + m`, the pre-activation
-    `(x_a - c_a) W_a + (x_b - c_b) W_b + b_enc` is
+    Let model A be kept, `c = b_dec` be subtracted from the input, and B's input be predicted as
+    `(x_a - r) P + m`. Then the pre-activation `(x_a - c_a) W_a + (x_b - c_b) W_b + b_enc` equals
 
         (x_a - c_a) (W_a + P W_b) + b_enc + ((c_a - r) P + m - c_b) W_b
 
-    `P`, `r` and `m` are the map's matrix and means; without one `P = 0` and `m = b_dec`, about B's mean. Where W_b is 0, as
-    it is for A's exclusive latents, this is the crosscoder's own to the bit.
+    `P`, `r` and `m` are the map's matrix and means; without a map, `P = 0` and `m = b_dec`, which
+    is about B's mean. Where `W_b` is 0, as for A-exclusive latents, the result is bit-identical to
+    the crosscoder.
 
     Raises:
-        ValueError: The map is of other widths.
+        ValueError: The map has the wrong widths.
     """
     own, other = partition.models[model], partition.models["b" if model == "a" else "a"]
     latents = kept_latents(partition, model).to(crosscoder.device)
     b_dec = crosscoder.b_dec.double()
     centre = b_dec * crosscoder.cfg.apply_b_dec_to_input
     matrix, guess = None, b_dec[other]
-    if stitching is not None:
-        origin, matrix, end = _map_from(model, stitching.to(crosscoder.device))
+    if affine_maps is not None:
+        origin, matrix, end = _map_from(model, affine_maps.to(crosscoder.device))
         widths = len(centre[own]), len(centre[other])
         if matrix.shape != widths:
             raise ValueError(
@@ -127,18 +132,18 @@ def one_model_weights(
     return {name: w.to(crosscoder.dtype).contiguous() for name, w in weights.items()}
 
 
-def _map_from(model: Literal["a", "b"], stitching: Stitching) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the map out of a model starts, its matrix, and where it ends."""
-    a, b = stitching.mean_a.double(), stitching.mean_b.double()
+def _map_from(model: Literal["a", "b"], affine_maps: AffineMaps) -> tuple[Tensor, Tensor, Tensor]:
+    """Source mean, matrix and target mean of the map out of a model."""
+    a, b = affine_maps.mean_a.double(), affine_maps.mean_b.double()
     if model == "a":
-        return a, stitching.a_to_b.double(), b
-    return b, stitching.b_to_a.double(), a
+        return a, affine_maps.a_to_b.double(), b
+    return b, affine_maps.b_to_a.double(), a
 
 
 def _metadata(
     crosscoder: JumpReLUSAE, partition: Partition, model: Literal["a", "b"], is_mapped: bool
 ) -> dict[str, Any]:
-    """What SAELens, SAEDashboard and SAEBench read, and where the SAE comes from."""
+    """Metadata for SAELens, SAEDashboard and SAEBench, and the SAE's provenance."""
     trained = crosscoder.cfg.metadata
     of_model: dict[str, Any] = trained.get(f"model_{model}") or {}
     metadata = {name: trained[name] for name in OF_SAELENS if name in trained}
@@ -185,7 +190,7 @@ def _difference(
 
 
 def _groups(partition: Partition, model: Literal["a", "b"]) -> dict[str, slice]:
-    """Where each partition is among the latents that are kept."""
+    """Each partition's slice of the kept latents."""
     name = A_EXCLUSIVE if model == "a" else B_EXCLUSIVE
     n_own, n_shared = partition.sizes[name], partition.n_shared
     return {name: slice(0, n_own), SHARED: slice(n_own, n_own + n_shared)}

@@ -1,4 +1,5 @@
-"""The saved form of every crosscoder: raw activations in, a threshold on each latent, no training code."""
+"""Defines `Crosscoder`, the saved inference form: a JumpReLU SAE on both models' raw
+activations."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,16 +15,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_dfc.core.parsing import read_object
+from sae_lens_dfc.core.schema import check_types
+from sae_lens_dfc.core.tensor_files import tensors_in
+from sae_lens_dfc.core.terminal import said_by
 from sae_lens_dfc.crosscoders.export import exported
 from sae_lens_dfc.crosscoders.partition import Partition, decoder_norms, leak
-from sae_lens_dfc.files import check_types, read_object, tensors_in
-from sae_lens_dfc.metrics.stitching import Stitching
-from sae_lens_dfc.texts import first_line
+from sae_lens_dfc.stats.affine_maps import AffineMaps
 
 
 @dataclass(kw_only=True)
 class CrosscoderConfig(JumpReLUSAEConfig):
-    """Sizes of a saved crosscoder: the numbers of latents are saved, not the fractions they came from."""
+    """Sizes of a saved crosscoder; partitions are saved as numbers of latents, not as fractions."""
 
     d_a: int = 0
     """Width of model A's activations."""
@@ -34,7 +37,7 @@ class CrosscoderConfig(JumpReLUSAEConfig):
     n_b_exclusive: int = 0
     """Number of latents only model B may use."""
     metadata: Any = field(default_factory=SAEMetadata)
-    """Where it comes from: the models, hooks and text. SAELens' `from_dict` passes a plain dict here at first."""
+    """Provenance: models, hooks and text. SAELens' `from_dict` first passes a plain dict here."""
 
     @override
     def __post_init__(self) -> None:
@@ -57,7 +60,7 @@ class CrosscoderConfig(JumpReLUSAEConfig):
 
 
 class Crosscoder(JumpReLUSAE):
-    """A trained crosscoder on the raw activations of two models, joined on the last axis.
+    """A trained crosscoder on the raw activations of two models, concatenated on the last axis.
 
     `SAE.load_from_disk` opens it once `sae_lens_dfc` is imported.
 
@@ -69,8 +72,8 @@ class Crosscoder(JumpReLUSAE):
 
     cfg: CrosscoderConfig  # type: ignore[assignment]
     input_scale: Float[Tensor, "2"]
-    """Scale that each model's activations had in training. The weights contain it already; it serves to compare the
-    decoders of two models whose raw activations differ in size."""
+    """Each model's normalization scale in training. It is already folded into the weights; use it
+    to compare decoders of two models whose raw activations differ in magnitude."""
 
     def __init__(self, cfg: CrosscoderConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -82,64 +85,74 @@ class Crosscoder(JumpReLUSAE):
 
     @torch.no_grad()
     def decoder_norms(self) -> Float[Tensor, "2 d_sae"]:
-        """L2 norm of each latent's decoder in A and in B, on the scale that both models had in training."""
+        """L2 norm of each latent's decoder in A and in B, on the normalized scale of training."""
         return decoder_norms(self.W_dec, self.partition) * self.input_scale[:, None]
 
     @torch.no_grad()
     def leak(self) -> float:
-        """Largest absolute weight of an exclusive latent in the model it must not use: exactly 0."""
+        """Largest absolute weight of an exclusive latent in the model it must not use; exactly 0 if
+        sound."""
         return leak(self.W_enc, self.W_dec, self.partition)
 
     def export_sae(
         self,
         model: Literal["a", "b"],
-        stitching: Stitching | None = None,
+        affine_maps: AffineMaps | None = None,
         rows: Iterable[Float[Tensor, "_ d_in"]] | None = None,
     ) -> JumpReLUSAE:
-        """One model's part of the crosscoder as a SAELens JumpReLU SAE on that model's raw activations.
+        """Export one model's part of the crosscoder as a SAELens JumpReLU SAE on that model's raw
+        activations.
 
-        Any tool that takes a SAELens SAE takes it, without this package: `SAE.load_from_disk`, HookedSAETransformer,
-        SAETransformerBridge, SAEDashboard, SAEBench. It is a JumpReLU since a saved crosscoder is one: the model's own latents
-        keep their code, and shared latents keep their thresholds and units.
+        It works without this package in any tool for SAELens SAEs: `SAE.load_from_disk`,
+        HookedSAETransformer, SAETransformerBridge, SAEDashboard, SAEBench. Like the saved
+        crosscoder it is a JumpReLU SAE: exclusive latents keep their activations, and shared
+        latents keep their thresholds and units.
 
-        - **The model's own exclusive latents are exact**: they have the code that the crosscoder gives them, whatever the other
-          model does.
-        - **Shared latents are encoded from this model alone.** What the other model adds to their pre-activation is filled in by
-          what a map from this model expects of it, or by its mean where no map is given, which is far worse: on the demo's
-          pair, held out, the code of shared latents is explained to 0.85 with a map and to 0.60 (A) and 0.42 (B) without, and
-          the model's activations to 0.76 and 0.84 with one, to 0.65 and 0.60 without, of the crosscoder's 0.77 and 0.85.
-          Thresholds at which each latent fires as often as in the crosscoder were tried: they trade precision (0.84 to 0.79) for
-          recall (0.76 to 0.79), explain the code no better (0.85) and the model by 0.01 more, so thresholds stay as they are.
-        - **The other model's exclusive latents are left out**: here they would never do anything, and a decoder row of zeros
-          cannot be brought to unit norm, which SAEBench asks for. `cfg.metadata.latents` is the crosscoder's number of each
-          latent that stays.
+        - **The model's own exclusive latents are exact**: their activations equal the crosscoder's,
+          whatever the other model's activations.
+        - **Shared latents are encoded from this model alone.** The other model's contribution to
+          their pre-activation is predicted by an affine map from this model, or replaced by its
+          mean if no map is given, which is far worse. On the demo's held-out pairs, the explained
+          variance of the shared latents' activations is 0.85 with a map, and 0.60 (A) and 0.42 (B)
+          without. The explained variance of the models' activations is 0.76 and 0.84 with a map,
+          and 0.65 and 0.60 without; the crosscoder's is 0.77 and 0.85. Thresholds at which each
+          latent fires as often as in the crosscoder were tried: they trade precision (0.84 to 0.79)
+          for recall (0.76 to 0.79), explain the latents' activations no better (0.85) and the
+          model's by 0.01 more, so thresholds are kept.
+        - **The other model's exclusive latents are left out**: they would have no effect, and a
+          decoder row of zeros cannot be normalized to unit norm, which SAEBench requires.
+          `cfg.metadata.latents` holds the crosscoder's index of each kept latent.
 
-        Latents keep the crosscoder's units, in which a latent's two decoders together have norm 1 on the scale of training;
-        `fold_W_dec_norm()` brings the one that is left to 1, and multiplies the code by its norm.
+        Latents keep the crosscoder's units, in which the joint norm of a latent's two decoders is 1
+        on the scale of training; `fold_W_dec_norm()` normalizes the remaining decoder to norm 1 and
+        multiplies the activations by its norm.
 
-        `cfg.metadata` has the model, its hook and the text as SAELens names them; `exported_from`, both models and the sizes;
-        `other_model_filled_in_by`; and `difference_to_crosscoder`, the measures of `CodeDifference`, or that they were not
-        taken. Where the crosscoder does not know its models, as on toy pairs, set `model_name` and `hook_name` there.
+        `cfg.metadata` holds the model, hook and text under SAELens' names; `exported_from`: both
+        models and the sizes; `other_model_filled_in_by`; and `difference_to_crosscoder`: the
+        metrics of `CodeDifference`, or that they were not measured. If the crosscoder does not
+        record its models, as on toy pairs, set `model_name` and `hook_name` there.
 
         Args:
-            model: Whose part.
-            stitching: Maps between the models, fitted to other rows than these (`fit_stitching`).
-            rows: Batches of both models' raw activations, joined, on which the difference is measured; of whole contexts as
-                far as may be, and not those of the training.
+            model: Which model's part to export.
+            affine_maps: Affine maps between the models (`fit_affine_maps`), fitted on rows other than
+                `rows`.
+            rows: Batches of both models' raw activations, concatenated, on which to measure the
+                difference; preferably whole contexts, and not from training.
 
         Raises:
-            ValueError: There is no such model, none of the latents is its own or shared, or map or rows have another width.
+            ValueError: There is no such model, no latent uses it, or the map or the rows have the
+                wrong width.
 
         >>> crosscoder = Crosscoder(CrosscoderConfig(d_in=5, d_sae=8, d_a=2, d_b=3, n_a_exclusive=1, n_b_exclusive=2))
         >>> sae = crosscoder.export_sae("a")
         >>> sae.encode(torch.randn(4, 2)).shape, sae.cfg.metadata.latents
         (torch.Size([4, 6]), [0, 3, 4, 5, 6, 7])
         """
-        return exported(self, self.partition, model, stitching, rows)
+        return exported(self, self.partition, model, affine_maps, rows)
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a file in which an exclusive latent touches the other model.
+        """Check that no exclusive latent has a weight in the other model.
 
         Raises:
             ValueError: A forbidden weight is not exactly 0.
@@ -154,7 +167,7 @@ class Crosscoder(JumpReLUSAE):
 
 
 def load_crosscoder(path: str | Path, device: str = "cpu") -> Crosscoder:
-    """Open a saved crosscoder.
+    """Load a saved crosscoder.
 
     Raises:
         ValueError: The folder holds no crosscoder; the message says what is missing.
@@ -179,7 +192,7 @@ def load_crosscoder(path: str | Path, device: str = "cpu") -> Crosscoder:
         return SAE.load_from_disk(path, device=device)  # type: ignore[return-value]
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"The crosscoder in {path} cannot be read: {type(error).__name__}: {first_line(error)} "
+            f"The crosscoder in {path} cannot be read: {type(error).__name__}: {said_by(error)} "
             "The files are damaged or incomplete; train or download it again."
         ) from error
 
@@ -188,10 +201,10 @@ FORMATS = ("F64", "F32", "BF16", "F16")
 
 
 def _check_sizes(cfg: Mapping[str, Any], path: Path) -> None:
-    """Refuse weights of other shapes than the configuration says, before memory is taken for either.
+    """Check the weights' shapes against the configuration before allocating memory for either.
 
     Raises:
-        ValueError: They do not fit each other, or a setting is of another type.
+        ValueError: Shapes or dtypes do not match, or a setting has the wrong type.
     """
     check_types(CrosscoderConfig, cfg, str(path / SAE_CFG_FILENAME))
     d_in, d_sae = cfg["d_in"], cfg["d_sae"]
@@ -208,7 +221,7 @@ def _check_sizes(cfg: Mapping[str, Any], path: Path) -> None:
         shape = found[name].shape if name in found else "nothing"
         if shape != wanted.get(name):
             raise ValueError(
-                f"{path} holds {shape} as {name}, and its {SAE_CFG_FILENAME} says {wanted.get(name, 'nothing')}. "
+                f"{path} holds {shape} as {name}, but its {SAE_CFG_FILENAME} expects {wanted.get(name, 'nothing')}. "
                 "The files are damaged, or not of one crosscoder; train or download it again."
             )
         if found[name].dtype not in FORMATS:
@@ -218,12 +231,14 @@ def _check_sizes(cfg: Mapping[str, Any], path: Path) -> None:
 
 
 def check_metadata(metadata: Any) -> None:
-    """Refuse a description of where a crosscoder comes from that would stand for more than that.
+    """Check that a crosscoder's metadata is plain provenance, safe to pass to SAELens.
 
-    SAELens makes each of its names an attribute, and tells the user to open models with what `model_from_pretrained_kwargs` says.
+    SAELens sets each key as an attribute, and tells users to load models with
+    `model_from_pretrained_kwargs`.
 
     Raises:
-        ValueError: It is no mapping, has a name that SAELens uses itself, or asks for a model's own code to be run.
+        ValueError: It is not a mapping, has a key that SAELens reserves, or sets
+            `trust_remote_code`.
     """
     if not isinstance(metadata, dict):
         raise ValueError(f"A crosscoder's metadata must be a mapping, and is {metadata!r:.80}.")

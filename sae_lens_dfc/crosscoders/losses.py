@@ -1,4 +1,4 @@
-"""The terms of a crosscoder's loss, as pure functions."""
+"""Computes the terms of a crosscoder's loss, as pure functions."""
 
 from jaxtyping import Bool, Float
 from sae_lens.saes.topk_sae import calculate_topk_aux_acts
@@ -12,7 +12,8 @@ def reconstruction_losses(
     reconstruction: Float[Tensor, "batch d_in"],
     partition: Partition,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Squared L2 error of each model, summed over its dimensions and averaged over the batch.
+    """Squared L2 reconstruction error of each model, summed over its dimensions and averaged over
+    the batch.
 
     arXiv 2602.11729, equation 2: squared, weight 1 for each model.
 
@@ -36,17 +37,18 @@ def dead_latents_decoded(
     partition: Partition,
     k_aux: int,
 ) -> Float[Tensor, "batch d_in"]:
-    """What each row's `k_aux` strongest dead latents decode to, without bias.
+    """Reconstruction by each row's `k_aux` strongest dead latents, without bias.
 
-    They act on the input, as in the public code of arXiv 2602.11729 (its text: on the error). An exclusive latent
-    decodes to its own model only, so the other model's residual gives it no gradient.
+    They encode the input, as in the public code of arXiv 2602.11729 (its text: the error). An
+    exclusive latent decodes to its own model only, so it gets no gradient from the other model's
+    residual.
 
     Args:
         scores: Pre-activations in the units in which latents compete.
-        W_dec_unit: Decoder that belongs to those units.
+        W_dec_unit: Decoder for activations in those units.
         dead: Which latents count as dead; at least one.
         partition: Which latents may use which model.
-        k_aux: How many latents take part in a row.
+        k_aux: Number of dead latents used per row.
     """
     acts = calculate_topk_aux_acts(min(k_aux, int(dead.sum())), scores, dead).relu()
     return decode_blocks(acts, W_dec_unit, partition)
@@ -58,21 +60,21 @@ def dead_latent_loss(
     n_dead: int,
     k_aux: int,
 ) -> Float[Tensor, ""]:
-    """How badly the dead latents alone rebuild what the living ones left (AuxK of Gao et al. 2024).
+    """Squared error of the dead latents' reconstruction of the residual (AuxK, Gao et al. 2024).
 
-    The loss shrinks in proportion when fewer than `k_aux` latents are dead, as in SAELens.
+    The loss is scaled down in proportion if fewer than `k_aux` latents are dead, as in SAELens.
 
     Args:
-        residual: What the living latents did not explain, detached.
-        decoded: What the strongest dead latents of each row decode to.
-        n_dead: How many latents are dead.
-        k_aux: How many latents take part in a row.
+        residual: Residual of the reconstruction by living latents, detached.
+        decoded: Reconstruction by each row's strongest dead latents.
+        n_dead: Number of dead latents.
+        k_aux: Number of dead latents used per row.
 
     >>> import torch
     >>> dead_latent_loss(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 1.0]]), n_dead=1, k_aux=2)
     tensor(2.)
     """
-    # Compiled by torch 2.8, the smaller of the ratio and 1.0 is 0.
+    # Not `min(n_dead / k_aux, 1.0)`: compiled by torch 2.8, that is 0.
     return min(n_dead, k_aux) / k_aux * (decoded - residual).pow(2).sum(dim=-1).mean()
 
 
@@ -81,7 +83,7 @@ def explained_variances(
     reconstruction: Float[Tensor, "batch d_in"],
     partition: Partition,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Share of each model's variance over the batch that its reconstruction explains."""
+    """Explained variance of each model's reconstruction, over the batch."""
     explained: dict[str, Tensor] = {}
     for model, inputs in partition.models.items():
         x = acts[:, inputs]
@@ -96,16 +98,18 @@ def difference_loss(
     units: Float[Tensor, "2"],
     partition: Partition,
 ) -> Float[Tensor, ""]:
-    """Squared L2 error of the two models' difference, rebuilt without the shared latents, averaged over the batch.
+    """Squared L2 error of the two models' difference, reconstructed without the shared latents,
+    averaged over the batch.
 
-    arXiv 2603.04426: `|| (x_b - x_a) - (W_b - W_a) [0; z] ||^2`, of activations as they are. Ours are
-    centred and scaled for each model: the decoder's bias takes part, and the two scales are undone.
+    arXiv 2603.04426: `|| (x_b - x_a) - (W_b - W_a) [0; z] ||^2`, on raw activations. Ours are
+    centered and scaled for each model, so the decoder bias is included and the two scales are
+    undone.
 
     Args:
-        acts: Normalised activations.
-        alone: What the latents that are not shared rebuild of them.
-        units: Factor for each model that takes its normalised activations to a unit common to both.
-        partition: Says which columns are whose; both models have one width.
+        acts: Normalized activations.
+        alone: Their reconstruction by the latents that are not shared.
+        units: Factor for each model that converts its normalized activations to a common unit.
+        partition: Which columns belong to which model; both models have the same width.
 
     >>> import torch
     >>> partition = Partition(d_a=1, d_b=1, n_a_exclusive=0, n_b_exclusive=0, n_shared=4)

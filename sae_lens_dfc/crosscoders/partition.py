@@ -1,4 +1,5 @@
-"""Which latents are shared, which belong to one model: the only file that knows their order."""
+"""Divides the latents into A-exclusive, B-exclusive and shared ones; the only file that knows their
+order."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,19 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SHARED = "shared"
-A_EXCLUSIVE = "a_exclusive"
-B_EXCLUSIVE = "b_exclusive"
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Sizes of the three groups of latents, and the blocks of weights each may use.
+    """Sizes of the three partitions of latents, and the weight blocks that each may use.
 
     Latents are ordered `[a_exclusive | b_exclusive | shared]`, as in the public DFC code. An
     A-exclusive latent reads only model A's activations and writes only model A's reconstruction
-    (arXiv 2602.11729, section 2.2 and figure 2); the other two blocks of its weights are
-    *forbidden*: they take no part in any product, so nothing that writes them can leak.
+    (arXiv 2602.11729, section 2.2 and figure 2). The other two blocks of its weights are
+    *forbidden*: they enter no matrix product, so values written there cannot leak.
 
     Args:
         d_a: Width of model A's activations.
@@ -43,10 +42,10 @@ class Partition:
     def of(
         cls, d_a: int, d_b: int, d_sae: int, n_a_exclusive: int, n_b_exclusive: int
     ) -> "Partition":
-        """The partition whose shared latents are what the exclusive ones leave of `d_sae`.
+        """The partition of `d_sae` latents in which all that are not exclusive are shared.
 
         Raises:
-            ValueError: The exclusive latents are more than `d_sae`, or a size is negative.
+            ValueError: There are more exclusive latents than `d_sae`, or a size is negative.
         """
         if min(n_a_exclusive, n_b_exclusive) < 0 or n_a_exclusive + n_b_exclusive > d_sae:
             raise ValueError(
@@ -75,7 +74,7 @@ class Partition:
 
     @property
     def slices(self) -> dict[str, slice]:
-        """Where each partition's latents are on the `d_sae` axis."""
+        """Each partition's slice of the `d_sae` axis."""
         slices: dict[str, slice] = {}
         start = 0
         for name, size in self.sizes.items():
@@ -85,7 +84,7 @@ class Partition:
 
     @property
     def models(self) -> dict[str, slice]:
-        """Where each model's activations are on the `d_in` axis."""
+        """Each model's slice of the `d_in` axis."""
         return {"a": slice(0, self.d_a), "b": slice(self.d_a, self.d_in)}
 
     def name_of(self, latent: int) -> str:
@@ -95,7 +94,7 @@ class Partition:
         )
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """The allowed `(inputs, latents)` blocks of the weights, in latent order, empty ones left out."""
+        """The allowed, non-empty `(inputs, latents)` blocks of the weights, in latent order."""
         everything = slice(0, self.d_in)
         reads = {A_EXCLUSIVE: self.models["a"], B_EXCLUSIVE: self.models["b"], SHARED: everything}
         for name, latents in self.slices.items():
@@ -150,7 +149,8 @@ def decode_blocks(
 def decoder_norms(
     W_dec: Float[Tensor, "d_sae d_in"], partition: Partition
 ) -> Float[Tensor, "2 d_sae"]:
-    """L2 norm of each latent's decoder in model A (row 0) and in model B (row 1); forbidden ones are 0.
+    """L2 norm of each latent's decoder in model A (row 0) and in model B (row 1); 0 in forbidden
+    blocks.
 
     >>> partition = Partition(d_a=2, d_b=1, n_a_exclusive=1, n_b_exclusive=0, n_shared=1)
     >>> decoder_norms(torch.tensor([[3.0, 4.0, 9.0], [0.0, 1.0, 2.0]]), partition)

@@ -1,0 +1,1 @@
+"""Metrics of a crosscoder, computed from activations."""

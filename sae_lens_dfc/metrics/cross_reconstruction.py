@@ -1,40 +1,41 @@
-"""What one model's activations alone say of the other's."""
+"""Cross-reconstruction: reconstructs one model's activations when only the other model is
+encoded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE
-from sae_lens_dfc.metrics.reconstruction import moments, squared_deviations
-from sae_lens_dfc.metrics.spread import Jackknife, Sums
+from sae_lens_dfc.models.config import ModelName
+from sae_lens_dfc.stats.jackknife import Jackknife, Sums
+from sae_lens_dfc.stats.moments import moments, squared_deviations
 
-Model = Literal["a", "b"]
 Map = Callable[[Float[Tensor, "n d_from"]], Float[Tensor, "n d_to"]]
-"""From one model's raw activations to a guess of the other's."""
+"""Predicts the other model's raw activations from one model's."""
 
 
 @torch.no_grad()
 def reconstructed_from(
     crosscoder: Crosscoder,
-    known: Model,
+    known: ModelName,
     acts: Float[Tensor, "n d_in"],
     guess: Float[Tensor, "n d_other"],
 ) -> Float[Tensor, "n d_other"]:
-    """The other model's reconstruction when only `known` is read and a guess stands in for the other.
+    """The other model's reconstruction when only `known` is encoded and a prediction replaces the
+    other's activations.
 
-    The other model's exclusive latents are silenced: their bias, or the guess, would make them fire, and they are
-    just what `known` does not have.
+    The other model's exclusive latents are ablated: the bias or the prediction could make them
+    fire, but by definition `known` lacks their features.
 
     Args:
         crosscoder: The saved crosscoder.
-        known: The model that is read.
-        acts: Both models' raw activations; of the other model's nothing is used.
-        guess: What to encode in their place.
+        known: The model that is encoded.
+        acts: Both models' raw activations; the other model's are not used.
+        guess: Activations to encode in place of the other model's.
     """
     partition = crosscoder.partition
     other = partition.models["b" if known == "a" else "a"]
@@ -47,22 +48,23 @@ def reconstructed_from(
 
 @dataclass
 class CrossReconstruction:
-    """Explained variance of each model's activations when only the other model is read.
+    """Explained variance of each model's activations when only the other model is encoded.
 
-    - `cross_reconstruction/b_from_a`: B's side of the input is B's mean. What the crosscoder itself carries from A
-      to B. A lower bound: a shared latent needs both models' share of its pre-activation to pass its threshold.
-    - `cross_reconstruction/b_from_a/mapped`: B's side is guessed from A's by a map made for that. It says how much of
-      B's reconstruction needs no more of B than a map from A knows. It holds the map's knowledge too, so it can be
-      above what the shared latents alone carry from A.
+    - `cross_reconstruction/b_from_a`: B's side of the input is B's mean. It measures what the
+      crosscoder itself carries from A to B. It is a lower bound, because a shared latent may need
+      both models' contributions to its pre-activation to pass its threshold.
+    - `cross_reconstruction/b_from_a/mapped`: B's side is predicted from A's by an affine map. It
+      measures how much of B's reconstruction can be obtained from A through the map. It includes
+      what the map knows, so it can exceed what the shared latents alone carry from A.
 
-    Both are to be read beside `explained_variance/b`, where B is read too. `1 - sum |x_b - reconstruction|^2 / sum |x_b -
-    mean|^2`; 0 is as good as B's mean, and it can be negative. Universal SAEs (ICML 2025) have the
-    first, as R^2.
+    Compare both with `explained_variance/b`, where B is encoded too. The value is `1 - sum |x_b -
+    reconstruction|^2 / sum |x_b - mean|^2`; 0 is as good as B's mean, and it can be negative.
+    Universal SAEs (ICML 2025) report the first, as R^2.
 
     Args:
         crosscoder: The saved crosscoder.
-        means: Mean of both models' raw activations, of other text.
-        a_to_b: Map from A's raw activations to B's; without it there is no `b_from_a/mapped`.
+        means: Mean of both models' raw activations, from other text.
+        a_to_b: Map from A's raw activations to B's; without it, `b_from_a/mapped` is omitted.
         b_to_a: Map from B's raw activations to A's.
 
     >>> from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
@@ -83,13 +85,13 @@ class CrossReconstruction:
         self._sums = Jackknife(_explained)
 
     def update(self, acts: Float[Tensor, "batch d_in"]) -> None:
-        """Count a batch of both models' raw activations in."""
+        """Add a batch of both models' raw activations."""
         if len(acts) == 0:
             return
         models = self.crosscoder.partition.models
         means = self.means.to(acts.device)
         sums: dict[str, Tensor] = {}
-        directions: list[tuple[Model, str, Map | None]] = [
+        directions: list[tuple[ModelName, str, Map | None]] = [
             ("a", "b", self.a_to_b),
             ("b", "a", self.b_to_a),
         ]
@@ -107,10 +109,10 @@ class CrossReconstruction:
         self._sums.update(sums)
 
     def compute(self) -> dict[str, float]:
-        """The measures, each with its `/se`.
+        """The metrics, each with a standard error, `/se`.
 
         Raises:
-            ValueError: No batch was counted.
+            ValueError: No batch was added.
         """
         return self._sums.compute()
 

@@ -1,4 +1,5 @@
-"""Principal components of both models together: what a linear code of the same width would explain."""
+"""PCA baseline: variance explained by the principal components of both models' concatenated
+activations."""
 
 import math
 from collections.abc import Iterable
@@ -10,12 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.crosscoders.partition import Partition
-from sae_lens_dfc.metrics.moments import PairMoments
+from sae_lens_dfc.stats.moments import PairMoments
 
 
 @dataclass(frozen=True)
 class JointPCA:
-    """The leading principal components of the two models' joined, normalised activations."""
+    """The leading principal components of the two models' concatenated, normalized activations."""
 
     mean: Float[Tensor, " d_in"]
     scale: Float[Tensor, " d_in"]
@@ -25,15 +26,15 @@ class JointPCA:
     def fit(
         cls, acts: Iterable[Float[Tensor, "_ d_in"]], partition: Partition, k: int
     ) -> "JointPCA":
-        """Components of raw activations, each model first scaled to the same total variance.
+        """Fit components to raw activations, after scaling both models to the same total variance.
 
         Args:
             acts: Batches of raw activations.
-            partition: Says which columns are whose.
+            partition: Which columns belong to which model.
             k: Number of components.
 
         Raises:
-            ValueError: There are no activations, or a model's do not vary or are not finite.
+            ValueError: There are no activations, or a model's have no variance or are not finite.
         """
         moments = PairMoments.of(tqdm(acts, "Principal components", leave=False))
         centre, covariance = moments.mean, moments.covariance
@@ -50,6 +51,6 @@ class JointPCA:
         return cls(centre.float(), scale.float(), vectors[:, -k:].T.float())
 
     def reconstruct(self, acts: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        """Raw activations rebuilt from the components alone."""
+        """Raw activations reconstructed from the components alone."""
         x = (acts - self.mean) * self.scale
         return (x @ self.components.T @ self.components) / self.scale + self.mean

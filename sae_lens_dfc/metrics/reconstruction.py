@@ -1,4 +1,4 @@
-"""How well each model's activations are rebuilt."""
+"""Computes explained variance, MSE, cosine and norm ratio of each model's reconstruction."""
 
 from dataclasses import dataclass, field
 
@@ -8,32 +8,19 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sae_lens_dfc.crosscoders.partition import Partition
-from sae_lens_dfc.metrics.spread import Jackknife, Sums, variation
+from sae_lens_dfc.stats.jackknife import Jackknife, Sums
+from sae_lens_dfc.stats.moments import moments, squared_deviations
 
 TINY = torch.finfo(torch.double).tiny
 
 
-def moments(x: Float[Tensor, "n d"]) -> dict[str, Tensor]:
-    """What variances are made of, as sums over rows: `n`, `x (d,)` and `xx (d,)`."""
-    n = torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)
-    return {"n": n, "x": x.sum(dim=0), "xx": x.pow(2).sum(dim=0)}
-
-
-def squared_deviations(sums: Sums) -> Float[Tensor, " d"]:
-    """Each dimension's sum of squared deviations from its mean, from `moments` added up.
-
-    >>> squared_deviations(moments(torch.tensor([[1.0], [2.0], [3.0]])))
-    tensor([2.])
-    """
-    return variation(sums["n"], sums["x"], sums["xx"])
-
-
 @dataclass
 class ExplainedVariance:
-    """Share of each model's variance that its reconstruction explains, over any number of batches.
+    """Explained variance of each model's reconstruction, over any number of batches.
 
-    `1 - sum |x - reconstruction|^2 / sum |x - mean|^2`, sums over pairs and dimensions. Also the median over
-    dimensions: where one dimension holds half of the variance, as in Gemma, the total is mostly about that one.
+    `1 - sum |x - reconstruction|^2 / sum |x - mean|^2`, summed over pairs and dimensions. Also its
+    median over dimensions: if one dimension holds half of the variance, as in Gemma, the total
+    mostly reflects that one.
 
     >>> partition = Partition(d_a=1, d_b=1, n_a_exclusive=0, n_b_exclusive=0, n_shared=1)
     >>> metric = ExplainedVariance(partition)
@@ -52,21 +39,23 @@ class ExplainedVariance:
     def update(
         self, acts: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]
     ) -> None:
-        """Count a batch of raw activations and their reconstruction in."""
+        """Add a batch of raw activations and their reconstruction."""
         if len(acts) == 0:
             return
         acts = acts.double()
         if self._origin is None:
-            # Sums of squares around a fixed first guess: around 0 they cancel where the mean is most of the norm.
+            # Sums of squares around a fixed estimate of the mean: around 0, they cancel if the mean
+            # dominates the norm.
             self._origin = acts.mean(dim=0)
         error = (acts - reconstruction).pow(2).sum(dim=0)
         self._sums.update({**moments(acts - self._origin), "error": error})
 
     def compute(self) -> dict[str, float]:
-        """`explained_variance/a`, `…/b`, and `explained_variance_median/a`, `…/b` over dimensions; each with its `/se`.
+        """`explained_variance/m` and, as median over dimensions, `explained_variance_median/m` of
+        each model `m`, with standard errors, `/se`.
 
         Raises:
-            ValueError: No batch was counted.
+            ValueError: No batch was added.
         """
         return self._sums.compute()
 
@@ -85,20 +74,24 @@ class ExplainedVariance:
 
 @dataclass
 class ReconstructionByRow:
-    """How near each pair's reconstruction is, in length and direction, averaged over pairs.
+    """Error, direction and norm of each pair's reconstruction, averaged over pairs.
 
-    - `mse/m`: squared L2 norm of the error, summed over the model's dimensions, in the normalised units of training
-      (the raw error times the model's `input_scale`). There, by default, each model's total variance is
-      `(d_a + d_b) / 2`, so both models' figures compare, and with the training loss.
-    - `cosine/m`: cosine of `reconstruction - centre` and `x - centre`, 0 where the centre itself is rebuilt.
-    - `norm_ratio/m`: `|reconstruction - centre| / |x - centre|`; below 1 the reconstruction shrinks.
+    - `mse/m`: squared L2 norm of the error, summed over the model's dimensions, in the normalized
+      units of training (the raw error times the model's `input_scale`). In these units each model's
+      total variance is `(d_a + d_b) / 2` by default, so values are comparable between models and
+      with the training loss.
+    - `cosine/m`: cosine of `reconstruction - centre` and `x - centre`, 0 if the reconstruction is
+      the center itself.
+    - `norm_ratio/m`: `|reconstruction - centre| / |x - centre|`; below 1 the reconstruction shrinks
+      the activation.
 
-    Around 0 the last two would be near 1 for any reconstruction: the mean is 94 % of the squared norm in Gemma.
+    Without centering, the last two would be near 1 for any reconstruction: the mean is 94 % of the
+    squared norm in Gemma.
 
     Args:
-        partition: Says which columns are whose.
-        centre: Mean of the raw activations, known beforehand so that one pass is enough: of other text, or the
-            crosscoder's `b_dec`, which is about that.
+        partition: Which columns belong to which model.
+        centre: Approximate mean of the raw activations, given so that one pass is enough: from
+            other text, or the crosscoder's `b_dec`.
         input_scale: The crosscoder's `input_scale`.
 
     >>> partition = Partition(d_a=1, d_b=2, n_a_exclusive=0, n_b_exclusive=0, n_shared=1)
@@ -121,7 +114,7 @@ class ReconstructionByRow:
     def update(
         self, acts: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]
     ) -> None:
-        """Count a batch of raw activations and their reconstruction in."""
+        """Add a batch of raw activations and their reconstruction."""
         if len(acts) == 0:
             return
         centre = self.centre.to(acts.device).double()
@@ -140,6 +133,6 @@ class ReconstructionByRow:
         """`mse/m`, `cosine/m` and `norm_ratio/m` of each model; each with its `/se`.
 
         Raises:
-            ValueError: No batch was counted.
+            ValueError: No batch was added.
         """
         return self._sums.compute()

@@ -1,4 +1,4 @@
-"""What a crosscoder found of features that are known: the toy pairs' ground truth."""
+"""Recovery metrics: how many of a toy pair's known features a crosscoder finds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,23 +10,24 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.crosscoders.partition import A_EXCLUSIVE, B_EXCLUSIVE, SHARED, Partition
-from sae_lens_dfc.metrics.claims import LatentEvidence
-from sae_lens_dfc.metrics.exclusivity import MIN_COSINE, ONE_SIDED, relative_decoder_norms
-from sae_lens_dfc.metrics.frequency import N_DECILES
+from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.metrics.exclusivity.decoders import MIN_COSINE, ONE_SIDED, relative_decoder_norms
+from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence
+from sae_lens_dfc.metrics.token_frequency import N_DECILES
 
 OF_CALLS = ("evidence_recall", "evidence_precision", "evidence_called", "evidence_called_share")
-"""The measures of `recovery_of_calls`."""
+"""The metrics of `recovery_of_calls`."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Known features of two models.
+    """Ground-truth features of two models.
 
     Args:
-        features: Which features are A's, B's and shared.
-        directions: Each feature's direction in A and in B, joined on the last axis.
+        features: Partition into A-exclusive, B-exclusive and shared features.
+        directions: Each feature's direction in A and in B, concatenated on the last axis.
         frequencies: Probability with which each feature fires.
     """
 
@@ -40,12 +41,13 @@ def called_exclusive(
     alive: Bool[Tensor, " d_sae"],
     by: Literal["partition", "relative_norm"],
 ) -> dict[str, Int[Tensor, " _"]]:
-    """The latents an architecture calls A's own, B's own and shared; a dead latent is called nothing.
+    """The latents classified as A-exclusive, B-exclusive and shared; dead latents are left out.
 
     Args:
         crosscoder: The saved form.
         alive: Which latents fire.
-        by: `partition` for a DFC, whose partitions say it; `relative_norm` for all others.
+        by: Criterion: `partition` for a DFC, `relative_norm` (relative decoder norm) for all
+            others.
     """
     if by == "partition":
         return {
@@ -61,7 +63,7 @@ def called_exclusive(
 def cosines(
     truth: Truth, W_dec: Float[Tensor, "d_sae d_in"]
 ) -> dict[str, Float[Tensor, "n_features d_sae"]]:
-    """Cosine of each feature with each latent's decoder, in each model; 0 where one of them is absent."""
+    """Cosine of each feature with each latent's decoder, in each model; 0 if either is absent."""
     return {
         model: normalize(truth.directions[:, inputs], dim=-1) @ normalize(W_dec[:, inputs]).T
         for model, inputs in truth.features.models.items()
@@ -69,13 +71,15 @@ def cosines(
 
 
 def matched(similarity: Float[Tensor, "n_features latents"]) -> Bool[Tensor, " n_features"]:
-    """Which features have a latent of their own above the cosine, each latent serving one feature.
+    """Which features match a latent with cosine above `MIN_COSINE`, each latent matching at most
+    one feature.
 
     >>> matched(torch.tensor([[0.9, 0.95], [0.85, 0.1], [0.2, 0.99]]))  # three features, two latents
     tensor([ True, False,  True])
     """
     found = torch.zeros(len(similarity), dtype=torch.bool)
-    # Below the cosine nothing is gained, so the assignment makes as many matches as can be, and the closest ones.
+    # Pairs below the cosine gain nothing, so the assignment maximizes the number of matches, then
+    # their cosines.
     gain = torch.where(similarity > MIN_COSINE, 1 + similarity / 1e3, 0).numpy()
     rows, columns = linear_sum_assignment(gain, maximize=True)
     found[torch.from_numpy(rows[gain[rows, columns] > 0])] = True
@@ -89,27 +93,29 @@ def recovery(
     alive: Bool[Tensor, " d_sae"],
     by: Literal["partition", "relative_norm"],
 ) -> dict[str, float | list[float | None] | None]:
-    """Which known features a crosscoder learned, and which of its exclusive latents are true.
+    """Which known features a crosscoder learned, and which of its exclusive latents are true
+    positives.
 
-    A feature that one model has is *learned* when some latent has its direction in that model, and
-    *recalled* when a latent called exclusive to that model has. A shared feature needs one latent
-    called shared that has its direction in both. In each of these counts a latent serves one
-    feature (Hungarian algorithm; the paper lets it serve any), so of two latents with one feature
-    one is false.
+    An exclusive feature is *learned* if some latent matches its direction in that model, and
+    *recalled* if a latent called exclusive to that model does. A shared feature is recalled if one
+    latent called shared matches its direction in both models. In each of these counts a latent
+    matches at most one feature (Hungarian algorithm; the paper allows several), so if two latents
+    match one feature, one is a false positive.
 
     Args:
         crosscoder: The saved form.
         truth: The features.
-        alive: Which latents fire; dead ones are neither found nor false.
-        by: What calls a latent exclusive; see `called_exclusive`.
+        alive: Which latents fire; dead ones are ignored.
+        by: Criterion for exclusive latents; see `called_exclusive`.
 
     Returns:
-        `exclusive_recall`, `exclusive_learned` and `shared_recall`: shares of the features;
-        `exclusive_precision` and `false_exclusive_rate`: shares of the latents called exclusive that
-        are a true feature of that model, and that are not, none when no latent is called so;
-        `exclusive_called`: their number; `leakage`: share of the shared features whose direction
-        some latent called exclusive has in its model; and the three shares of features by decile of
-        frequency, rarest first (`…/by_frequency`, none where a decile has no such feature).
+        `exclusive_recall`, `exclusive_learned` and `shared_recall`: fractions of the features.
+            `exclusive_precision` and `false_exclusive_rate`: fractions of the latents called
+            exclusive that do, or do not, match an exclusive feature of that model; none if no
+            latent is called exclusive. `exclusive_called`: their number. `leakage`: fraction of the
+            shared features whose direction is matched, in its model, by a latent called exclusive.
+            `…/by_frequency`: the three fractions of features by frequency decile, rarest first;
+            none for a decile without such features.
     """
     alive = alive.cpu()
     called = called_exclusive(crosscoder, alive, by)
@@ -123,13 +129,14 @@ def recovery_by(
     called: Mapping[str, Int[Tensor, " _"]],
     living: Int[Tensor, " _"],
 ) -> dict[str, float | list[float | None] | None]:
-    """The measures of `recovery` of any decoder directions, whatever calls them exclusive.
+    """The metrics of `recovery` for any decoder directions and any classification.
 
     Args:
-        W_dec: Directions in A and in B, joined on the last axis.
+        W_dec: Directions in A and in B, concatenated on the last axis.
         truth: The features.
-        called: Which of them are called A's own, B's own and shared, by partition name.
-        living: Which of them count where a feature is learned.
+        called: Indices of the directions called A-exclusive, B-exclusive and shared, by partition
+            name.
+        living: Indices of the directions that count for whether a feature is learned.
     """
     similarity = cosines(truth, W_dec)
     slices, n = truth.features.slices, truth.features.d_sae
@@ -170,17 +177,20 @@ def recovery_by(
 def recovery_of_calls(
     crosscoder: Crosscoder, truth: Truth, evidence: LatentEvidence
 ) -> dict[str, float | None]:
-    """How many exclusive features are found, and how many of the calls are true, when evidence decides and not the partition.
+    """Recall and precision for exclusive features when latents are called exclusive by evidence,
+    not by partition.
 
     Args:
         crosscoder: The saved form.
         truth: The features.
-        evidence: Of its latents.
+        evidence: Evidence for its latents.
 
     Returns:
-        `evidence_recall`: share of the exclusive features that a latent called exclusive has, one latent for one feature, none
-        where there is no such feature; `evidence_precision`: share of the latents called that have one, none when none is
-        called; `evidence_called`: their number, and `evidence_called_share` of all latents.
+        `evidence_recall`: fraction of the exclusive features matched by a latent called exclusive,
+            each latent matching at most one; none if there are no such features.
+            `evidence_precision`: fraction of the called latents that match one; none if none is
+            called. `evidence_called`: their number. `evidence_called_share`: their fraction of all
+            latents.
     """
     similarity = cosines(truth, crosscoder.W_dec.detach().float().cpu())
     called, is_a = evidence.is_exclusive.cpu(), evidence.is_a.cpu()
@@ -200,7 +210,7 @@ def recovery_of_calls(
 
 
 def frequency_deciles(frequencies: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The decile of each frequency, 0 the rarest.
+    """Decile of each frequency; 0 is the rarest.
 
     >>> frequency_deciles(torch.tensor([0.5, 0.1, 0.9]))
     tensor([3, 0, 6])
@@ -210,5 +220,5 @@ def frequency_deciles(frequencies: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
 
 
 def share(found: Bool[Tensor, " _"]) -> float | None:
-    """The share that is true, none of nothing."""
+    """Fraction that is true; none if empty."""
     return found.double().mean().item() if len(found) > 0 else None

@@ -1,4 +1,4 @@
-"""How many latents fire, and how many never do, in each partition."""
+"""Computes L0, firing rates and dead fractions of each partition."""
 
 from dataclasses import dataclass, field
 
@@ -10,11 +10,11 @@ from sae_lens_dfc.crosscoders.partition import Partition
 
 
 @dataclass
-class Firing:
-    """Firing counts and strengths of all latents, over any number of batches.
+class ActivationStats:
+    """Firing counts and activation statistics of all latents, over any number of batches.
 
     >>> partition = Partition(d_a=1, d_b=1, n_a_exclusive=1, n_b_exclusive=0, n_shared=2)
-    >>> metric = Firing(partition)
+    >>> metric = ActivationStats(partition)
     >>> metric.update(torch.tensor([[0.0, 2.0, 0.0], [0.0, 4.0, 1.0]]))
     >>> metric.compute()
     {'l0': 1.5, 'l0/a_exclusive': 0.0, 'firing_rate/a_exclusive': 0.0, 'dead_fraction/a_exclusive': 1.0, 'l0/shared': 1.5, 'firing_rate/shared': 0.75, 'dead_fraction/shared': 0.0}
@@ -23,7 +23,7 @@ class Firing:
     partition: Partition
     n: int = 0
     counts: Float[Tensor, " d_sae"] = field(init=False)
-    """On how many pairs each latent fired."""
+    """Number of pairs on which each latent fired."""
     sums: Float[Tensor, " d_sae"] = field(init=False)
     """Sum of each latent's activations."""
     maxima: Float[Tensor, " d_sae"] = field(init=False)
@@ -35,10 +35,10 @@ class Firing:
         self.maxima = torch.zeros(self.partition.d_sae)
 
     def update(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
-        """Count a batch in.
+        """Add a batch.
 
         Raises:
-            ValueError: It holds NaN or infinity, which would count as silence.
+            ValueError: It contains NaN or infinity, which would count as not firing.
         """
         if len(feature_acts) == 0:
             return
@@ -55,16 +55,17 @@ class Firing:
 
     @property
     def rates(self) -> Float[Tensor, " d_sae"]:
-        """Share of the pairs on which each latent fired."""
+        """Fraction of the pairs on which each latent fired."""
         return self.counts / max(self.n, 1)
 
     @property
     def means(self) -> Float[Tensor, " d_sae"]:
-        """Each latent's mean activation where it fires."""
+        """Each latent's mean activation over the pairs on which it fires."""
         return self.sums / self.counts.clamp(min=1)
 
     def compute(self) -> dict[str, float]:
-        """`l0`, and `l0/…`, `firing_rate/…` (mean over latents) and `dead_fraction/…` of each partition that is not empty."""
+        """`l0`, and `l0/p`, `firing_rate/p` (mean over latents) and `dead_fraction/p` of each
+        non-empty partition `p`."""
         result = {"l0": self.rates.sum().item()}
         for name, latents in self.partition.slices.items():
             if self.partition.sizes[name] > 0:

@@ -1,4 +1,4 @@
-"""Whether two trainings find the same latents, and call them the same."""
+"""Stability: whether two trainings find the same latents and put them in the same partition."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -8,35 +8,38 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sae_lens_dfc.core.identity import PROVENANCE
+from sae_lens_dfc.crosscoders.groups import SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.crosscoders.partition import SHARED, decoder_norms
-from sae_lens_dfc.metrics.exclusivity import MIN_COSINE
+from sae_lens_dfc.crosscoders.partition import decoder_norms
+from sae_lens_dfc.metrics.exclusivity.decoders import MIN_COSINE
 
 CHUNK = 4096
 UNRELATED = -2.0
-"""Below every cosine: of two latents that use no model in common."""
+"""Similarity of two latents that use no model in common, below every cosine."""
 
 
 @torch.no_grad()
 def stability(one: Crosscoder, other: Crosscoder) -> dict[str, float]:
-    """Share of one crosscoder's latents that the other has too, and whether it has them in the same partition.
+    """Fraction of one crosscoder's latents that have a match in another, and whether matches are in
+    the same partition.
 
-    Two latents match when each is the other's closest, by the lowest cosine of their decoders over
-    the models that both use, and that cosine is above 0.8. Decoders alone decide, so a latent may
-    match one of another partition.
+    Two latents match if they are mutual nearest neighbors with similarity above 0.8. The similarity
+    is the minimum cosine of their decoders over the models that both use. Only decoders are
+    compared, so a latent may match one of another partition.
 
     Args:
         one: A crosscoder.
-        other: One of the same two models, from another seed or of another architecture or size.
+        other: Another of the same two models, with another seed, architecture or size.
 
     Returns:
-        For each partition of `one` that is not empty: `stability/matched/…`, the share of its latents
-        that have a match; `stability/agreement/…`, the share of those whose match lies in the same
-        partition, and `stability/chance/…`, its null: what the agreement would be if the partitions
-        were dealt out by lot among the other's latents that use a model in common with it.
+        For each non-empty partition of `one`: `stability/matched/…`, the fraction of its latents
+            that have a match; `stability/agreement/…`, the fraction of these whose match lies in
+            the same partition; and `stability/chance/…`, the agreement expected by chance, if
+            partitions were assigned at random among the other's latents that use a model in common.
 
     Raises:
-        ValueError: The two are not of the same models.
+        ValueError: The two crosscoders are of different models.
 
     >>> from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
     >>> crosscoder = Crosscoder(CrosscoderConfig(d_in=9, d_sae=4, d_a=4, d_b=5))
@@ -69,16 +72,16 @@ def stability(one: Crosscoder, other: Crosscoder) -> dict[str, float]:
 
 
 def check_same_models(crosscoders: Sequence[Crosscoder]) -> None:
-    """Refuse crosscoders that say they are of different models.
+    """Check that crosscoders were trained on the same models, as far as they record them.
 
     Raises:
-        ValueError: Two of them are; the message names what differs.
+        ValueError: Two differ; the message names the model.
     """
     first = crosscoders[0].cfg.metadata
     for other in crosscoders[1:]:
         for which in ("model_a", "model_b"):
             one, two = first.get(which), other.cfg.metadata.get(which)
-            if one and two and any(one[k] != two.get(k) for k in one if k != "model_name"):
+            if one and two and any(one[k] != two.get(k) for k in one if k not in PROVENANCE):
                 raise ValueError(
                     f"These crosscoders are of different models: {which} is {one} in one and {two} in another. "
                     "Give runs on the same two models and hooks."
@@ -86,7 +89,8 @@ def check_same_models(crosscoders: Sequence[Crosscoder]) -> None:
 
 
 def stability_over_pairs(crosscoders: Sequence[Crosscoder]) -> dict[str, list[float]]:
-    """The measures of each pair of several crosscoders, the earlier one's latents sought in the later one."""
+    """The metrics of each pair of several crosscoders, matching the earlier one's latents in the
+    later one."""
     values: dict[str, list[float]] = {}
     for one, other in combinations(crosscoders, 2):
         for name, value in stability(one, other).items():
@@ -95,7 +99,7 @@ def stability_over_pairs(crosscoders: Sequence[Crosscoder]) -> dict[str, list[fl
 
 
 def closest(one: Crosscoder, other: Crosscoder) -> Int[Tensor, " d_sae_one"]:
-    """For each latent of `one` the closest of `other`, -1 where none is above the cosine."""
+    """For each latent of `one` the nearest of `other`; -1 if none exceeds `MIN_COSINE`."""
     found = [
         _similarity(one, other, slice(start, start + CHUNK)).max(dim=1)
         for start in range(0, one.cfg.d_sae, CHUNK)
@@ -113,7 +117,7 @@ def _similarity(
         theirs = normalize(other.W_dec[:, inputs]).to(one.W_dec)
         cosine = normalize(one.W_dec[latents, inputs]) @ theirs.T
         both = uses[i, latents, None] & others_use[i].to(uses.device)
-        # A model that one of the two does not use has no say.
+        # Ignore a model that one of the two latents does not use.
         known = torch.where(lowest == UNRELATED, cosine, torch.minimum(lowest, cosine))
         lowest = torch.where(both, known, lowest)
     return lowest

@@ -1,0 +1,1 @@
+"""Trains crosscoders: configuration, recipes, runner, trainer and checkpoints."""

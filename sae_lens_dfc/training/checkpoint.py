@@ -1,4 +1,5 @@
-"""Where a training stands, all of it, on disk: written whole or not at all, and read without running anything."""
+"""Saves and restores the complete training state: checkpoints are written atomically and loaded
+without executing code."""
 
 import json
 import shutil
@@ -12,19 +13,21 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sae_lens_dfc import ranks
-from sae_lens_dfc.activations import Bookmark
+from sae_lens_dfc.core import distributed
+from sae_lens_dfc.core.atomic_write import os_errors, with_usual_modes
+from sae_lens_dfc.core.parsing import read_object
+from sae_lens_dfc.core.schema import same_structure
+from sae_lens_dfc.core.tensor_files import State, checksum, load_state, load_values, save_state
+from sae_lens_dfc.core.terminal import said_by
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
-from sae_lens_dfc.files import alike, read_object
-from sae_lens_dfc.output import os_errors
-from sae_lens_dfc.state import State, checksum, load_state, save_state
+from sae_lens_dfc.data.activations import StreamState
 
 TRAINER_FILENAME = "trainer_state.safetensors"
 SUMS_FILENAME = "checksums.json"
 _REMOVE = "Remove its folder to resume from the one before."
 _NEW, _OLD = ".new", ".old.new"
 KEPT = 2
-"""Checkpoints kept: if the machine dies while one is moved away, there is another."""
+"""Number of checkpoints kept: if the machine fails while one is replaced, the other remains."""
 
 COUNTERS = ("n_training_samples", "n_frac_active_samples", "started_fine_tuning")
 TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
@@ -34,11 +37,13 @@ TENSORS = ("act_freq_scores", "n_forward_passes_since_fired")
 
 
 def trainer_state(trainer: SAETrainer[Any, Any], n_training_steps: int) -> State:
-    """Optimizer, schedules and counters of SAELens' trainer, which itself pickles them.
+    """State of SAELens' trainer (optimizer, schedulers and counters) as plain values and tensors;
+    SAELens pickles it.
 
     Args:
         trainer: The trainer.
-        n_training_steps: Steps that it has made; it counts the last one after its own checkpoints.
+        n_training_steps: Completed steps; the trainer's own counter lags by one during a
+            checkpoint.
     """
     optimizer = trainer.optimizer.state_dict()
     values = {
@@ -55,10 +60,10 @@ def trainer_state(trainer: SAETrainer[Any, Any], n_training_steps: int) -> State
 
 
 def load_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
-    """Take over what `trainer_state` gave.
+    """Restore the output of `trainer_state`.
 
     Raises:
-        ValueError: It is of another trainer, or was altered.
+        ValueError: The state belongs to another trainer or was altered.
     """
     values, tensors = state
     _check_trainer_state(trainer, state)
@@ -71,7 +76,7 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
         if name.startswith("optimizer."):
             _, parameter, moment = name.split(".")
             moments.setdefault(int(parameter), {})[moment] = x
-    # Whether Adam is fused is this machine's matter, not the checkpoint's.
+    # Whether Adam is fused depends on this machine, not on the checkpoint.
     for group, own in zip(values["param_groups"], trainer.optimizer.param_groups, strict=True):
         group["fused"] = own["fused"]
     trainer.optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
@@ -81,13 +86,14 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
 
 
 def _check_trainer_state(trainer: SAETrainer[Any, Any], state: State) -> None:
-    """Refuse a state that is not built like the trainer's own: torch's `load_state_dict` takes over what it is given."""
+    """Check that a state has the structure of the trainer's own, since torch's `load_state_dict`
+    accepts anything."""
     own, own_tensors = trainer_state(trainer, trainer.n_training_steps)
     for group in (*own["param_groups"], *state.values["param_groups"]):
         group["fused"] = None
     counters = [state.values[name] for name in (*COUNTERS, "n_training_steps")]
     are_counts = all(isinstance(n, int) and n >= 0 for n in counters)
-    if not are_counts or not alike(state.values, own):
+    if not are_counts or not same_structure(state.values, own):
         raise ValueError("its counters, schedules or optimizer are not built like this training's.")
     shapes = {name: x.shape for name, x in own_tensors.items() if name in TENSORS}
     group = trainer.optimizer.param_groups[0]["params"]
@@ -108,23 +114,23 @@ def save_checkpoint(
     folder: Path,
     trainers: Mapping[str, SAETrainer[Any, Any]],
     n_training_steps: int,
-    data: Bookmark | None,
+    data: StreamState | None,
     values: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint and remove those before the last two.
+    """Write a checkpoint and remove all but the last two.
 
-    Each crosscoder is in a folder of its own, in SAELens' form, with its trainer's state beside it. What
-    differs between processes, each writes to a file of its own.
+    Each crosscoder has its own folder, in SAELens' format, with its trainer's state. Each rank
+    writes its own state to its own file.
 
     Args:
-        folder: The checkpoint, a new folder named by the number of samples.
+        folder: Folder to create, named by the number of samples.
         trainers: SAELens' trainers by name of crosscoder, between two steps.
-        n_training_steps: Steps that they have made.
-        data: Where the batches stand.
-        values: What else is to be had again.
+        n_training_steps: Completed steps.
+        data: State of the data stream.
+        values: Further values to store.
     """
     with _made_by_all(folder) as temporary:
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             for name, trainer in trainers.items():
                 trainer.sae.save_model(temporary / name)
                 save_state(
@@ -136,7 +142,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]]) -> None:
-    """Put trainers, crosscoders and random numbers where a checkpoint says.
+    """Restore trainers, crosscoders and random number generators from a checkpoint.
 
     Raises:
         ValueError: A file is missing or damaged.
@@ -156,8 +162,8 @@ def load_checkpoint(folder: Path, trainers: Mapping[str, SAETrainer[Any, Any]]) 
             torch.cuda.set_rng_state_all(on_gpus)
 
 
-def load_place(folder: Path) -> tuple[Bookmark | None, dict[str, Any]]:
-    """Where a checkpoint's batches stand on this rank, and the values it was saved with.
+def load_place(folder: Path) -> tuple[StreamState | None, dict[str, Any]]:
+    """Load a checkpoint's data stream state on this rank, and the values saved with it.
 
     Raises:
         ValueError: A file of the checkpoint is missing or damaged.
@@ -167,25 +173,34 @@ def load_place(folder: Path) -> tuple[Bookmark | None, dict[str, Any]]:
         values, tensors = _load(folder / _own_filename())
         data = values.pop("data")
         if not isinstance(data, dict | None):
-            raise TypeError(f"its place is {data!r:.80}")
-        return None if data is None else Bookmark(data, _under("data.", tensors)), values
+            raise TypeError(f"its place is {data!r:.80}.")
+        return None if data is None else StreamState(data, _under("data.", tensors)), values
+
+
+def settings_in(folder: Path) -> Any:
+    """The settings saved in a checkpoint, read without verifying its checksums.
+
+    Raises:
+        ValueError: Its file is missing or damaged.
+    """
+    return load_values(folder / _own_filename()).get("cfg")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name))
 
 
 def remove_checkpoints(folders: Sequence[Path]) -> None:
-    """Remove these, on one rank for all."""
-    ranks.wait()
-    if ranks.rank() == 0:
+    """Remove these checkpoints, on rank 0."""
+    distributed.wait()
+    if distributed.rank() == 0:
         for folder in folders:
             shutil.rmtree(folder)
 
 
-def _own_state(trainers: Mapping[str, SAETrainer[Any, Any]], data: Bookmark | None) -> State:
+def _own_state(trainers: Mapping[str, SAETrainer[Any, Any]], data: StreamState | None) -> State:
     tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states = torch.cuda.get_rng_state_all()
@@ -203,12 +218,12 @@ def _load(path: Path) -> State:
     try:
         return load_state(path)
     except ValueError as error:
-        raise ValueError(f"Checkpoint {path} cannot be read: {error} {_REMOVE}") from error
+        raise ValueError(f"Checkpoint {path} cannot be read: {said_by(error)} {_REMOVE}") from error
 
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """What torch and SAELens raise for a state that is not theirs, as an error that says what to do."""
+    """Convert errors of torch and SAELens on an invalid state into one that names the remedy."""
     try:
         yield
     except (
@@ -219,14 +234,15 @@ def _readable(folder: Path) -> Iterator[None]:
         RuntimeError,
         SafetensorError,
     ) as error:
-        said = str(error) if isinstance(error, ValueError) else repr(error)
-        if said.endswith(_REMOVE):
+        if str(error).endswith(_REMOVE):
             raise
-        raise ValueError(f"Checkpoint {folder} cannot be read: {said} {_REMOVE}") from error
+        raise ValueError(
+            f"Checkpoint {folder} cannot be read: {said_by(error)} {_REMOVE}"
+        ) from error
 
 
 def _own_filename() -> str:
-    return f"rank-{ranks.rank():05d}.safetensors"
+    return f"rank-{distributed.rank():05d}.safetensors"
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -235,33 +251,34 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _made_by_all(folder: Path) -> Iterator[Path]:
-    """A temporary folder for all ranks to write into, which takes its name when all have."""
+    """A temporary folder for all ranks to write into, renamed to `folder` when all are done."""
     temporary = folder.with_name(f".{folder.name}{_NEW}")
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    ranks.wait()
+    distributed.wait()
     try:
         with os_errors():
             yield temporary
-        ranks.wait()
-        if ranks.rank() == 0:
+        distributed.wait()
+        if distributed.rank() == 0:
             files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
             sums = {str(path.relative_to(temporary)): checksum(path) for path in files}
             (temporary / SUMS_FILENAME).write_text(json.dumps(sums, indent=1))
+            with_usual_modes(temporary)
             _put_in_place(temporary, folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
         raise OSError(
-            f"Could not write checkpoint {folder}: {error} Earlier ones are kept: make room and go on with --resume."
+            f"Could not write checkpoint {folder}: {said_by(error)} Earlier ones are kept: make room and continue with --resume."
         ) from error
-    ranks.wait()
+    distributed.wait()
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename it; the checkpoint of the same step that a resumed training began with stays until then."""
+    """Rename it; an existing checkpoint of the same step is kept until then."""
     superseded = folder.with_name(f".{folder.name}{_OLD}")
     if folder.exists():
         folder.rename(superseded)
@@ -270,7 +287,7 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def tidy_checkpoints(path: Path) -> None:
-    """Remove what a killed process left of a checkpoint that it was writing, in a folder that is the caller's alone."""
+    """Remove partial checkpoints of a killed process, in a folder that only the caller uses."""
     for left in path.glob(f".*{_NEW}"):
         kept = path / left.name.removeprefix(".").removesuffix(_OLD)
         if left.name.endswith(_OLD) and not kept.exists():
@@ -280,10 +297,10 @@ def tidy_checkpoints(path: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Compare all files of a checkpoint with the checksums it was written with; no file outside it is opened.
+    """Verify the checksums of all files of a checkpoint, without opening any file outside it.
 
     Raises:
-        ValueError: One is damaged, missing, or was not there when it was written.
+        ValueError: A file is damaged, missing or unexpected.
     """
     try:
         sums = read_object(folder / SUMS_FILENAME)
@@ -293,9 +310,11 @@ def check_files(folder: Path) -> None:
         links = [name for name, path in there.items() if path.is_symlink()]
         if links or sums.keys() != there.keys():
             odd = sorted(links or sums.keys() ^ there.keys())
-            raise ValueError(f"{odd[0]!r:.80} is a link, missing, or not of it.")
+            raise ValueError(f"{odd[0]!r:.80} is a link, missing, or not part of it.")
         damaged = [name for name, path in there.items() if checksum(path) != sums[name]]
     except (OSError, ValueError) as error:
-        raise ValueError(f"Checkpoint {folder} cannot be read: {error} {_REMOVE}") from error
+        raise ValueError(
+            f"Checkpoint {folder} cannot be read: {said_by(error)} {_REMOVE}"
+        ) from error
     if damaged:
         raise ValueError(f"Checkpoint {folder} is damaged: {', '.join(damaged)}. {_REMOVE}")

@@ -1,130 +1,171 @@
-"""What must fit before a training starts: the models, the output folder, and the checkpoints there are."""
+"""Validates a run as its runner starts: models, activations, output folder and existing checkpoints."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
-from sae_lens_dfc.activations import PairedRows
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
-from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig, exclusivity_tests
-from sae_lens_dfc.files import read_object
-from sae_lens_dfc.manifest import first_difference
+from sae_lens_dfc.core.identity import deciding, first_difference, same_wherever
+from sae_lens_dfc.core.parsing import read_object
+from sae_lens_dfc.core.terminal import said_by
+from sae_lens_dfc.crosscoders.architectures.dfc import (
+    DFCTrainingCrosscoderConfig,
+    exclusivity_tests,
+)
+from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
+from sae_lens_dfc.crosscoders.inference import check_metadata
+from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.models.number_formats import warn_where_slow
 from sae_lens_dfc.training.checkpoint import checkpoints
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 
-# What may differ between a training and its resumption: none of it changes a batch or a weight. Models and cache may have
-# moved; that they are the same is seen from what is in them.
-MAY_CHANGE = (
-    *("resume", "overwrite", "output_path", "checkpoint_path", "n_checkpoints", "cache_path"),
-    *("logger", "prefetch_llm_batches", "eval_pairs"),
-)
 
+def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first difference between two trainings that affects the result, with both values; none if
+    there is none.
 
-def deciding_settings(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is trained, as JSON gives them back.
+    Args:
+        was: A training's settings (`cfg`), facts about its models, and fingerprints of its cache
+            and text.
+        now: The same of the other training.
 
     Raises:
-        ValueError: They are not those of a training.
+        ValueError: The settings are not those of a training.
     """
-    kept = {name: value for name, value in cfg.items() if name not in MAY_CHANGE}
-    parts = [kept.get("sae"), kept.get("model_a"), kept.get("model_b")]
-    others = kept.get("other_saes")
+    return first_difference(_decisive(was), _decisive(now))
+
+
+def _decisive(training: Mapping[str, Any]) -> dict[str, Any]:
+    cfg = training["cfg"]
+    parts = [cfg.get("sae"), cfg.get("model_a"), cfg.get("model_b")]
+    others = cfg.get("other_saes")
     if not isinstance(others, list) or not all(isinstance(x, dict) for x in (*parts, *others)):
         raise ValueError(
             "These are not settings of a training: a crosscoder or a model is missing."
         )
-    for sae in (kept["sae"], *kept["other_saes"]):
-        sae["metadata"] = None
-    for model in ("model_a", "model_b"):
-        kept[model] = {
-            **kept[model],
-            "model_name": None,
-            "device": None,
-            "drop_unused_layers": None,
-        }
-    return json.loads(json.dumps(kept))
+    return {
+        **deciding(cfg),
+        "models": same_wherever(training["models"]),
+        "cache": training["cache"],
+        "text": training["text"],
+    }
 
 
-def is_run_of(cfg: CrosscoderRunnerConfig) -> bool:
-    """Whether the output folder holds what this training would make.
+def is_run_of(cfg: CrosscoderRunnerConfig, training: Mapping[str, Any]) -> bool:
+    """Whether the output folder already holds the result of this training.
+
+    Args:
+        cfg: Settings of the training.
+        training: The same as plain values, with models, cache and text, as `difference` takes them.
 
     Raises:
-        ValueError: It holds another run, and may not be overwritten.
+        ValueError: The folder holds another run and may not be overwritten.
     """
     path = Path(cfg.output_path or "") / RUNNER_CFG_FILENAME
-    difference: str | None = f"{RUNNER_CFG_FILENAME} is not there"
+    other: str | None = f"{RUNNER_CFG_FILENAME} is missing"
     if path.is_file():
         try:
-            was = CrosscoderRunnerConfig.from_dict(read_object(path)).to_dict()
-            difference = first_difference(deciding_settings(was), deciding_settings(cfg.to_dict()))
-        except ValueError as error:
-            difference = f"{RUNNER_CFG_FILENAME} is not this version's: {error}"
-    if difference is not None and not cfg.overwrite:
+            other = difference(_of_run(path, cfg.device), training)
+        except (OSError, ValueError) as error:
+            other = f"{RUNNER_CFG_FILENAME} was not written by this version: {said_by(error).rstrip('.')}"
+    if other is not None and not cfg.overwrite:
         raise ValueError(
-            f"Output folder {cfg.output_path} holds another run: {difference}. Name another, or pass --overwrite "
+            f"Output folder {cfg.output_path} holds another run: {other}. Name another, or pass --overwrite "
             "besides --resume."
         )
-    return difference is None
+    return other is None
+
+
+def _of_run(path: Path, device: str) -> dict[str, Any]:
+    """A run's training, read from its files, as `difference` takes it."""
+    # The run's own device need not exist here.
+    cfg = CrosscoderRunnerConfig.from_dict({**read_object(path), "device": device})
+    (name, *_), several = cfg.saes, len(cfg.saes) > 1
+    folder = path.parent / name if several else path.parent
+    metadata: Any = read_object(folder / SAE_CFG_FILENAME).get("metadata")
+    check_metadata(metadata)
+    made_of = metadata.get("made_of")
+    made_of = made_of if isinstance(made_of, dict) else {}
+    models = {model: metadata.get(model) for model in ("model_a", "model_b")}
+    read = {name: made_of.get(name) for name in ("cache", "text")}
+    return {"cfg": cfg.to_dict(), "models": models, **read}
+
+
+def warn_of_slow_formats(cfg: CrosscoderRunnerConfig) -> None:
+    """Warn once for each device that would use bfloat16 and is slow in it."""
+    in_training = cfg.is_autocast or any(
+        getattr(sae, "encoder_product", "exact") == "bfloat16" for sae in cfg.all_saes
+    )
+    devices = [cfg.device] * in_training
+    devices += [cfg.model_a.device, cfg.model_b.device] * cfg.autocast_lm
+    for device in devices:
+        warn_where_slow("bfloat16", device)
 
 
 def check_tests(cfg: CrosscoderRunnerConfig) -> None:
-    """Refuse tests of exclusive latents when no crosscoder has any.
+    """Check that `reassign_at` is used only with a DFC.
 
     Raises:
-        ValueError: `test_at` is set, and none is a DFC.
+        ValueError: `reassign_at` is set and no crosscoder is a DFC.
     """
-    if cfg.test_at and not any(isinstance(s, DFCTrainingCrosscoderConfig) for s in cfg.all_saes):
+    if cfg.reassign_at and not any(
+        isinstance(s, DFCTrainingCrosscoderConfig) for s in cfg.all_saes
+    ):
         raise ValueError(
-            f"test_at={cfg.test_at} is for a dfc, and this is a {cfg.sae.architecture()}: it has no exclusive "
+            f"reassign_at={cfg.reassign_at} is for a dfc, and this is a {cfg.sae.architecture()}: it has no exclusive "
             "latents to test."
         )
 
 
 def check_rows(rows: Sequence[PairedRows]) -> None:
-    """Refuse activations that hold NaN or infinity; those that `paired_activations` gives hold none.
+    """Check that activations are finite, as those of `paired_activations` are.
 
     Raises:
-        ValueError: Some do.
+        ValueError: Some are NaN or infinite.
     """
     broken = [i for i, of_batch in enumerate(rows) if not of_batch.acts.isfinite().all()]
     if broken:
         raise ValueError(
-            f"{len(broken)} of {len(rows)} batches of activations hold NaN or infinity, the first is number {broken[0]}. Leave "
+            f"{len(broken)} of {len(rows)} batches of activations hold NaN or infinity; the first is number {broken[0]}. Leave "
             "such rows out."
         )
 
 
 def check_checkpoints(cfg: CrosscoderRunnerConfig) -> None:
-    """Refuse to begin where another training left checkpoints: they would be taken for this one's.
+    """Check that the folder holds no checkpoints of another training, which would be mistaken for
+    this one's.
 
     Raises:
-        ValueError: There are some, and neither resuming nor overwriting is asked for.
+        ValueError: It is a file, or holds checkpoints and neither `resume` nor `overwrite` is set.
     """
-    if cfg.checkpoint_path is None or cfg.resume or cfg.overwrite:
+    if cfg.checkpoint_path is None:
+        return
+    if Path(cfg.checkpoint_path).is_file():
+        raise ValueError(f"checkpoint_path {cfg.checkpoint_path} is no folder. Name one.")
+    if cfg.resume or cfg.overwrite:
         return
     if checkpoints(Path(cfg.checkpoint_path)):
         raise ValueError(
-            f"{cfg.checkpoint_path} holds checkpoints of a training. Pass --resume to go on with it, --overwrite to "
-            "begin anew, or name another checkpoint_path."
+            f"{cfg.checkpoint_path} holds checkpoints of a training. Pass --resume to continue it, --overwrite to "
+            "start over, or name another checkpoint_path."
         )
 
 
 def with_models(
     cfg: CrosscoderRunnerConfig, models: dict[str, dict[str, Any]]
 ) -> CrosscoderRunnerConfig:
-    """The same settings with the models' hooks, their widths where they are 0, and the steps of the tests.
+    """The same settings, completed with the models' hooks and widths and the steps of exclusivity
+    tests.
 
     Args:
         cfg: Settings.
-        models: `ModelPair.describe()`, or what a cache says of its models.
+        models: `ModelPair.describe()`, or the same from a cache.
 
     Raises:
-        ValueError: A width is set, but is not the model's.
+        ValueError: A width is set that differs from the model's.
     """
     first, *others = [_with_models(sae, cfg, models) for sae in cfg.all_saes]
     return replace(
@@ -148,7 +189,8 @@ def _with_models(
                 f"sae.d_{which}={said}, but hook {model['hook_name']!r} of model {model['model_name']!r} is "
                 f"{model['d_model']} wide. Set d_{which}={model['d_model']}, or leave it out."
             )
-    is_tested = cfg.test_at and isinstance(sae, DFCTrainingCrosscoderConfig)
-    tests = exclusivity_tests(cfg.test_at, cfg.training_steps) if is_tested else {}
-    # Training writes into the metadata: a copy, or two runs from one configuration would name each other's models.
+    is_tested = cfg.reassign_at and isinstance(sae, DFCTrainingCrosscoderConfig)
+    tests = exclusivity_tests(cfg.reassign_at, cfg.training_steps) if is_tested else {}
+    # Copied because training writes into the metadata, which two runs of one configuration must not
+    # share.
     return replace(sae, d_in=0, metadata=deepcopy(sae.metadata), **widths, **tests)

@@ -1,24 +1,27 @@
-"""Everything a training run needs, in one dataclass; the command line is made from it."""
+"""Defines `CrosscoderRunnerConfig`, all settings of a training run; the command line is generated
+from it."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
+from simple_parsing import field as flag
+from simple_parsing.utils import str2bool
 
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
-from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.core.schema import check_types, from_plain, require_positive
+from sae_lens_dfc.core.terminal import said_by
+from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import check_metadata
-from sae_lens_dfc.files import check_types, from_plain
-from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.sources import SourceConfig
-from sae_lens_dfc.texts import first_line
-from sae_lens_dfc.training.data import DataConfig, require_positive
+from sae_lens_dfc.data.config import DataConfig, SourceConfig
+from sae_lens_dfc.models.config import AUTO, ModelConfig
+from sae_lens_dfc.models.hooked_model import check_device
+from sae_lens_dfc.models.number_formats import fast_dtype
 
 SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
-"""SAELens' schedules, in any case of letters."""
+"""SAELens' schedulers; case does not matter."""
 NOT_NEGATIVE = (
     *("lr_warm_up_steps", "lr_decay_steps", "dead_feature_window"),
     *("prefetch_llm_batches", "n_checkpoints"),
@@ -58,7 +61,20 @@ def _sae_from_dict(values: Any) -> CrosscoderTrainingConfig:
     try:
         return config_class.from_dict(values)
     except TypeError as error:
-        raise ValueError(f"The run's {name} lacks a setting: {error}.") from error
+        raise ValueError(f"The run's {name} lacks a setting: {said_by(error)}") from error
+
+
+def _bool_or_auto(said: str) -> bool | str:
+    return said if said == AUTO else str2bool(said)
+
+
+BOOL_OR_AUTO: dict[str, Any] = {
+    "type": _bool_or_auto,
+    "nargs": "?",
+    "const": True,
+    "metavar": "bool|auto",
+}
+"""Options of a command-line flag that takes a bool or `auto`; without a value it is true."""
 
 
 def _no_wandb() -> LoggingConfig:
@@ -67,7 +83,8 @@ def _no_wandb() -> LoggingConfig:
 
 @dataclass(kw_only=True)
 class CrosscoderRunnerConfig(DataConfig):
-    """Settings of `CrosscoderTrainingRunner`; names are those of SAELens' runner wherever it has them.
+    """Settings of `CrosscoderTrainingRunner`, under the names of SAELens' runner wherever it has
+    the same setting.
 
     Raises:
         ValueError: Two settings contradict each other; the message names them.
@@ -78,95 +95,96 @@ class CrosscoderRunnerConfig(DataConfig):
     other_saes: list[CrosscoderTrainingConfig] = field(
         default_factory=list, metadata={"cmd": False}
     )
-    """More crosscoders to train on the same batches, each saved in a folder of its own; in a --config file `sae` is then
-    a list. The i-th is initialised with seed + i, so the same settings twice are two seeds."""
+    """More crosscoders to train on the same batches, each saved in its own folder. In a --config
+    file, `sae` is then a list. The i-th crosscoder is initialized with seed + i, so listing the
+    same settings twice trains two seeds."""
     cache_path: str | None = None
-    """Folder that `sae-lens-dfc cache` wrote: train on its rows, and run no model (but for measures sent to W&B)."""
+    """Cache folder written by `sae-lens-dfc cache`: train on its activations without running the
+    models (except for held-out metrics logged to W&B)."""
     cache_window_shards: int = 16
-    """Shards of a cache among which rows are shuffled."""
+    """Cache shards whose rows are shuffled together."""
     keep_in_memory: bool = False
-    """Keep the activations of the first pass, all of them, and train further passes from those; false runs the models
-    again."""
+    """Keep all activations of the first pass in memory and reuse them in later passes; false runs
+    the models again."""
 
     training_tokens: int = 2_000_000
-    """Pairs to train on, repeats counted."""
+    """Number of pairs to train on, counting repeats."""
     train_batch_size_tokens: int = 2048
-    """Pairs in one training step."""
+    """Pairs per training step, over all ranks."""
     n_batches_in_buffer: int = 20
-    """Training batches among which the shuffle draws; not of a cache, which has its window."""
+    """Size of the shuffle buffer, in training batches; a cache uses cache_window_shards instead."""
     activations_mixing_fraction: float = 0.5
-    """Share of the buffer kept back at each draw."""
+    """Share of the buffer that is kept for mixing each time the buffer is refilled."""
     prefetch_llm_batches: int = 1
-    """Batches made ahead in a thread; 0 for none."""
+    """Batches prefetched in a background thread; 0 disables prefetching."""
     n_batches_for_norm_estimate: int = 10
-    """Batches from which each model's mean and scale are estimated."""
+    """Batches used to estimate each model's mean and scale."""
 
     lr: float = 1e-4
-    """Adam's step."""
+    """Adam's learning rate."""
     lr_scheduler_name: str = "constant"
-    """SAELens' schedule between warm-up and decay."""
+    """SAELens' learning rate schedule between warm-up and decay."""
     lr_warm_up_steps: int | None = None
-    """Steps over which lr rises from 0; none takes a tenth of all steps, at most 1000."""
+    """Warm-up steps, over which lr rises from 0; none uses a tenth of all steps, at most 1000."""
     lr_decay_steps: int = 0
-    """Last steps, over which lr falls to 0."""
+    """Final steps over which lr decays to 0."""
     adam_beta1: float = 0.9
-    """Adam's first decay rate."""
+    """Adam's beta1."""
     adam_beta2: float = 0.999
-    """Adam's second decay rate."""
+    """Adam's beta2."""
     dead_feature_window: int | None = None
-    """Steps without firing after which a latent counts as dead; none takes a tenth of all steps, at most 1000."""
-    test_at: list[float] = field(default_factory=list)
-    """Shares of the training, separated by spaces, after which a DFC's exclusive latents are tested; they become its
-    test_steps and test_window."""
+    """Steps without firing after which a latent counts as dead; none uses a tenth of all steps, at
+    most 1000."""
+    reassign_at: list[float] = field(default_factory=list)
+    """When to test a DFC's exclusive latents, as fractions of the training, separated by spaces;
+    sets reassign_steps and evidence_window."""
     feature_sampling_window: int = 2000
-    """Steps over which firing rates are counted."""
-    autocast: bool = False
-    """Train in bfloat16 where torch deems it safe; on the sparse path (training_path) that is the encoder's product."""
+    """Steps over which firing rates are measured."""
+    autocast: bool | Literal["auto"] = flag(default=False, **BOOL_OR_AUTO)
+    """Train with torch's bfloat16 autocast; on the sparse path (training_path) it applies to the
+    encoder product. auto enables it where the device is fast in bfloat16."""
     compile_sae: bool = False
-    """Compile the crosscoder's training step with torch.compile; on the sparse path (training_path) it gains nothing."""
+    """Compile the crosscoder's training step with torch.compile; no speedup on the sparse path
+    (training_path)."""
     sae_compilation_mode: str | None = None
-    """Mode of torch.compile for the crosscoder."""
+    """torch.compile mode for the crosscoder."""
     device: str = "cpu"
     """Device of the crosscoder."""
 
     output_path: str | None = None
-    """Folder for the trained crosscoder; none saves nothing."""
+    """Folder for the trained crosscoder; without it, nothing is saved."""
     overwrite: bool = False
-    """Replace what the output folder holds."""
+    """Replace the contents of the output folder."""
     resume: bool = False
-    """Go on from the last checkpoint, exactly as if training had not been stopped; from the beginning if there is none."""
+    """Resume from the last checkpoint, exactly as if training had not been interrupted; start from
+    the beginning if there is none."""
     n_checkpoints: int = 0
-    """Checkpoints during training, evenly spaced; the last two are kept."""
+    """Number of checkpoints during training, evenly spaced; the last two are kept."""
     checkpoint_path: str | None = None
     """Folder for checkpoints."""
     logger: LoggingConfig = field(default_factory=_no_wandb)
-    """Logging to Weights & Biases, off unless asked for."""
+    """Logging to Weights & Biases; off by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, POSITIVE)
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={self.device!r} is not here: {first_line(error)}") from error
+        check_device(self.device)
         if self.training_tokens < self.train_batch_size_tokens:
             raise ValueError(
                 f"training_tokens={self.training_tokens} is less than one batch "
                 f"(train_batch_size_tokens={self.train_batch_size_tokens})."
             )
         self._check_schedule()
-        late = [step for step in self.test_steps if step >= self.training_steps]
+        late = [step for step in self.reassign_steps if step >= self.training_steps]
         if late:
             raise ValueError(
-                f"sae.test_steps={late} never come: training has {self.training_steps} steps (training_tokens / "
+                f"sae.reassign_steps={late} are beyond the end of training, which has {self.training_steps} steps (training_tokens / "
                 "train_batch_size_tokens). Test earlier, or train longer."
             )
         if self.n_checkpoints > 0 and self.checkpoint_path is None:
             raise ValueError(f"n_checkpoints={self.n_checkpoints} needs a checkpoint_path.")
         if self.resume and self.checkpoint_path is None:
-            raise ValueError(
-                "resume needs a checkpoint_path: the one of the training to go on with."
-            )
+            raise ValueError("resume needs a checkpoint_path: the one of the training to resume.")
 
     def _check_schedule(self) -> None:
         for name in NOT_NEGATIVE:
@@ -185,7 +203,7 @@ class CrosscoderRunnerConfig(DataConfig):
         warm_up = _or(self.lr_warm_up_steps, self.a_tenth_of_the_steps)
         between = self.training_steps - warm_up - self.lr_decay_steps
         is_constant = self.lr_scheduler_name.lower() == "constant"
-        # A warm-up that is longer than a short training is no harm: it only is not over.
+        # A warm-up longer than a short training is harmless: it just does not end.
         if (self.lr_decay_steps > 0 and between < 0) or (not is_constant and between < 1):
             raise ValueError(
                 f"{warm_up} steps of warm-up (lr_warm_up_steps) and {self.lr_decay_steps} of decay (lr_decay_steps) leave "
@@ -205,19 +223,19 @@ class CrosscoderRunnerConfig(DataConfig):
         return {f"{i}_{sae.architecture()}": sae for i, sae in enumerate(self.all_saes)}
 
     def of_one(self, name: str) -> "CrosscoderRunnerConfig":
-        """The settings of a training of that crosscoder alone."""
+        """The settings for training that crosscoder alone."""
         sae = self.saes[name]
-        tests = self.test_at if isinstance(sae, DFCTrainingCrosscoderConfig) else []
-        return replace(self, sae=sae, other_saes=[], test_at=tests)
+        tests = self.reassign_at if isinstance(sae, DFCTrainingCrosscoderConfig) else []
+        return replace(self, sae=sae, other_saes=[], reassign_at=tests)
 
     @property
-    def test_steps(self) -> list[int]:
-        """The steps at which any of the crosscoders is tested."""
+    def reassign_steps(self) -> list[int]:
+        """The steps at which any crosscoder's exclusive latents are tested."""
         steps = {
             step
             for sae in self.all_saes
             if isinstance(sae, DFCTrainingCrosscoderConfig)
-            for step in sae.test_steps
+            for step in sae.reassign_steps
         }
         return sorted(steps)
 
@@ -231,9 +249,17 @@ class CrosscoderRunnerConfig(DataConfig):
         return min(1000, self.training_steps // 10)
 
     @property
+    def is_autocast(self) -> bool:
+        """Whether training uses bfloat16 autocast, with `auto` resolved for this device."""
+        if self.autocast == AUTO:
+            return fast_dtype(self.device) == "bfloat16"
+        return self.autocast
+
+    @property
     def counting_window(self) -> int:
-        """SAELens' `feature_sampling_window`; firing is counted anew after the last test, which may move latents."""
-        tests = self.test_steps
+        """SAELens' `feature_sampling_window`; with exclusivity tests, the step of the last one, so
+        that firing rates are counted afresh once latents have moved."""
+        tests = self.reassign_steps
         return tests[-1] if tests else self.feature_sampling_window
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,10 +269,10 @@ class CrosscoderRunnerConfig(DataConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CrosscoderRunnerConfig":
-        """Settings back from `to_dict`.
+        """Restore settings from the output of `to_dict`.
 
         Raises:
-            ValueError: One is missing, of another type, or not known to this version.
+            ValueError: A setting is missing, has the wrong type, or is unknown to this version.
         """
         lists = {name: values.get(name) for name in ("other_saes", "sources")}
         for name, value in lists.items():
@@ -264,14 +290,14 @@ class CrosscoderRunnerConfig(DataConfig):
         return from_plain(cls, parsed, "The run")
 
     def to_sae_trainer_config(self) -> SAETrainerConfig:
-        """The part that SAELens' trainer reads."""
+        """The settings of SAELens' trainer."""
         return SAETrainerConfig(
             n_checkpoints=self.n_checkpoints,
             checkpoint_path=self.checkpoint_path,
             save_final_checkpoint=False,
             total_training_samples=self.training_tokens,
             device=self.device,
-            autocast=self.autocast,
+            autocast=self.is_autocast,
             lr=self.lr,
             lr_end=self.lr / 10,
             lr_scheduler_name=self.lr_scheduler_name,

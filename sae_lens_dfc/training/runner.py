@@ -1,4 +1,5 @@
-"""The recipe, read top to bottom: two models and text in, trained crosscoders out."""
+"""Defines `CrosscoderTrainingRunner`, which trains crosscoders on two models and a text, from
+settings to saved runs."""
 
 import json
 import logging
@@ -17,18 +18,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc import ranks
-from sae_lens_dfc.activations import Bookmark, Marked, PairedRows
-from sae_lens_dfc.cache import PairedActivationsCache
-from sae_lens_dfc.contexts import PairCounts
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
-from sae_lens_dfc.evaluate import HeldOutEvaluator
-from sae_lens_dfc.manifest import first_difference
-from sae_lens_dfc.output import all_or_nothing, check_output, is_made, sole_user
-from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.provider import Batches, epochs, epochs_in_memory, shuffled
-from sae_lens_dfc.stopping import Stop
-from sae_lens_dfc.training.caching import with_cache
+from sae_lens_dfc.core import distributed
+from sae_lens_dfc.core.atomic_write import atomic_folder
+from sae_lens_dfc.core.identity import other_devices
+from sae_lens_dfc.core.interrupts import GracefulShutdown
+from sae_lens_dfc.core.output_folder import check_output, file_lock, is_made
+from sae_lens_dfc.core.terminal import said_by
+from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
+from sae_lens_dfc.data.activations import PairedRows, StatefulBatch, StreamState
+from sae_lens_dfc.data.batches import Batches, epochs, epochs_in_memory, shuffled
+from sae_lens_dfc.data.cache.reader import PairedActivationsCache
+from sae_lens_dfc.data.contexts import PairCounts
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.paired_text import PairedText, open_pair
+from sae_lens_dfc.metrics.evaluate import HeldOutEvaluator
 from sae_lens_dfc.training.checkpoint import (
     checkpoints,
     load_place,
@@ -39,13 +43,15 @@ from sae_lens_dfc.training.checks import (
     check_checkpoints,
     check_rows,
     check_tests,
-    deciding_settings,
+    difference,
     is_run_of,
+    warn_of_slow_formats,
     with_models,
 )
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.data import PairedText, open_pair
-from sae_lens_dfc.training.parallel import data_parallel, for_this_rank
+from sae_lens_dfc.training.data_parallel import data_parallel, for_this_rank
+from sae_lens_dfc.training.formats import with_formats_settled
+from sae_lens_dfc.training.from_cache import with_cache
 from sae_lens_dfc.training.trainer import CrosscoderTrainer
 
 logger = logging.getLogger(__name__)
@@ -55,15 +61,15 @@ Crosscoders = dict[str, TrainingCrosscoder[Any]]
 
 
 class CrosscoderTrainingRunner:
-    """Trains a crosscoder, or several at once, on two models and one text.
+    """Trains one or several crosscoders on two models and one text.
 
     Args:
         cfg: All settings.
-        override_pair: Models already loaded, in place of those `cfg` names.
-        override_rows: Activations already computed, in place of running the models.
+        override_pair: Loaded models to use instead of those in `cfg`.
+        override_rows: Precomputed activations to use instead of running the models.
 
     Raises:
-        ValueError: Something in the configuration does not fit the models, the text, the cache or the output folder.
+        ValueError: The settings do not fit the models, the text, the cache or the output folder.
     """
 
     def __init__(
@@ -80,41 +86,45 @@ class CrosscoderTrainingRunner:
         self.cache: PairedActivationsCache | None = None
         if cfg.cache_path is not None:
             self.cache = PairedActivationsCache(cfg.cache_path)
+        cfg = with_formats_settled(cfg, self.cache)
+        warn_of_slow_formats(cfg)
+        if self.cache is not None:
             cfg = with_cache(cfg, self.cache)
-        elif cfg.n_ranks != ranks.world_size():
+        elif cfg.n_ranks != distributed.world_size():
             raise ValueError(
-                f"n_ranks={cfg.n_ranks}, and {ranks.world_size()} processes are here. Leave it to torchrun."
+                f"n_ranks={cfg.n_ranks}, but {distributed.world_size()} processes are running. Leave it to torchrun."
             )
         self.cfg = cfg
         self._override_pair = override_pair
         self.models = self.cache.models if self.cache else self.pair.describe()
-        """What is known of the two models."""
+        """Facts about the two models."""
         self.cfg = with_models(cfg, self.models)
-        self.is_finished = resumes_finished and is_run_of(self.cfg)
-        """Whether the training to resume has ended, and its result is in the output folder."""
-        if override_rows is None and self.cache is None:
-            _ = self.data  # raises when the text does not fit
-        self.counts = PairCounts()
-        """What became of the training text, counted once however often it is repeated."""
-        check_rows(override_rows or ())
         self._rows = override_rows
+        self.is_finished = resumes_finished and is_run_of(self.cfg, self._training)
+        """Whether the training to resume is already finished, with its result in the output
+        folder."""
+        if override_rows is None and self.cache is None:
+            _ = self.data  # raises if the text is unusable
+        self.counts = PairCounts()
+        """Counts of the training text's documents and pairs, over its first pass only."""
+        check_rows(override_rows or ())
         self._is_text_counted = False
 
     @cached_property
     def pair(self) -> ModelPair:
-        """The two models; training on a cache does not open them."""
+        """The two models; not loaded when training on a cache."""
         return self._override_pair or open_pair(self.cfg)
 
     @cached_property
     def data(self) -> PairedText:
-        """The text that this process reads; rows already computed do not open it."""
-        return PairedText(self.cfg, self.pair, ranks.rank())
+        """The text that this rank reads; not opened with precomputed activations."""
+        return PairedText(self.cfg, self.pair, distributed.rank())
 
     def run(self) -> TrainingCrosscoder[Any]:
         """Train, save if `output_path` is set, and return the crosscoder in eval mode.
 
         Raises:
-            ValueError: There are several: `run_all` returns them.
+            ValueError: Several crosscoders are configured; use `run_all`.
         """
         if self.cfg.other_saes:
             raise ValueError(f"{len(self.cfg.saes)} crosscoders are configured. Call run_all().")
@@ -122,42 +132,43 @@ class CrosscoderTrainingRunner:
         return only
 
     def run_all(self) -> Crosscoders:
-        """Train all crosscoders on the same batches, save each if `output_path` is set, and return them by name.
+        """Train all crosscoders on the same batches, save each if `output_path` is set, and return
+        them by name.
 
-        Ctrl-C (SIGINT), SIGTERM and SIGHUP end it after the step that it is at.
+        SIGINT (Ctrl-C), SIGTERM and SIGHUP stop it after the current step.
 
         Raises:
-            ValueError: Another process is at work on the output folder or the checkpoints.
-            Stopped: It was asked to end. Its `KeyboardInterrupt` says where the checkpoint is.
+            ValueError: Another process uses the output folder or the checkpoints.
+            Interrupted: A signal stopped it; the message names the checkpoint.
         """
-        stop = Stop()
+        stop = GracefulShutdown()
         with self._claims(), stop.on_signals():
             return self._run_all(stop)
 
     @contextmanager
     def _claims(self) -> Iterator[None]:
-        """Output folder and checkpoints are this training's, on one rank for all."""
+        """Lock the output folder and the checkpoints for this training, on rank 0."""
         cfg = self.cfg
         paths = [path for path in (cfg.output_path, cfg.checkpoint_path) if path is not None]
         with ExitStack() as held:
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 for path in paths:
-                    held.enter_context(sole_user(path))
+                    held.enter_context(file_lock(path))
                 if cfg.checkpoint_path is not None:
                     tidy_checkpoints(Path(cfg.checkpoint_path))
             if cfg.output_path is not None and not (cfg.resume and is_made(cfg.output_path)):
-                # While the models were opened, another process may have ended with it.
+                # Another process may have finished while the models were loading.
                 check_output(cfg.output_path, cfg.overwrite)
                 check_checkpoints(cfg)
             yield
 
-    def _run_all(self, stop: Stop) -> Crosscoders:
+    def _run_all(self, stop: GracefulShutdown) -> Crosscoders:
         cfg = self.cfg
         self.counts, self._is_text_counted = PairCounts(), False
         crosscoders = {
             name: self._new(sae, cfg.seed + i) for i, (name, sae) in enumerate(cfg.saes.items())
         }
-        # Before the batches: their thread runs the models too, and hooks are not made for two threads.
+        # Before the batches: their thread runs the models too, and hooks are not thread-safe.
         evaluator = self._evaluator()
         checkpoint = self._checkpoint()
         start = None if checkpoint is None else self._read_place(checkpoint)
@@ -169,7 +180,7 @@ class CrosscoderTrainingRunner:
                 for_this_rank(cfg.to_sae_trainer_config()),
                 crosscoders,
                 batches,
-                lambda: {**self._identity, "counts": self.counts.to_dict()},
+                lambda: {**self._training, "counts": self.counts.to_dict()},
                 evaluator,
             )
             self._start_wandb()
@@ -189,15 +200,19 @@ class CrosscoderTrainingRunner:
 
     # --- before training ---
 
-    @property
-    def _identity(self) -> dict[str, Any]:
-        """What a training must have in common with the checkpoint that it goes on from, as plain values."""
-        has_text = self._rows is None and self.cache is None
+    @cached_property
+    def _training(self) -> dict[str, Any]:
+        """Identity of this training as plain values, which must match that of the checkpoint to
+        resume."""
+        return {"cfg": self.cfg.to_dict(), "models": self.models, **self._made_of}
+
+    @cached_property
+    def _made_of(self) -> dict[str, Any]:
+        """Fingerprints of the cache or the text; none for precomputed activations."""
+        is_live = self._rows is None and self.cache is None
         return {
-            "cfg": self.cfg.to_dict(),
-            "models": self.models,
             "cache": self.cache.fingerprint if self.cache else None,
-            "text": [s.fingerprint for s in self.data.sources] if has_text else None,
+            "text": self.data.fingerprint if is_live else None,
         }
 
     def _new(self, sae: CrosscoderTrainingConfig, seed: int) -> TrainingCrosscoder[Any]:
@@ -213,38 +228,46 @@ class CrosscoderTrainingRunner:
         metadata.hook_name = f"{a['hook_name']} x {b['hook_name']}"
         metadata.dataset_path = ", ".join(source.dataset_path for source in self.cfg.all_sources)
         metadata.context_size = self.cfg.context_size
+        # The manifest identifies the cache of a run; the fingerprints of the cache's text identify
+        # the text itself.
+        of_cache = {"text_of_cache": self.cache.manifest.get("text")} if self.cache else {}
+        metadata.made_of = {**self._made_of, **of_cache}
         return crosscoder
 
     def _checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, if that is asked for and there is one."""
+        """The checkpoint to resume from, if `resume` is set and there is one."""
         if self.cfg.checkpoint_path is None:
             return None
         found = checkpoints(Path(self.cfg.checkpoint_path))
         if not self.cfg.resume:
-            # Of a training that is overwritten; left there, they would be taken for this one's.
+            # Checkpoints of the overwritten training would be mistaken for this one's.
             remove_checkpoints(found)
             return None
         if not found:
             logger.info(
-                "No checkpoint in %s: training starts at its beginning", self.cfg.checkpoint_path
+                "No checkpoint in %s: training starts from the beginning", self.cfg.checkpoint_path
             )
             return None
-        logger.info("Training goes on from %s", found[-1])
+        logger.info("Resuming training from %s", found[-1])
         return found[-1]
 
-    def _read_place(self, checkpoint: Path) -> Bookmark | None:
+    def _read_place(self, checkpoint: Path) -> StreamState | None:
         place, values = load_place(checkpoint)
-        now = self._identity
+        now = self._training
         if not values.keys() >= {*now, "counts"} or not isinstance(values["cfg"], dict):
-            raise ValueError(f"Checkpoint {checkpoint} does not say of which training it is.")
-        difference = first_difference(
-            {**{name: values[name] for name in now}, "cfg": deciding_settings(values["cfg"])},
-            {**now, "cfg": deciding_settings(now["cfg"])},
-        )
-        if difference:
             raise ValueError(
-                f"Checkpoint {checkpoint} is of another training: {difference}. Resume with the settings it was begun "
+                f"Checkpoint {checkpoint} does not record which training it belongs to."
+            )
+        if other := difference(values, now):
+            raise ValueError(
+                f"Checkpoint {checkpoint} belongs to another training: {other}. Resume with the settings it was started "
                 "with, or name another checkpoint_path."
+            )
+        if devices := other_devices(values["cfg"], now["cfg"]):
+            logger.warning(
+                "Training resumes on another kind of device, which rounds differently: %s. The result will not be "
+                "bit-identical",
+                devices,
             )
         self.counts.load(values["counts"])
         rows = None if place is None else place.values.get("rows")
@@ -266,16 +289,18 @@ class CrosscoderTrainingRunner:
 
     # --- the data ---
 
-    def _marked_batches(self, start: Bookmark | None, stop: Stop) -> Iterator[Marked]:
+    def _marked_batches(
+        self, start: StreamState | None, stop: GracefulShutdown
+    ) -> Iterator[StatefulBatch]:
         cfg = self.cfg
-        batch_size = cfg.train_batch_size_tokens // ranks.world_size()
+        batch_size = cfg.train_batch_size_tokens // distributed.world_size()
         if self.cache is not None:
             return self.cache.batches(
                 batch_size,
                 cfg.seed,
                 cfg.cache_window_shards,
                 start,
-                share=(ranks.rank(), ranks.world_size()),
+                share=(distributed.rank(), distributed.world_size()),
             )
         in_memory = cfg.keep_in_memory or self._rows is not None
         repeat = epochs_in_memory if in_memory else epochs
@@ -288,8 +313,8 @@ class CrosscoderTrainingRunner:
             start,
         )
 
-    def training_rows(self, start: Bookmark | None = None) -> Iterator[PairedRows]:
-        """One pass over the training text, from a place on."""
+    def training_rows(self, start: StreamState | None = None) -> Iterator[PairedRows]:
+        """One pass over the training text, from the given stream state."""
         if self._rows is not None:
             self.counts.pairs = sum(len(rows.acts) for rows in self._rows)
             return iter(self._rows)
@@ -304,7 +329,7 @@ class CrosscoderTrainingRunner:
 
     @property
     def _logs(self) -> bool:
-        return self.cfg.logger.log_to_wandb and ranks.rank() == 0
+        return self.cfg.logger.log_to_wandb and distributed.rank() == 0
 
     def _evaluator(self) -> HeldOutEvaluator | None:
         if not self._logs:
@@ -315,32 +340,42 @@ class CrosscoderTrainingRunner:
     def _start_wandb(self) -> None:
         log = self.cfg.logger
         if self._logs:
-            wandb.init(
-                project=log.wandb_project,
-                entity=log.wandb_entity,
-                config=self.cfg.to_dict(),
-                name=log.run_name,
-                id=log.wandb_id,
-                resume="allow" if self.cfg.resume else None,
-            )
+            try:
+                wandb.init(
+                    project=log.wandb_project,
+                    entity=log.wandb_entity,
+                    config=self.cfg.to_dict(),
+                    name=log.run_name,
+                    id=log.wandb_id,
+                    resume="allow" if self.cfg.resume else None,
+                )
+            except wandb.Error as error:
+                raise ValueError(
+                    f"Weights & Biases does not start: {said_by(error)} Log in with `wandb login`, set WANDB_MODE=offline, or leave "
+                    "logger.log_to_wandb out."
+                ) from error
 
     def _finish(self, crosscoders: Crosscoders, trainer: CrosscoderTrainer) -> None:
         n_samples = trainer.n_training_samples
         n_pairs = len(self.cache) if self.cache else self._total(self.counts.pairs)
-        n_pairs = min(n_samples, n_pairs)  # a batch made ahead may not have been used
+        n_pairs = min(n_samples, n_pairs)  # a prefetched batch may be unused
         for crosscoder in crosscoders.values():
             crosscoder.eval()
             metadata = crosscoder.cfg.metadata
             metadata.samples_trained, metadata.pairs_trained = n_samples, n_pairs
         logger.info("Trained on %d samples of %d distinct pairs", n_samples, n_pairs)
-        if self.cfg.output_path is None or ranks.rank() > 0:
+        n_texts, n_empty = self._total(self.counts.texts), self._total(self.counts.empty)
+        if n_empty > 0:
+            logger.info("%d of the %d training documents read were empty", n_empty, n_texts)
+        if self.cfg.output_path is None or distributed.rank() > 0:
             return
-        with all_or_nothing(self.cfg.output_path) as folder:
+        with atomic_folder(self.cfg.output_path) as folder:
             several = len(crosscoders) > 1
             if several:
                 _write_cfg(self.cfg, folder)
             for name, crosscoder in crosscoders.items():
-                # One run fills the folder; of several, each has a folder in it that is a run of its own.
+                # A single crosscoder fills the folder; of several, each gets a subfolder that is a
+                # run of its own.
                 own = folder / name if several else folder
                 sparsity = trainer.trainers[name].log_feature_sparsity
                 self._save(crosscoder, self.cfg.of_one(name), sparsity, own)
@@ -357,7 +392,7 @@ class CrosscoderTrainingRunner:
         _write_cfg(cfg, folder)
 
     def _total(self, n: int) -> int:
-        return int(ranks.total(torch.tensor(n, device=self.cfg.device)))
+        return int(distributed.all_reduce_sum(torch.tensor(n, device=self.cfg.device)))
 
 
 def _write_cfg(cfg: CrosscoderRunnerConfig, folder: Path) -> None:

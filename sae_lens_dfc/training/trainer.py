@@ -1,4 +1,5 @@
-"""SAELens' trainers for one or several crosscoders on one stream, with checkpoints from which it goes on exactly."""
+"""SAELens' trainers for one or several crosscoders on one data stream, with exactly resumable
+checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,29 +15,30 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import MultiHookDataProvider
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from sae_lens_dfc import ranks
+from sae_lens_dfc.core import distributed
+from sae_lens_dfc.core.interrupts import Interrupted
 from sae_lens_dfc.crosscoders.base import CountedStepInput, TrainingCrosscoder
-from sae_lens_dfc.crosscoders.sparse import firing_counts
-from sae_lens_dfc.evaluate import HeldOutEvaluator
-from sae_lens_dfc.provider import Batches
-from sae_lens_dfc.stopping import Stopped
+from sae_lens_dfc.crosscoders.sparse_path import firing_counts
+from sae_lens_dfc.data.batches import Batches
+from sae_lens_dfc.metrics.evaluate import HeldOutEvaluator
 from sae_lens_dfc.training.checkpoint import load_checkpoint, save_checkpoint
-from sae_lens_dfc.training.divergence import FirstNotFinite, is_finite
 
-# SAELens routes batches to crosscoders by the hook they are from; here all of them take the same.
+NEVER = 2**62
+
+# SAELens routes batches to crosscoders by hook name; here all crosscoders take the same batches.
 PAIR = "pair"
 
 
 class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
-    """SAELens' `SAETrainer` whose step is little more than the crosscoder's.
+    """SAELens' `SAETrainer` with a faster training step.
 
-    The same numbers by other means: Adam in one kernel, firing counted from the places where latents fire, and of a
-    GPU nothing is waited for but the number of dead latents, as of the last step's forward pass. The counts are those
-    of all ranks.
+    Results are the same: Adam runs as one fused kernel, and firing is counted from the indices of
+    active latents. The GPU is synchronized only to read the number of dead latents, as of the last
+    step's forward pass. Counts are over all ranks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -63,7 +65,7 @@ class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
         self._count(output.feature_acts)
         output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        # A loss that is finite may have a gradient that is not.
+        # A finite loss may have a non-finite gradient.
         self._not_finite.see(output.loss.detach() + norm, self.n_training_steps)
         with contiguous_for_fused_adam(self.optimizer):
             self.optimizer.step()
@@ -71,14 +73,18 @@ class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
-        # The loss would hold what its backward pass needed until the next step.
+        # Detach, or the losses would keep the autograd graph in memory until the next step.
         losses = {name: torch.as_tensor(loss).detach() for name, loss in output.losses.items()}
         return replace(
             output, loss=output.loss.detach(), sae_out=output.sae_out.detach(), losses=losses
         )
 
     def check_finite(self, name: str) -> None:
-        """Raise ValueError where the training went to NaN or infinity. It waits for a GPU; all ranks must call it."""
+        """Check that the training has not diverged. Synchronizes the GPU; all ranks must call it.
+
+        Raises:
+            ValueError: The loss or a weight is NaN or infinite.
+        """
         step = self._not_finite.step()
         if step is None and is_finite(self.sae):
             return
@@ -91,17 +97,18 @@ class CrosscoderSAETrainer(SAETrainer[TrainingCrosscoder[Any], Any]):
 
     @torch.no_grad()
     def _count(self, feature_acts: Tensor) -> None:
-        counts = ranks.total(firing_counts(feature_acts))
+        counts = distributed.all_reduce_sum(firing_counts(feature_acts))
         self.act_freq_scores += counts
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(counts > 0, 0)
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
-        self.n_training_samples += (ranks.world_size() - 1) * len(feature_acts)
+        self.n_training_samples += (distributed.world_size() - 1) * len(feature_acts)
         passes = self.n_forward_passes_since_fired
         self._dead_count = _DeadCount(passes, passes._version, read_later(self.dead_neurons.sum()))
 
     def _n_dead(self) -> int:
-        """How many latents are dead, as it was asked when the last step's were counted, unless they were set since."""
+        """Number of dead latents, from the copy started after the last step unless the counters
+        have changed since."""
         last, passes = self._dead_count, self.n_forward_passes_since_fired
         if last is None or last.passes is not passes or last.version != passes._version:
             return int(self.dead_neurons.sum())
@@ -115,7 +122,8 @@ class _DeadCount(NamedTuple):
 
 
 def read_later(x: Int[Tensor, ""]) -> Callable[[], int]:
-    """A function that gives the number, and that waits for no more than what a GPU had to do until now.
+    """Start an asynchronous copy of a number from the GPU; the returned function waits for it and
+    returns it.
 
     >>> read_later(torch.tensor(3))()
     3
@@ -134,7 +142,7 @@ def read_later(x: Int[Tensor, ""]) -> Callable[[], int]:
 
 
 def on_device(batch: Float[Tensor, "batch d_in"], device: str) -> Float[Tensor, "batch d_in"]:
-    """The batch on a device, sent to a GPU while that works on."""
+    """The batch on a device; copied to a GPU asynchronously."""
     if torch.device(device).type != "cuda" or batch.is_cuda:
         return batch
     return batch.pin_memory().to(device, non_blocking=True)
@@ -142,10 +150,12 @@ def on_device(batch: Float[Tensor, "batch d_in"], device: str) -> Float[Tensor, 
 
 @contextmanager
 def contiguous_for_fused_adam(optimizer: Optimizer) -> Iterator[None]:
-    """While this is open, a parameter that is a transpose in memory is transposed, with its gradient and moments.
+    """Context in which parameters stored as transposes are transposed, with their gradients and
+    moments.
 
-    Torch's fused Adam on a CPU copies whatever is not contiguous, which takes longer than the step. Where a parameter and its
-    moments differ in their order in memory it is wrong without a word: moments are copied into the parameter's order.
+    Torch's fused Adam on a CPU copies non-contiguous tensors, which takes longer than the step. If
+    a parameter and its moments differ in memory layout, it silently computes wrong results, so
+    moments are copied into the parameter's layout.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     transposed = [p for p in parameters if p.ndim == 2 and not p.is_contiguous()]
@@ -172,17 +182,17 @@ def _transpose(parameters: list[Tensor], optimizer: Optimizer) -> None:
 
 
 class CrosscoderTrainer(MultiSAETrainer):
-    """SAELens' `MultiSAETrainer` where every crosscoder takes the same batches.
+    """SAELens' `MultiSAETrainer` in which every crosscoder trains on the same batches.
 
-    Its steps are those of `CrosscoderSAETrainer`, and its checkpoints differ: SAELens' are pickled, do not say
-    where the data stands, and are written in place.
+    Its steps are those of `CrosscoderSAETrainer`. Its checkpoints are its own, since SAELens' are
+    pickled, lack the state of the data stream, and are not written atomically.
 
     Args:
-        cfg: SAELens' settings, the same for all.
+        cfg: SAELens' trainer settings, the same for all crosscoders.
         crosscoders: The crosscoders by name.
         batches: Batches of raw activations.
-        checkpoint_values: Gives what to keep with a checkpoint besides.
-        evaluator: Measures on held-out pairs, at SAELens' intervals.
+        checkpoint_values: Returns further values to store in a checkpoint.
+        evaluator: Evaluates on held-out pairs, at SAELens' intervals.
     """
 
     def __init__(
@@ -200,7 +210,7 @@ class CrosscoderTrainer(MultiSAETrainer):
             data_provider=({PAIR: on_device(batch, cfg.device)} for batch in batches),
             evaluator=None if evaluator is None else _of_each(evaluator),
         )
-        # SAELens makes its own, with settings of its own.
+        # Replace the trainers that SAELens created.
         self.trainers = {
             name: CrosscoderSAETrainer(one.cfg, one.sae, iter(()))
             for name, one in self.trainers.items()
@@ -214,21 +224,21 @@ class CrosscoderTrainer(MultiSAETrainer):
 
         Raises:
             ValueError: The training diverged.
-            Stopped: The batches were; where it stands is saved, if there is a folder for it.
+            Interrupted: A signal stopped it; a checkpoint is saved if `checkpoint_path` is set.
         """
         try:
             crosscoders = super().fit()
-        except Stopped as stopped:
-            raise Stopped(stopped.number, self._stopped_at()) from None
+        except Interrupted as stopped:
+            raise Interrupted(stopped.number, self._stopped_at()) from None
         self._check_finite()
         return crosscoders
 
     def _stopped_at(self) -> str:
         at = f"stopped after {self.n_training_samples} samples"
         if self.cfg.checkpoint_path is None:
-            return f"{at}; they are lost, as no checkpoint_path is set"
+            return f"{at}; its progress is lost, as no checkpoint_path is set"
         folder = self._save(self.n_training_steps)
-        return f"{at}, saved in {folder}: go on with --resume"
+        return f"{at}, saved in {folder}: continue with --resume"
 
     def _check_finite(self) -> None:
         for name, one in self.trainers.items():
@@ -239,7 +249,7 @@ class CrosscoderTrainer(MultiSAETrainer):
     def _update_pbar(
         self, step_outputs: dict[str, TrainStepOutput], pbar: Any, update_interval: int = 100
     ) -> None:
-        # Showing the loss waits for a GPU as it is.
+        # Showing the loss synchronizes the GPU anyway.
         if self.n_training_steps % update_interval == 0:
             self._check_finite()
         super()._update_pbar(step_outputs, pbar, update_interval)
@@ -248,7 +258,7 @@ class CrosscoderTrainer(MultiSAETrainer):
     def _checkpoint_if_needed(self) -> None:
         passed = [t for t in self.checkpoint_thresholds if self.n_training_samples > t]
         if passed and self.cfg.checkpoint_path is not None:
-            # SAELens counts the step that it has just made after this.
+            # SAELens increments its step counter after this.
             self._save(self.n_training_steps + 1)
             del self.checkpoint_thresholds[: len(passed)]
 
@@ -261,7 +271,7 @@ class CrosscoderTrainer(MultiSAETrainer):
         return folder
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint; the batches must already begin where it stands.
+        """Resume from a checkpoint; the batches must already start at its data stream state.
 
         Raises:
             ValueError: The checkpoint cannot be read.
@@ -289,3 +299,39 @@ def _of_each(evaluator: HeldOutEvaluator) -> Callable[..., dict[str, Any]]:
         }
 
     return measures
+
+
+class FirstNotFinite:
+    """Tracks on the device the first step at which a number was NaN or infinite, without
+    synchronizing each step.
+
+    >>> first = FirstNotFinite("cpu")
+    >>> for step, loss in enumerate([1.0, float("inf"), float("nan")]):
+    ...     first.see(torch.tensor(loss), step)
+    >>> first.step()
+    1
+    """
+
+    def __init__(self, device: torch.device | str):
+        self._step: Int[Tensor, ""] = torch.full((), NEVER, device=device)
+
+    @torch.no_grad()
+    def see(self, x: Float[Tensor, ""], step: int) -> None:
+        """Record the number of a step, without synchronizing."""
+        self._step = torch.where(x.isfinite(), self._step, self._step.clamp(max=step))
+
+    def step(self) -> int | None:
+        """The first such step on any rank; none if there was none. Synchronizes; all ranks must
+        call it."""
+        step = int(distributed.all_reduce_min(self._step))
+        return None if step == NEVER else step
+
+
+@torch.no_grad()
+def is_finite(model: nn.Module) -> bool:
+    """Whether all weights are finite.
+
+    >>> is_finite(nn.Linear(2, 3))
+    True
+    """
+    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())

@@ -15,13 +15,13 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 
 from sae_lens_dfc import Crosscoder, DSFTrainingCrosscoder
+from sae_lens_dfc.crosscoders.architectures.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.losses import (
     dead_latent_loss,
     dead_latents_decoded,
     reconstruction_losses,
 )
-from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from tests.helpers import (
     TOPK_MAKERS,
     make_acts,
@@ -42,7 +42,8 @@ MAKERS = [
 
 
 def slow_forward(crosscoder: TrainingCrosscoder[Any], acts: Tensor) -> dict[str, Any]:
-    """A crosscoder's training pass by loops over latents and models, one group's top-k by a sort."""
+    """A crosscoder's training pass by loops over latents and models, one group's top-k by a
+    sort."""
     P, cfg, W_dec = crosscoder.partition, crosscoder.cfg, crosscoder.W_dec
     if isinstance(crosscoder, DSFTrainingCrosscoder):
         W_dec = slow_tied(crosscoder)
@@ -64,7 +65,7 @@ def slow_forward(crosscoder: TrainingCrosscoder[Any], acts: Tensor) -> dict[str,
                     pre = pre + (x[n, d] - crosscoder.b_dec[d]) * crosscoder.W_enc[d, i]
             scores[n, i] = pre * norms[i]
     kept = scores * (scores > 0)
-    budgets = crosscoder.budgets() if isinstance(crosscoder, TopKTrainingCrosscoder) else []
+    budgets = crosscoder.topk_groups() if isinstance(crosscoder, TopKTrainingCrosscoder) else []
     for latents, share in budgets:
         k = share * cfg.k
         values = sorted(scores[:, latents].relu().flatten().tolist(), reverse=True)
@@ -132,13 +133,19 @@ class Losses(nn.Module):
         return self.crosscoder.training_forward_pass(step_input(acts, dead)).loss
 
 
+@pytest.mark.parametrize(
+    "is_projected", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "all"]
+)
 @pytest.mark.parametrize("make", MAKERS)
-def test_gradients_of_the_whole_loss_are_those_of_finite_differences(make: Any) -> None:
+def test_gradients_of_the_whole_loss_are_those_of_finite_differences(
+    make: Any, is_projected: bool
+) -> None:
     crosscoder, acts = make(dtype="float64"), make_acts(10, 12).double()
     crosscoder.fit_normalization(acts)
     randomised(crosscoder)
     module = Losses(crosscoder)
-    # The dead-latent loss holds the residual fixed, which finite differences do not: it is checked by itself.
+    # The dead-latent loss holds the residual fixed, which finite differences do not: it is checked
+    # by itself.
     crosscoder.cfg.aux_loss_coefficient = 0.0
     names = [name for name, _ in module.named_parameters()]
     values = tuple(p.detach().clone().requires_grad_() for p in module.parameters())
@@ -146,7 +153,7 @@ def test_gradients_of_the_whole_loss_are_those_of_finite_differences(make: Any) 
     def loss(*weights: Tensor) -> Tensor:
         return functional_call(module, dict(zip(names, weights, strict=True)), (acts,))
 
-    assert gradcheck(loss, values, eps=1e-7, atol=1e-3)
+    assert gradcheck(loss, values, eps=1e-7, atol=1e-3, fast_mode=is_projected)
 
 
 def test_the_dead_latent_losss_gradients_are_those_of_finite_differences() -> None:
@@ -164,7 +171,8 @@ def test_the_dead_latent_losss_gradients_are_those_of_finite_differences() -> No
 
 
 def test_batchtopk_is_saelens_own_on_the_joined_input() -> None:
-    # They coincide where the score is the joined row's norm x activation and the input is taken as it is.
+    # They coincide where the score is the joined row's norm x activation and the input is taken as
+    # it is.
     ours = make_batchtopk(normalization="none", decoder_norm="l2")
     acts = torch.randn(40, 12)
     ours.fit_normalization(acts)
@@ -275,7 +283,7 @@ def test_threshold_follows_the_smallest_selected_score_of_each_group() -> None:
     expected: list[float] = []
     for step in range(3):
         output = crosscoder.training_forward_pass(step_input(acts))
-        for i, (latents, _) in enumerate(crosscoder.budgets()):
+        for i, (latents, _) in enumerate(crosscoder.topk_groups()):
             group = output.feature_acts[:, latents]
             smallest = group[group > 0].min().item()
             if step == 0:
@@ -299,7 +307,8 @@ def test_dead_latent_loss_is_the_error_of_the_strongest_dead_latents(
     k_aux: int, expected: float
 ) -> None:
     crosscoder = make_batchtopk(d_a=2, d_b=2, d_sae=3, k=1)
-    # Of the dead latents 0 and 2 the stronger, 2, takes part; with room for four both do, for half the weight.
+    # Of the dead latents 0 and 2 the stronger, 2, takes part; with room for four both do, for half
+    # the weight.
     scores = torch.tensor([[1.0, 9.0, 2.0]])
     W_dec = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
     residual = torch.tensor([[0.5, 0.0, 3.0, 0.0]])

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens import SAE, HookedSAETransformer
+from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lens_dfc import (
@@ -27,17 +26,18 @@ from sae_lens_dfc import (
     ToyPair,
     ToyPairConfig,
 )
-from sae_lens_dfc.metrics.moments import PairMoments
-from sae_lens_dfc.metrics.stitching import Stitching, fit_stitching
-from sae_lens_dfc.models import load_model
+from sae_lens_dfc.models.loading import load_model
+from sae_lens_dfc.stats.affine_maps import AffineMaps, fit_affine_maps
+from sae_lens_dfc.stats.moments import PairMoments
 from tests.helpers import dfc_config, make_acts, make_firing_dfc, make_standard, sae_trainer_config
+from tests.model_classes import HAS_HOOKED_TRANSFORMER, needs_hooked_transformer
 
 MODELS: tuple[Literal["a", "b"], ...] = ("a", "b")
 TEXT = "The cat sat on the mat in 1989. It was a dark and stormy night, and so on."
 
 
-def linear_map(d_a: int = 5, d_b: int = 7) -> Stitching:
-    return Stitching(
+def linear_map(d_a: int = 5, d_b: int = 7) -> AffineMaps:
+    return AffineMaps(
         torch.randn(d_a), torch.randn(d_b), torch.randn(d_a, d_b), torch.randn(d_b, d_a)
     )
 
@@ -52,16 +52,16 @@ def model(request: pytest.FixtureRequest) -> Literal["a", "b"]:
 
 
 @pytest.fixture(params=[False, True], ids=["mean", "map"])
-def stitching(request: pytest.FixtureRequest) -> Stitching | None:
+def affine_maps(request: pytest.FixtureRequest) -> AffineMaps | None:
     return linear_map() if request.param else None
 
 
 def test_its_own_exclusive_latents_have_the_crosscoders_code(
-    model: Literal["a", "b"], stitching: Stitching | None
+    model: Literal["a", "b"], affine_maps: AffineMaps | None
 ) -> None:
     crosscoder, acts = make_firing_dfc(), make_acts(500, 12)
     own = crosscoder.partition.slices[f"{model}_exclusive"]
-    sae = crosscoder.export_sae(model, stitching)
+    sae = crosscoder.export_sae(model, affine_maps)
     code = sae.encode(acts[:, crosscoder.partition.models[model]])[:, : own.stop - own.start]
     expected = crosscoder.encode(acts)[:, own]
     assert (expected > 0).float().mean() > 0.01
@@ -73,12 +73,12 @@ def test_its_own_exclusive_latents_have_the_crosscoders_code(
 def test_where_the_map_is_right_shared_latents_have_the_crosscoders_code_too(
     model: Literal["a", "b"],
 ) -> None:
-    crosscoder, stitching, acts = make_firing_dfc(), linear_map(), make_acts(500, 12)
+    crosscoder, affine_maps, acts = make_firing_dfc(), linear_map(), make_acts(500, 12)
     if model == "a":
-        acts[:, 5:] = stitching.to_b(acts[:, :5])
+        acts[:, 5:] = affine_maps.to_b(acts[:, :5])
     else:
-        acts[:, :5] = stitching.to_a(acts[:, 5:])
-    sae = crosscoder.export_sae(model, stitching, [acts])
+        acts[:, :5] = affine_maps.to_a(acts[:, 5:])
+    sae = crosscoder.export_sae(model, affine_maps, [acts])
     inputs = crosscoder.partition.models[model]
     expected = crosscoder.encode(acts)[:, sae.cfg.metadata.latents]
     torch.testing.assert_close(sae.encode(acts[:, inputs]), expected, rtol=1e-3, atol=1e-2)
@@ -103,14 +103,14 @@ def test_without_a_map_the_other_model_stands_at_its_mean(model: Literal["a", "b
 def test_a_crosscoder_that_does_not_centre_its_input_is_exported_alike(
     model: Literal["a", "b"],
 ) -> None:
-    crosscoder, stitching, acts = make_firing_dfc(), linear_map(), make_acts(50, 12)
+    crosscoder, affine_maps, acts = make_firing_dfc(), linear_map(), make_acts(50, 12)
     crosscoder.cfg.apply_b_dec_to_input = False
     acts[:, 5:], acts[:, :5] = (
-        (stitching.to_b(acts[:, :5]), acts[:, :5])
+        (affine_maps.to_b(acts[:, :5]), acts[:, :5])
         if model == "a"
-        else (acts[:, 5:], stitching.to_a(acts[:, 5:]))
+        else (acts[:, 5:], affine_maps.to_a(acts[:, 5:]))
     )
-    sae = crosscoder.export_sae(model, stitching)
+    sae = crosscoder.export_sae(model, affine_maps)
     expected = crosscoder.encode(acts)[:, sae.cfg.metadata.latents]
     code = sae.encode(acts[:, crosscoder.partition.models[model]])
     torch.testing.assert_close(code, expected, rtol=1e-3, atol=1e-2)
@@ -174,10 +174,10 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_a_large_dictionary_is_taken_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    crosscoder, stitching = make_firing_dfc(), linear_map()
-    whole = crosscoder.export_sae("b", stitching).state_dict()
+    crosscoder, affine_maps = make_firing_dfc(), linear_map()
+    whole = crosscoder.export_sae("b", affine_maps).state_dict()
     monkeypatch.setattr("sae_lens_dfc.crosscoders.export.CHUNK", 5)
-    for name, weight in crosscoder.export_sae("b", stitching).state_dict().items():
+    for name, weight in crosscoder.export_sae("b", affine_maps).state_dict().items():
         torch.testing.assert_close(weight, whole[name])
 
 
@@ -202,8 +202,9 @@ def test_without_rows_it_says_that_nothing_was_measured() -> None:
 
 
 @pytest.fixture(scope="module")
-def toy() -> tuple[Crosscoder, Stitching, list[Tensor]]:
-    """A trained crosscoder of a pair in which B's features are A's through a map, and pairs it has not seen."""
+def toy() -> tuple[Crosscoder, AffineMaps, list[Tensor]]:
+    """A trained crosscoder of a pair in which B's features are A's through a map, and pairs it has
+    not seen."""
     pair = ToyPair(ToyPairConfig(n_features=64, d_a=32, d_b=24, active_features=3.0))
     cfg = dfc_config(
         d_a=32, d_b=24, d_sae=64, k=3, a_exclusive_fraction=0.1, b_exclusive_fraction=0.1
@@ -213,15 +214,15 @@ def toy() -> tuple[Crosscoder, Stitching, list[Tensor]]:
         crosscoder = DFCTrainingCrosscoder(cfg)
         CrosscoderSAETrainer(sae_trainer_config(512, 400), crosscoder, pair.batches(512)).fit()
     fit, held_out = (list(islice(pair.batches(500, seed=seed), 8)) for seed in (5, 6))
-    return crosscoder.to_inference(), fit_stitching(PairMoments.of(fit), 32), held_out
+    return crosscoder.to_inference(), fit_affine_maps(PairMoments.of(fit), 32), held_out
 
 
 def test_the_map_tells_the_other_models_share_better_than_its_mean(
-    toy: tuple[Crosscoder, Stitching, list[Tensor]], model: Literal["a", "b"]
+    toy: tuple[Crosscoder, AffineMaps, list[Tensor]], model: Literal["a", "b"]
 ) -> None:
-    crosscoder, stitching, held_out = toy
+    crosscoder, affine_maps, held_out = toy
     by_map, by_mean = (
-        difference(crosscoder.export_sae(model, s, held_out)) for s in (stitching, None)
+        difference(crosscoder.export_sae(model, s, held_out)) for s in (affine_maps, None)
     )
     name = "code_explained_variance/shared"
     assert by_map[name] > by_mean[name] + 3 * (by_map[f"{name}/se"] + by_mean[f"{name}/se"])
@@ -243,7 +244,10 @@ def of_pair(pair: ModelPair) -> Crosscoder:
     return crosscoder
 
 
-def hooked(cfg: ModelConfig) -> HookedSAETransformer:
+def hooked(cfg: ModelConfig) -> Any:
+    from sae_lens import HookedSAETransformer
+    from transformer_lens import HookedTransformer
+
     plain = load_model(replace(cfg, model_class_name="HookedTransformer")).model
     assert isinstance(plain, HookedTransformer)
     model = HookedSAETransformer(plain.cfg, tokenizer=plain.tokenizer)
@@ -260,10 +264,9 @@ def bridged(cfg: ModelConfig) -> SAETransformerBridge:
     )
 
 
-@pytest.fixture(params=[hooked, bridged])
-def sae_model(
-    request: pytest.FixtureRequest, llama_config: ModelConfig
-) -> HookedSAETransformer | SAETransformerBridge:
+@pytest.fixture(params=[pytest.param(hooked, marks=needs_hooked_transformer), bridged])
+def sae_model(request: pytest.FixtureRequest, llama_config: ModelConfig) -> Any:
+    """SAELens' model, in either class."""
     make: Callable[[ModelConfig], Any] = request.param
     return make(llama_config)
 
@@ -273,9 +276,7 @@ def tokens_of(model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def test_saelens_models_run_with_it(
-    sae_model: HookedSAETransformer | SAETransformerBridge, pair: ModelPair
-) -> None:
+def test_saelens_models_run_with_it(sae_model: Any, pair: ModelPair) -> None:
     sae, ids = of_pair(pair).export_sae("a"), tokens_of(sae_model)
     acts = pair.a.activations(ids, torch.ones_like(ids))
     name = f"{pair.a.hook_name}.hook_sae_acts_post"
@@ -292,6 +293,7 @@ def test_saelens_models_run_with_it(
     assert torch.equal(sae_model(ids), plain)
 
 
+@needs_hooked_transformer
 @torch.no_grad()
 def test_at_attention_heads_it_takes_them_apart_as_saelens_does(llama_config: ModelConfig) -> None:
     cfg = replace(llama_config, hook_name="blocks.1.attn.hook_z")
@@ -312,7 +314,9 @@ def test_at_attention_heads_it_takes_them_apart_as_saelens_does(llama_config: Mo
 def test_saelens_store_reads_its_activations_without_the_first_position(
     pair: ModelPair, llama_config: ModelConfig
 ) -> None:
-    sae, model = of_pair(pair).export_sae("a"), hooked(llama_config)
+    # In TransformerLens 3.9 the newer class has no activations under this name for the store.
+    model: Any = (hooked if HAS_HOOKED_TRANSFORMER else bridged)(llama_config)
+    sae = of_pair(pair).export_sae("a")
     assert model.tokenizer is not None
     model.tokenizer.pad_token = model.tokenizer.bos_token
     store = ActivationsStore.from_sae(
@@ -327,7 +331,8 @@ def test_saelens_store_reads_its_activations_without_the_first_position(
 
 
 def test_it_has_what_saebench_reads(pair: ModelPair, tmp_path: Path) -> None:
-    """sae_bench 0.6.0: custom_saes/base_sae.py and _standardize_sae_cfg in sae_bench_utils/general_utils.py."""
+    """sae_bench 0.6.0: custom_saes/base_sae.py and _standardize_sae_cfg in
+    sae_bench_utils/general_utils.py."""
     of_pair(pair).export_sae("a").save_model(tmp_path)
     sae = SAE.load_from_disk(tmp_path, fold_W_dec_norm=True)
     d_in, d_sae = sae.cfg.d_in, sae.cfg.d_sae

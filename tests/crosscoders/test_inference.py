@@ -32,7 +32,8 @@ def test_sizes_are_saved_and_fractions_are_not(saved: Path) -> None:
 
 def test_decoder_norms_are_on_the_scale_of_training(saved: Path) -> None:
     crosscoder = load_crosscoder(saved)
-    # Scores are in units of the joined norm, so the two squares add up to 1 whatever the models' sizes.
+    # Scores are in units of the joined norm, so the two squares add up to 1 whatever the models'
+    # sizes.
     torch.testing.assert_close(crosscoder.decoder_norms().pow(2).sum(dim=0), torch.ones(24))
 
 

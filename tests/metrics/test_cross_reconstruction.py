@@ -11,7 +11,8 @@ A_TO_B = torch.randn(5, 7)
 
 @torch.no_grad()
 def copier(n_b_exclusive: int = 0) -> Crosscoder:
-    """Two models of width 2; shared latents read A's two dimensions, signs apart, and write them to both models."""
+    """Two models of width 2; shared latents read A's two dimensions, signs apart, and write them to
+    both models."""
     cfg = CrosscoderConfig(d_in=4, d_sae=4 + n_b_exclusive, d_a=2, d_b=2)
     cfg.n_b_exclusive = n_b_exclusive
     crosscoder = Crosscoder(cfg)

@@ -5,14 +5,14 @@ from hypothesis import strategies as st
 from sae_lens.evals import ExplainedVarianceCalculator
 
 from sae_lens_dfc import Partition
-from sae_lens_dfc.metrics.exclusivity import (
+from sae_lens_dfc.metrics.exclusivity.decoders import (
     decoder_metrics,
     relative_decoder_norms,
     relative_norm_histogram,
 )
 from sae_lens_dfc.metrics.pca import JointPCA
 from sae_lens_dfc.metrics.reconstruction import ExplainedVariance
-from sae_lens_dfc.metrics.sparsity import Firing
+from sae_lens_dfc.metrics.sparsity import ActivationStats
 from tests.helpers import make_acts, make_batchtopk, make_dfc, train_steps
 
 PARTITION = Partition(d_a=5, d_b=7, n_a_exclusive=2, n_b_exclusive=1, n_shared=3)
@@ -54,7 +54,7 @@ def test_no_pair_is_no_number() -> None:
 def test_firing_counts_agree_with_a_dense_count(sizes: list[int]) -> None:
     acts = torch.randn(sum(sizes), 6).relu()
     acts[:, 2] = 0  # B's only latent is dead
-    metric = Firing(PARTITION)
+    metric = ActivationStats(PARTITION)
     for batch in acts.split(sizes):
         metric.update(batch)
     result = metric.compute()

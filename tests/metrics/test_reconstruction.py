@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from sae_lens.evals import ExplainedVarianceCalculator
 
 from sae_lens_dfc import Partition
-from sae_lens_dfc.metrics.frequency import (
+from sae_lens_dfc.data.alignment.segments import Segment, Segments
+from sae_lens_dfc.metrics.reconstruction import ExplainedVariance, ReconstructionByRow
+from sae_lens_dfc.metrics.token_frequency import (
     ExplainedVarianceByFrequency,
     paired_tokens,
     token_deciles,
 )
-from sae_lens_dfc.metrics.reconstruction import ExplainedVariance, ReconstructionByRow
-from sae_lens_dfc.segments import Segment, Segments
 from tests.helpers import make_acts
 
 PARTITION = Partition(d_a=5, d_b=7, n_a_exclusive=2, n_b_exclusive=1, n_shared=3)

@@ -14,8 +14,8 @@ from sae_lens_dfc.metrics.recovery import (
     recovery,
     recovery_of_calls,
 )
-from tests.metrics.test_claims import N_SPLIT, TOY, perfect
-from tests.metrics.test_claims import measured as evidence_of
+from tests.metrics.exclusivity.test_evidence import N_SPLIT, TOY, perfect
+from tests.metrics.exclusivity.test_evidence import measured as evidence_of
 
 # Two features of A, two of B, six shared; orthogonal, so that a cosine is 0 or 1.
 FEATURES = Partition(d_a=8, d_b=8, n_a_exclusive=2, n_b_exclusive=2, n_shared=6)

@@ -59,7 +59,8 @@ def test_unrelated_crosscoders_of_many_dimensions_match_nothing() -> None:
 
 
 def test_chance_is_what_partitions_dealt_out_by_lot_would_agree() -> None:
-    # One decoder for all: latent i is latent i of the other, and the other's partitions are dealt out anew.
+    # One decoder for all: latent i is latent i of the other, and the other's partitions are dealt
+    # out anew.
     torch.manual_seed(0)
     n = 2000
     one = make_dfc(d_a=40, d_b=40, d_sae=n, a_exclusive_fraction=0.25, b_exclusive_fraction=0.25)

@@ -9,7 +9,7 @@ import pytest
 from jaxtyping import config
 from transformers import PreTrainedTokenizerBase
 
-from sae_lens_dfc.alignment import (
+from sae_lens_dfc.data.alignment.align import (
     INSIDE_CHARACTER,
     NO_PARTNER,
     OUT_OF_ORDER,
@@ -19,14 +19,11 @@ from sae_lens_dfc.alignment import (
     align,
     pack,
 )
-from sae_lens_dfc.segments import Segments
-from sae_lens_dfc.texts import clean
-from sae_lens_dfc.tokens import Tokens
+from sae_lens_dfc.data.alignment.segments import Segments
+from sae_lens_dfc.data.alignment.tokens import Tokens
+from sae_lens_dfc.data.text.cleaning import clean
 from tests.reliability.hard_text import hard_texts
 from tests.reliability.reading import Reader, Reading
-
-N_SHARES = 20
-"""Seeds among which the strings are divided."""
 
 Aligner = Callable[[Tokens, Tokens], tuple[Segments, Coverage]]
 
@@ -120,11 +117,10 @@ def clean_checked(text: str) -> str:
     return cleaned
 
 
-def fuzz_share(
-    tokenizers: dict[str, PreTrainedTokenizerBase], pytestconfig: pytest.Config, seed: int
+def fuzz_of_tokenizers(
+    tokenizers: dict[str, PreTrainedTokenizerBase], seed: int, n_strings: int
 ) -> None:
-    """Try the share of the `--fuzz-strings` strings that has this seed."""
-    n_strings = -(-int(str(pytestconfig.getoption("fuzz_strings"))) // N_SHARES)
+    """Try so many strings of a seed in these tokenizers."""
     readers = {name: Reader(tokenizer) for name, tokenizer in tokenizers.items()}
     # Shapes are checked in all other tests; here that would take a third of the time.
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +129,8 @@ def fuzz_share(
 
 
 def fuzz(readers: dict[str, Reader], seed: int, n_strings: int) -> None:
-    """Check so many strings, each in three tokenizers: their pairs and one of them with itself, all in turn."""
+    """Check so many strings, each in three tokenizers: their pairs and one of them with itself, all
+    in turn."""
     groups = list(combinations(readers, 3))
     random.Random(seed).shuffle(groups)
     for n, (text, names) in enumerate(zip(hard_texts(seed), cycle(groups), strict=False)):

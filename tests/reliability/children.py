@@ -1,4 +1,5 @@
-"""The command line in processes that can be killed, starved and interrupted. They are forked from one that has all imported, so each starts at once."""
+"""The command line in processes that can be killed, starved and interrupted. They are forked from
+one that has all imported, so each starts at once."""
 
 import faulthandler
 import multiprocessing
@@ -17,10 +18,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.cli.main import COMMANDS, main
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sae_lens_dfc.__main__"])
+START_METHOD = "forkserver"
+CONTEXT = multiprocessing.get_context(START_METHOD)
+# What `evaluate`, `report` and `latents` import when they run is among what `screen` imports.
+CONTEXT.set_forkserver_preload(["sae_lens_dfc.cli.parser", *(m for m, _ in COMMANDS.values())])
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"}
 
 Prepare = Callable[[], None]
@@ -87,7 +90,7 @@ def _run(arguments: list[str], errors: str, prepare: Prepare | None) -> None:
     to = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(to, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    # Whoever starts the tests in the background has them ignore Ctrl-C, and their children with them.
+    # Tests started in the background ignore Ctrl-C, and so do their child processes.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=2)
@@ -107,7 +110,8 @@ def run(
 
 
 def die_at_file_operation(n: int, folder: str) -> None:
-    """Have this process killed when it is about to open, rename, make or remove its n-th file or folder below `folder`."""
+    """Have this process killed when it is about to open, rename, make or remove its n-th file or
+    folder below `folder`."""
     seen = 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -121,7 +125,8 @@ def die_at_file_operation(n: int, folder: str) -> None:
 
 
 def do_when_touched(pattern: str, n: int, do: Prepare) -> None:
-    """Have this process do something once, just before it opens, renames, makes or removes the n-th path of this pattern.
+    """Have this process do something once, just before it opens, renames, makes or removes the n-th
+    path of this pattern.
 
     From outside it would be a race: some of what is to be met lasts a millisecond.
     """
@@ -170,7 +175,8 @@ def stall_while(there: Path) -> None:
 
 
 def write_file_operations(path: str, folder: str) -> None:
-    """Have this process count its file operations below `folder`: so many bytes are in the file `path` then."""
+    """Have this process count its file operations below `folder`: so many bytes are in the file
+    `path` then."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -188,9 +194,11 @@ def take_memory_away(n_bytes: int) -> None:
 
 
 def have_the_clock_jump(seed: int, looks: Path) -> None:
-    """Have Python's wall clock jump by up to a year, either way, whenever it is looked at; a byte in `looks` for each time.
+    """Have Python's wall clock jump by up to a year, either way, whenever it is looked at; a byte
+    in `looks` for each time.
 
-    `time.time` and `time.time_ns`, in every module that holds one of them; not the clock that C and Rust ask for themselves.
+    `time.time` and `time.time_ns`, in every module that holds one of them; not the clock that C and
+    Rust ask for themselves.
     """
     draws, true_time = random.Random(seed), time.time
     file = os.open(looks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -208,7 +216,8 @@ def have_the_clock_jump(seed: int, looks: Path) -> None:
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own, in memory; where none can be mounted, as in a container of few rights, the test is skipped."""
+    """A file system of its own, in memory; where none can be mounted, as in a container of few
+    rights, the test is skipped."""
     folder.mkdir()
     if os.system(f"mount -t tmpfs -o size={size} tmpfs {folder}") != 0:
         pytest.skip("no small disk can be mounted here")

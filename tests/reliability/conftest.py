@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_dfc.__main__ import main
-from sae_lens_dfc.texts import reference_pages
+from sae_lens_dfc.cli.main import main
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from tests.helpers import train_tiny
 
 

@@ -1,4 +1,5 @@
-"""Text that breaks things, without end: a fixed seed gives the same strings everywhere Unicode is the same."""
+"""Text that breaks things, without end: a fixed seed gives the same strings everywhere Unicode is
+the same."""
 
 import random
 import sys
@@ -20,7 +21,8 @@ INDENTED = ["\n    y", "\n  \n", "\r\n\t", "  ", "\n", "\r\n", "\n\n   ", " \n "
 
 @cache
 def code_points() -> list[list[str]]:
-    """The characters of every Unicode block but surrogates: rows of sixteen, those unassigned left out."""
+    """The characters of every Unicode block but surrogates: rows of sixteen, those unassigned left
+    out."""
     rows = [[chr(code) for code in range(row, row + 16)] for row in range(0, sys.maxunicode, 16)]
     rows = [[c for c in row if unicodedata.category(c) not in ("Cn", "Cs")] for row in rows]
     # Of the large blocks, where one character is much like another, every 40th row.
@@ -115,7 +117,8 @@ CHANGES: list[Callable[[random.Random, str], str]] = [
 def hard_texts(seed: int) -> Iterator[str]:
     """One after another, most of them short; every hundredth up to some hundred characters.
 
-    Each also holds a character of the next row of `code_points`, so that 10,000 go through all blocks.
+    Each also holds a character of the next row of `code_points`, so that 10,000 go through all
+    blocks.
     """
     draw = random.Random(seed)
     rows = code_points()

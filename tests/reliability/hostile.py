@@ -7,15 +7,21 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.cli import main as command_line
+from sae_lens_dfc.cli.main import main
 
 T = TypeVar("T")
+
+# What a command imports is no part of the time that it takes to refuse a file.
+for _module, _ in command_line.COMMANDS.values():
+    import_module(_module)
 
 MAX_SECONDS = 5.0
 """Of processor time, on a machine that has other things to do."""
@@ -33,7 +39,7 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
     "a float beyond all": (b'{"d_in": 1e99999}', "inf, which is no number"),
     "NaN": (b'{"d_in": NaN}', "nan, which is no number"),
     "infinity": (b'{"d_in": -Infinity}', "-inf, which is no number"),
-    "one key twice": (b'{"format": 1, "format": 1}', "'format' is there twice"),
+    "one key twice": (b'{"format": 1, "format": 1}', "'format' appears twice"),
     "a byte order mark": (b"\xef\xbb\xbf{}", "not sound JSON"),
     "nothing": (b"", "not sound JSON"),
     "a NUL": (b"\0", "not sound JSON"),
@@ -49,7 +55,8 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
 
 
 def grown(do: Callable[[], T]) -> tuple[T, float, int]:
-    """What `do` returns, its seconds of processor time, and by how much this process grew at its most meanwhile."""
+    """What `do` returns, its seconds of processor time, and by how much this process grew at its
+    most meanwhile."""
     status, start = Path("/proc/self/status"), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")  # forget how large it was at its most
     before = status.read_text()
@@ -135,7 +142,8 @@ CANARY = "canary"
 
 
 def canary_module(folder: Path) -> str:
-    """Python that leaves a file where it is run, and is a model, a configuration and a tokenizer besides."""
+    """Python that leaves a file where it is run, and is a model, a configuration and a tokenizer
+    besides."""
     return f"""
 from pathlib import Path
 Path({str(folder / CANARY)!r}).write_text("run")

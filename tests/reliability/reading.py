@@ -1,7 +1,8 @@
 """What a model has read after each token of a text, found without the tokenizer's map back to it.
 
-The tokens' spellings are put together to bytes of the normalised text. Which part of the text itself that is, is found
-by normalising every beginning of it, one after another: slow, and with nothing in common with what it is to check.
+The tokens' spellings are put together to bytes of the normalised text. Which part of the text
+itself that is, is found by normalising every beginning of it, one after another: slow, and with
+nothing in common with what it is to check.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sae_lens_dfc.tokens import Tokens, tokenize
+from sae_lens_dfc.data.alignment.tokens import Tokens, tokenize
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -30,13 +31,17 @@ class Reading(NamedTuple):
     read: list[bytes]
     """What the model has read after each token, of its normalised text."""
     ends: list[set[int]]
-    """After how many bytes of the text that is so: several where it drops characters, none inside a character that it takes apart."""
+    """After how many bytes of the text that is so: several where it drops characters, none inside a
+    character that it takes apart."""
     inside: list[set[tuple[int, bytes]]]
-    """The same for tokens that end inside a character that it takes apart: the bytes before it, and what is read of it."""
+    """The same for tokens that end inside a character that it takes apart: the bytes before it, and
+    what is read of it."""
     new: list[bool]
-    """Whether the token holds anything of the text, rather than a space that the tokenizer puts in front of it."""
+    """Whether the token holds anything of the text, rather than a space that the tokenizer puts in
+    front of it."""
     unsure: set[int]
-    """Bytes after which a mark follows that this model's normalizer may join with what is before, and those inside a
+    """Bytes after which a mark follows that this model's normalizer may join with what is before,
+    and those inside a
     character some of whose bytes it drops: there pairs may be missing."""
     borders: set[int]
     """After how many bytes a character of the text ends."""

@@ -1,4 +1,5 @@
-"""The check of the fuzz itself: that it fails where the alignment is wrong, and that it holds of all pairs and real tokenizers."""
+"""The check of the fuzz itself: that it fails where the alignment is wrong, and that it holds of
+all pairs and real tokenizers."""
 
 import time
 from collections import Counter
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from jaxtyping import config
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sae_lens_dfc import alignment
-from sae_lens_dfc.alignment import (
+from sae_lens_dfc.data.alignment import align as align_module
+from sae_lens_dfc.data.alignment.align import (
     NO_PARTNER,
     TAIL,
     Coverage,
@@ -27,11 +28,11 @@ from sae_lens_dfc.alignment import (
     cut,
     pack,
 )
-from sae_lens_dfc.demo import DEMO_A, DEMO_B, unpack
-from sae_lens_dfc.segments import Segments
-from sae_lens_dfc.sources import MAX_CHARS
-from sae_lens_dfc.texts import clean, split_text
-from sae_lens_dfc.tokens import Tokens, tokenize
+from sae_lens_dfc.data.alignment.segments import Segments
+from sae_lens_dfc.data.alignment.tokens import Tokens, tokenize
+from sae_lens_dfc.data.sources import MAX_CHARS
+from sae_lens_dfc.data.text.cleaning import clean, split_text
+from sae_lens_dfc.models.packaged import DEMO_A, DEMO_B, unpack
 from tests.reliability import alignment_check
 from tests.reliability.alignment_check import Aligner, check_text, clean_checked
 from tests.reliability.hard_text import FAMILIES, SPELLED, WORDS, hard_texts
@@ -48,6 +49,7 @@ def readers(tokenizers: Tokenizers) -> dict[str, Reader]:
 PARTS = [*FAMILIES, *SPELLED, *WORDS, "e\u0301", "q\u0301\u0323", "ﷺ", "½", "가\u11a8", "\x00", "\r\n", "  ", "\ud800"]  # fmt: skip
 
 
+@pytest.mark.slow
 @hypothesis_settings(
     max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -193,14 +195,14 @@ def test_the_tokenizers_own_spans_are_noticed_to_be_wrong(
     def own(_tokenizer: Any, _text: Any, spans: Any, _strings: Any) -> Any:
         return spans
 
-    monkeypatch.setattr("sae_lens_dfc.tokens.true_spans", own)
+    monkeypatch.setattr("sae_lens_dfc.data.alignment.tokens.true_spans", own)
     assert until_noticed(readers)[0] <= 100
 
 
 def test_a_pair_by_the_end_of_a_spelling_alone_is_noticed(
     readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alignment, "_same_from_the_back", lambda a, b: [
+    monkeypatch.setattr(align_module, "_same_from_the_back", lambda a, b: [
         (i, b.open[place][0]) for place, (i, _) in a.open.items() if place in b.open
     ])  # fmt: skip
     assert until_noticed(readers)[0] <= 100

@@ -1,4 +1,5 @@
-"""What a machine does to long work: no room, no right to write, no memory, others at work, a clock that jumps."""
+"""What a machine does to long work: no room, no right to write, no memory, others at work, a clock
+that jumps."""
 
 import json
 import os
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_dfc.output import sole_user
-from sae_lens_dfc.progress import Progress
+from sae_lens_dfc.core.journal import Journal
+from sae_lens_dfc.core.output_folder import file_lock
 from sae_lens_dfc.training.checkpoint import checkpoints
 from tests.reliability.children import (
     Child,
@@ -76,7 +77,7 @@ def test_a_disk_that_cannot_be_written_is_refused_before_any_work(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_never_work_on_one_folder(name: str, jobs: Jobs, tmp_path: Path) -> None:
-    with sole_user(tmp_path / "out"):
+    with file_lock(tmp_path / "out"):
         ended = run(jobs.of(name, tmp_path / "out"), tmp_path)
         assert ended.status == 1
         assert f"Another process is at work on {tmp_path / 'out'}" in ended.error
@@ -146,7 +147,7 @@ def test_what_was_about_to_take_its_place_when_the_process_died_takes_it(tmp_pat
         (left / part / "what").write_text(part)
     others = tmp_path / ".out.b.abcd1234.unfinished"
     others.mkdir()
-    with sole_user(tmp_path / "out"):
+    with file_lock(tmp_path / "out"):
         assert (tmp_path / "out" / "what").read_text() == "new"
         assert not left.exists() and others.exists()
 
@@ -154,10 +155,10 @@ def test_what_was_about_to_take_its_place_when_the_process_died_takes_it(tmp_pat
 def test_what_was_not_whole_when_the_process_died_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".out.abcd1234.unfinished" / "new").mkdir(parents=True)
     with ExitStack() as stack:
-        stack.enter_context(sole_user(tmp_path / "out"))
+        stack.enter_context(file_lock(tmp_path / "out"))
         assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
         with pytest.raises(ValueError, match="Another process is at work on"):
-            stack.enter_context(sole_user(tmp_path / "out"))
+            stack.enter_context(file_lock(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
@@ -165,7 +166,7 @@ def test_a_line_of_progress_cut_short_leaves_the_others_where_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "p.jsonl"
-    Progress(path, {}).done("one", lambda: 1)
+    Journal(path, {}).done("one", lambda: 1)
     whole = path.read_text()
     path.write_text(whole + json.dumps({"name": "two"})[:-1])
 
@@ -175,7 +176,7 @@ def test_a_line_of_progress_cut_short_leaves_the_others_where_they_are(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         with pytest.raises(OSError, match="No space left"):
-            Progress(path, {})
+            Journal(path, {})
     assert path.read_text().startswith(whole)
-    assert Progress(path, {}).results == {"one": 1}
+    assert Journal(path, {}).results == {"one": 1}
     assert path.read_text() == whole

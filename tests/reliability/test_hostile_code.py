@@ -1,4 +1,5 @@
-"""No file of a stranger's has its code run: canaries in models, crosscoders, caches, checkpoints and data sets stay alive."""
+"""No file of a stranger's has its code run: canaries in models, crosscoders, caches, checkpoints
+and data sets stay alive."""
 
 import json
 import pickle
@@ -13,14 +14,16 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-from sae_lens_dfc.__main__ import main
-from sae_lens_dfc.chat import render_chat
+from sae_lens_dfc.cli.main import main
+from sae_lens_dfc.core.tensor_files import checksum, load_state
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
-from sae_lens_dfc.models import ModelConfig, load_model
-from sae_lens_dfc.state import checksum, load_state
-from sae_lens_dfc.texts import open_rows
+from sae_lens_dfc.data.alignment.chat import render_chat
+from sae_lens_dfc.data.text.datasets import open_rows
+from sae_lens_dfc.models.config import ModelConfig
+from sae_lens_dfc.models.loading import load_model
 from sae_lens_dfc.training.checkpoint import checkpoints, load_place
 from tests.helpers import make_firing_dfc
+from tests.model_classes import MODEL_CLASSES
 from tests.reliability.hostile import (
     CANARY,
     COMMANDS,
@@ -69,7 +72,8 @@ MODELS: dict[str, Callable[[Path, Path], Path]] = {"code": with_code, "pickle": 
 def test_the_canaries_can_sing(
     which: str, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What this file shows rests on it: transformers runs them for whoever says yes, and torch without asking."""
+    """The control of this file: transformers runs the code if it is trusted, and torch without
+    asking."""
     folder = MODELS[which](llama_folder, tmp_path / "model")
     if which == "code":
         monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -80,7 +84,7 @@ def test_the_canaries_can_sing(
     (tmp_path / CANARY).unlink()
 
 
-@pytest.mark.parametrize("model_class", ["TransformerBridge", "HookedTransformer"])
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
 @pytest.mark.parametrize("which", MODELS)
 def test_a_models_own_code_is_not_run(
     which: str, model_class: Any, llama_folder: Path, tmp_path: Path

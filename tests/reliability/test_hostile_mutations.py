@@ -1,4 +1,5 @@
-"""Files with random damage: what reads one gives something sound or one clear error, never another, and never hangs.
+"""Files with random damage: what reads one gives something sound or one clear error, never another,
+and never hangs.
 
 `--mutations N` makes N of each kind of file.
 """
@@ -19,36 +20,42 @@ import pytest
 import torch
 import yaml
 
-from sae_lens_dfc.__main__ import TAKE_RECIPES
-from sae_lens_dfc.activations import Bookmark, Marked
-from sae_lens_dfc.arguments import with_files
-from sae_lens_dfc.benchmark.planted.organism import items_from_json, read_manifest
+from sae_lens_dfc.analysis.autointerp.concerns import CONCERNS, read_concerns
+from sae_lens_dfc.analysis.options import HeldOutOptions
+from sae_lens_dfc.analysis.report.build import report_settings
+from sae_lens_dfc.analysis.report.page_data import references
+from sae_lens_dfc.analysis.report.results import read_evidence, read_metrics, stored_maxima
+from sae_lens_dfc.analysis.report.summary import headlines, lead, warnings
+from sae_lens_dfc.analysis.report.tables import measures_table
+from sae_lens_dfc.analysis.saved_run.held_out import run_config
+from sae_lens_dfc.analysis.screening.verdicts import CausalTest
+from sae_lens_dfc.benchmark.planted.organisms.organism import (
+    items_from_json,
+    read_organism_manifest,
+)
 from sae_lens_dfc.benchmark.suite import figures_of
-from sae_lens_dfc.cache import PairedActivationsCache
-from sae_lens_dfc.concerns import CONCERNS, read_concerns
-from sae_lens_dfc.contexts import PairCounts
+from sae_lens_dfc.cli.arguments import with_files
+from sae_lens_dfc.cli.parser import settings_taken
+from sae_lens_dfc.core.journal import Journal as Kept
+from sae_lens_dfc.core.tensor_files import checksum, load_state, save_state
+from sae_lens_dfc.core.terminal import text_table
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
-from sae_lens_dfc.held_out import HeldOutOptions, run_config
-from sae_lens_dfc.manifest import Progress, progress_path
-from sae_lens_dfc.measured_run import read_evidence, read_metrics, settings
-from sae_lens_dfc.measures import measures_table, text_table
-from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.natural import stored_maxima
-from sae_lens_dfc.page_data import references
-from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.progress import Progress as Kept
-from sae_lens_dfc.provider import Batches, shuffled
-from sae_lens_dfc.state import checksum, load_state, save_state
-from sae_lens_dfc.summary import headlines, lead, warnings
-from sae_lens_dfc.training.caching import _data, with_cache
+from sae_lens_dfc.data.activations import StatefulBatch, StreamState
+from sae_lens_dfc.data.batches import Batches, shuffled
+from sae_lens_dfc.data.cache.build import data_settings
+from sae_lens_dfc.data.cache.manifest import WriterProgress, progress_path
+from sae_lens_dfc.data.cache.reader import PairedActivationsCache
+from sae_lens_dfc.data.contexts import PairCounts
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.training.checkpoint import checkpoints, load_checkpoint, load_place
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from sae_lens_dfc.training.data import PairedText
+from sae_lens_dfc.training.from_cache import with_cache
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 from sae_lens_dfc.training.trainer import CrosscoderTrainer
-from sae_lens_dfc.verdicts import CausalTest
+from tests.data.cache.test_cache import HEADER, write
 from tests.helpers import make_firing_dfc, train_tiny
-from tests.test_cache import HEADER, write
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +186,7 @@ def of_state(path: Path, draw: random.Random) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("mutations")
     flags = ("--training-pairs", "800", "--training-tokens", "1600", "--n-checkpoints", "2")
-    flags += ("--test-at", "0.9")
+    flags += ("--reassign-at", "0.9")
     return train_tiny(folder, llama_folder, gpt2_folder, *flags, n_texts=4)
 
 
@@ -235,7 +242,7 @@ def test_damaged_settings_of_a_run(run: Path, tmp_path: Path, n_mutations: int) 
 
     def read() -> None:
         cfg = run_config(str(folder), HeldOutOptions())
-        assert isinstance(settings(cfg), dict) and cfg.all_sources and cfg.saes
+        assert isinstance(report_settings(cfg), dict) and cfg.all_sources and cfg.saes
         json.dumps(cfg.to_dict())
 
     check("runner_cfg.json", Artefact(folder / "runner_cfg.json", of_json, read), n_mutations)
@@ -289,7 +296,7 @@ def test_a_damaged_table_of_latents(tmp_path: Path, n_mutations: int) -> None:
 def test_a_damaged_manifest_of_a_cache(run: Path, tmp_path: Path, n_mutations: int) -> None:
     cfg = run_config(str(run), HeldOutOptions())
     folder = whole_cache(tmp_path / "cache", cfg)
-    asked = replace(cfg, test_at=[], model_a=ModelConfig(), model_b=ModelConfig())
+    asked = replace(cfg, reassign_at=[], model_a=ModelConfig(), model_b=ModelConfig())
 
     def read() -> None:
         cache = PairedActivationsCache(folder)
@@ -309,7 +316,7 @@ def whole_cache(folder: Path, cfg: CrosscoderRunnerConfig) -> Path:
     }
     values = cfg.to_dict()
     configs = {name: {**values[name], "model_name": name[-1], "hook_name": "h"} for name in models}
-    data = {**_data(cfg), "n_ranks": 1}
+    data = {**data_settings(cfg), "n_ranks": 1}
     return write(folder, replace(HEADER, models=models, configs=configs, data=data)).folder
 
 
@@ -344,7 +351,7 @@ def test_a_damaged_shard(tmp_path: Path, n_mutations: int) -> None:
 def test_damaged_progress_of_a_cache(tmp_path: Path, n_mutations: int) -> None:
     write(tmp_path / "cache")
     path = progress_path(tmp_path / "cache", 0)
-    check("progress", Artefact(path, of_state, lambda: Progress.load(path)), n_mutations)
+    check("progress", Artefact(path, of_state, lambda: WriterProgress.load(path)), n_mutations)
 
 
 # --- checkpoints ---
@@ -385,10 +392,10 @@ def test_a_damaged_checkpoint(
             key = str(path.relative_to(folder))
             sums.write_text(json.dumps({**json.loads(signed), key: checksum(path)}))
 
-    def rows(place: Bookmark | None) -> Iterator[Marked]:
+    def rows(place: StreamState | None) -> Iterator[StatefulBatch]:
         """Until the first is there, as a training that goes on would."""
         for found in text.rows("training", PairCounts(), place):
-            yield Marked(found.acts, found.after)
+            yield StatefulBatch(found.acts, found.after)
             return
 
     def read() -> None:
@@ -414,14 +421,14 @@ def test_a_damaged_config(tmp_path: Path, n_mutations: int) -> None:
         "model_a": {"model_name": "a", "hook_name": "blocks.1.hook_resid_post"},
         "sources": [{"dataset_path": "x", "weight": 2.0}, {"dataset_path": "y"}],
         "lr": 0.001,
-        "test_at": [0.5, 0.9],
+        "reassign_at": [0.5, 0.9],
         "overwrite": True,
         "recipe": "dfc-tested",
     }
     path.write_text(yaml.safe_dump(values))
 
     def read() -> None:
-        arguments = with_files(["train", "--config", str(path)], TAKE_RECIPES)
+        arguments = with_files(["train", "--config", str(path)], settings_taken())
         flags = [*arguments.of_files, *(flag for sae in arguments.saes for flag in sae)]
         assert all(isinstance(flag, str) for flag in flags)
 
@@ -471,7 +478,7 @@ def test_a_damaged_organism(tmp_path: Path, n_mutations: int) -> None:
     path.write_text(json.dumps({"settings": {"seed": 0}, "items": splits, "sha256": {"a": "b"}}))
 
     def read() -> None:
-        items_from_json(read_manifest(tmp_path).get("items", {}))
+        items_from_json(read_organism_manifest(tmp_path).get("items", {}))
 
     check("planted.json", Artefact(path, of_json, read), n_mutations)
 

@@ -1,4 +1,5 @@
-"""Names from somebody else's files are shown, never obeyed: not by a terminal, a page, or what reads Markdown or JSON."""
+"""Names from untrusted files are shown, never interpreted, by a terminal, a page, Markdown or
+JSON."""
 
 import json
 import re
@@ -10,13 +11,14 @@ import pytest
 from typing_extensions import override
 
 from sae_lens_dfc import CrosscoderRunnerConfig, DFCTrainingCrosscoderConfig, ModelConfig
-from sae_lens_dfc.__main__ import main
-from sae_lens_dfc.card import render_card
+from sae_lens_dfc.analysis.options import HeldOutOptions
+from sae_lens_dfc.analysis.report.build import report_settings
+from sae_lens_dfc.analysis.report.model_card import render_card
+from sae_lens_dfc.analysis.report.page import ReportData, render_report
+from sae_lens_dfc.analysis.saved_run.held_out import run_config
+from sae_lens_dfc.cli.main import main
+from sae_lens_dfc.core.terminal import printable
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
-from sae_lens_dfc.held_out import HeldOutOptions, run_config
-from sae_lens_dfc.measured_run import settings
-from sae_lens_dfc.report import ReportData, render_report
-from sae_lens_dfc.terminal import printable
 from tests.helpers import make_firing_dfc
 from tests.reliability.hostile import changed_json
 
@@ -134,7 +136,7 @@ def test_the_settings_of_a_run_come_to_the_page_as_they_are(
         dataset_path=name,
     )
     (tmp_path / "runner_cfg.json").write_text(json.dumps(cfg.to_dict()))
-    found = settings(run_config(str(tmp_path), HeldOutOptions()))
+    found = report_settings(run_config(str(tmp_path), HeldOutOptions()))
     assert found["model_b.model_name"] == name == found["dataset_path"]
     html = render_report(ReportData(name, name, found, {"l0": 3.0}, {}, []))
     assert Active(html).found == Active(page("plain")).found

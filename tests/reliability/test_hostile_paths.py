@@ -1,4 +1,5 @@
-"""No name in a file leads out of its folder: nothing there is read, and nothing written or removed."""
+"""No name in a file leads out of its folder: nothing there is read, and nothing written or
+removed."""
 
 import json
 from collections.abc import Callable
@@ -12,15 +13,16 @@ from datasets.table import InMemoryTable
 from pyarrow import parquet
 from xxhash import xxh3_128
 
-from sae_lens_dfc.__main__ import main
-from sae_lens_dfc.cache import PairedActivationsCache
-from sae_lens_dfc.files import file_in
-from sae_lens_dfc.held_out import HeldOutOptions, run_config
-from sae_lens_dfc.output import replaced
-from sae_lens_dfc.texts import load_texts, open_rows
+from sae_lens_dfc.analysis.options import HeldOutOptions
+from sae_lens_dfc.analysis.saved_run.held_out import run_config
+from sae_lens_dfc.cli.main import main
+from sae_lens_dfc.core.atomic_write import atomic_file
+from sae_lens_dfc.core.tensor_files import file_in
+from sae_lens_dfc.data.cache.reader import PairedActivationsCache
+from sae_lens_dfc.data.text.datasets import load_texts, open_rows
 from sae_lens_dfc.training.checkpoint import check_files, checkpoints
+from tests.data.cache.test_cache import write
 from tests.reliability.hostile import changed_json, copied, refusal, refused
-from tests.test_cache import write
 
 SECRET = "rows-00000-000000.safetensors"
 
@@ -82,7 +84,7 @@ def test_a_checkpoint_names_no_file_outside_it(
     monkeypatch.setattr(
         Path, "open", lambda self, *a, **k: opened.append(self) or real(self, *a, **k)
     )
-    assert "is a link, missing, or not of it" in refused(lambda: check_files(folder))
+    assert "is a link, missing, or not part of it" in refused(lambda: check_files(folder))
     assert secret not in [path.resolve() for path in opened]
 
 
@@ -97,7 +99,7 @@ def test_a_checkpoint_has_no_link_and_no_file_that_was_not_written_with_it(
     assert "is a link" in refused(lambda: check_files(folder))
     (folder / "extra.safetensors").unlink()
     (folder / "extra.safetensors").write_bytes(b"x")
-    assert "not of it" in refused(lambda: check_files(folder))
+    assert "not part of it" in refused(lambda: check_files(folder))
     (folder / "extra.safetensors").unlink()
     changed_json(folder / "checksums.json", **{next(iter(sums)): 5})
     assert "is damaged" in refused(lambda: check_files(folder))
@@ -133,7 +135,7 @@ def test_what_is_replaced_is_not_written_through_a_link(tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("mine")
     (tmp_path / ".file.new").symlink_to(mine)
-    with replaced(tmp_path / "file") as temporary:
+    with atomic_file(tmp_path / "file") as temporary:
         temporary.write_text("theirs")
     assert mine.read_text() == "mine" and (tmp_path / "file").read_text() == "theirs"
 
@@ -166,7 +168,7 @@ def test_another_number_of_latents_than_the_crosscoders_is_refused_before_any_is
 ) -> None:
     folder = copied(run, tmp_path / "run")
     changed_json(folder / "runner_cfg.json", sae__d_sae=10**12)
-    assert "is of two trainings" in refusal(capfd, "evaluate", folder)
+    assert "mixes two trainings" in refusal(capfd, "evaluate", folder)
 
 
 # --- data sets ---

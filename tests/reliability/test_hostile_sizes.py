@@ -1,4 +1,5 @@
-"""What a file claims is checked before memory is taken for it, and whatever is wrong with it is one line."""
+"""What a file claims is checked before memory is taken for it, and whatever is wrong with it is one
+line."""
 
 import gzip
 import json
@@ -19,17 +20,20 @@ from datasets import Dataset
 from pyarrow import parquet
 from xxhash import xxh3_128
 
+from sae_lens_dfc.analysis.autointerp.concerns import read_concerns
+from sae_lens_dfc.analysis.options import HeldOutOptions
+from sae_lens_dfc.analysis.report.results import read_latents, read_metrics
+from sae_lens_dfc.analysis.saved_run.held_out import run_config
 from sae_lens_dfc.benchmark.suite import results_in
-from sae_lens_dfc.cache import PairedActivationsCache
-from sae_lens_dfc.concerns import read_concerns
+from sae_lens_dfc.core.journal import Journal
+from sae_lens_dfc.core.untrusted.gguf import BLOCKS, check_gguf
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
-from sae_lens_dfc.gguf_file import BLOCKS, check_gguf
-from sae_lens_dfc.held_out import HeldOutOptions, run_config
-from sae_lens_dfc.measured_run import read_latents, read_metrics
-from sae_lens_dfc.models import ModelConfig, load_model, read_chat_template
-from sae_lens_dfc.progress import Progress
-from sae_lens_dfc.texts import load_texts, open_rows
+from sae_lens_dfc.data.cache.reader import PairedActivationsCache
+from sae_lens_dfc.data.text.datasets import load_texts, open_rows
+from sae_lens_dfc.models.config import ModelConfig
+from sae_lens_dfc.models.loading import load_model, read_chat_template
 from sae_lens_dfc.training.checkpoint import check_files
+from tests.data.cache.test_cache import write
 from tests.helpers import make_firing_dfc
 from tests.reliability.hostile import (
     COMMANDS,
@@ -42,7 +46,6 @@ from tests.reliability.hostile import (
     refused,
     safetensors_with,
 )
-from tests.test_cache import write
 
 WEIGHTS = "sae_weights.safetensors"
 Spoil = Callable[[Path], None]
@@ -76,16 +79,16 @@ def claim(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str,
 LARGE = 10**12
 # Each with a word of the error.
 SPOILED: dict[str, tuple[Spoil, str]] = {
-    "a trillion latents": (cfg(d_sae=LARGE), "cfg.json says (12, 1000000000000)"),
+    "a trillion latents": (cfg(d_sae=LARGE), "cfg.json expects (12, 1000000000000)"),
     "a trillion latents of one model": (
         cfg(d_sae=LARGE, n_a_exclusive=LARGE - 1),
-        "cfg.json says (12, 1000000000000)",
+        "cfg.json expects (12, 1000000000000)",
     ),
     "a width of a trillion": (
         cfg(d_in=LARGE + 5, d_a=5, d_b=LARGE),
-        "cfg.json says (1000000000005, 24)",
+        "cfg.json expects (1000000000005, 24)",
     ),
-    "a negative width": (cfg(d_in=-12, d_a=-5, d_b=-7), "cfg.json says (-12, 24)"),
+    "a negative width": (cfg(d_in=-12, d_a=-5, d_b=-7), "cfg.json expects (-12, 24)"),
     "widths that cancel": (cfg(d_a=20, d_b=-8), "both at least 1"),
     "more exclusive latents than latents": (
         cfg(n_a_exclusive=30),
@@ -114,7 +117,7 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "an architecture of another type": (cfg(architecture=["crosscoder"]), "not a crosscoder"),
     "weights of another width": (weights(W_enc=torch.zeros(11, 24)), "holds (11, 24) as W_enc"),
     "weights of no rows": (weights(W_enc=torch.zeros(0, 24)), "holds (0, 24) as W_enc"),
-    "a tensor too many": (weights(scaling_factor=torch.ones(1)), "cfg.json says nothing"),
+    "a tensor too many": (weights(scaling_factor=torch.ones(1)), "cfg.json expects nothing"),
     "a tensor too few": (weights(threshold=None), "holds nothing as threshold"),
     "weights as whole numbers": (
         weights(W_dec=torch.zeros(24, 12, dtype=torch.int64)),
@@ -170,7 +173,7 @@ def test_every_command_refuses_in_one_line(
 ) -> None:
     monkeypatch.chdir(saved.parent)
     cfg(d_sae=LARGE)(saved)
-    assert "cfg.json says" in refusal(capfd, command, saved, *COMMANDS[command])
+    assert "cfg.json expects" in refusal(capfd, command, saved, *COMMANDS[command])
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
@@ -198,7 +201,7 @@ def test_what_is_not_a_manifest_is_refused(what: str, tmp_path: Path) -> None:
         ("metrics.json", lambda folder: read_metrics(folder / "metrics.json")),
         ("recovery.json", lambda folder: results_in(folder / "recovery.json")),
         ("checksums.json", check_files),
-        ("p.jsonl", lambda folder: Progress(folder / "p.jsonl", {})),
+        ("p.jsonl", lambda folder: Journal(folder / "p.jsonl", {})),
     ],
 )
 def test_what_is_not_a_result_is_refused(
@@ -238,6 +241,7 @@ def test_a_table_of_latents_is_no_device(tmp_path: Path) -> None:
     assert "is not a file" in refused(lambda: read_latents(tmp_path / "latents.csv", 24))
 
 
+@pytest.mark.slow
 def test_the_exit_status_of_a_process_is_1_and_there_is_no_traceback(saved: Path) -> None:
     cfg(d_sae=LARGE)(saved)
     command = [sys.executable, "-m", "sae_lens_dfc", "evaluate", str(saved)]
@@ -354,9 +358,9 @@ NOT_YAML: dict[str, tuple[bytes, str]] = {
     "nested deep": (b"[" * 40_000 + b"]" * 40_000, "recursion"),
     "maps nested deep": (b"{a: " * 10_000 + b"1" + b"}" * 10_000, "recursion"),
     "nested 500 deep": (b"[" * 500 + b"]" * 500, "recursion"),
-    "a key twice": (b"lr: 1\nlr: 2\n", "'lr' is there twice"),
+    "a key twice": (b"lr: 1\nlr: 2\n", "'lr' appears twice"),
     "a key that is a list": (b"? [1, 2]\n: 3\n", "unhashable key"),
-    "a key that is a number": (b"1: 2\n", "has 1 where the name of a flag"),
+    "a key that is a number": (b"1: 2\n", "has 1 where it needs the name of a flag"),
     "a date that is none": (b"lr: 2020-13-45\n", "is not sound YAML: month"),
     "a number that is none": (b"lr: !!int ''\n", "is not sound YAML"),
     "a truth that is none": (b"lr: !!bool maybe\n", "is not sound YAML: 'maybe'"),
@@ -367,14 +371,15 @@ NOT_YAML: dict[str, tuple[bytes, str]] = {
         "more than 64 bits",
     ),
     "a file too large": (b"lr: 1\n#" + b"x" * 200_000, "no file of its kind has more"),
-    "many small lists": (b"lr: [" + b"[]," * 30_000 + b"]\n", "where one value of lr"),
+    "many small lists": (b"lr: [" + b"[]," * 30_000 + b"]\n", "more than 10,000 values"),
+    "fewer small lists": (b"lr: [" + b"[]," * 9_000 + b"]\n", "where one value of lr"),
     "bytes": (b"lr: !!binary AAAA\n", "where one value of lr"),
     "no text": (bytes(range(128, 256)), "is not text"),
     "nothing": (b"", "must be a mapping"),
     "a list": (b"[1, 2]\n", "must be a mapping"),
     "lists in lists": (b"lr: [[1], [2]]\n", "has [1] where one value"),
     "flags among values": (
-        b"test_at: ['--output-path=/evil']\n",
+        b"reassign_at: ['--output-path=/evil']\n",
         "'--output-path=/evil' among the values",
     ),
     "no list of data sets": (b"sources: 5\n", "must be a list of data sets"),
@@ -384,8 +389,8 @@ NOT_YAML: dict[str, tuple[bytes, str]] = {
         b"sources: [{dataset_path: a, trust_remote_code: true}]\n",
         "has a setting 'trust_remote_code'",
     ),
-    "crosscoders that are none": (b"sae: [1, 2]\n", "each of its parts must be a mapping"),
-    "a recipe that is a list": (b"recipe: [dfc]\n", "recipe must be the name of one"),
+    "crosscoders that are none": (b"sae: [1, 2]\n", "must be a nonempty list of mappings"),
+    "a recipe that is a list": (b"recipe: [dfc]\n", "recipe must be the name of a recipe"),
 }
 ONLY_BY_HAND: dict[str, tuple[bytes, str]] = {
     "code to run": (b"reference: /evil\n", "sets reference, a folder whose code is run"),
@@ -616,13 +621,14 @@ GGUFS: dict[str, bytes] = {
 def test_a_gguf_file_that_claims_what_it_has_not_is_refused(what: str, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(GGUFS[what])
     message = refused(lambda: load_model(ModelConfig(str(tmp_path / "m.gguf"))))
-    assert "is not a sound GGUF file" in message
+    assert ("is not a sound GGUF file" if GGUFS[what] else "m.gguf is empty") in message
 
 
 def test_the_sizes_of_tensors_are_those_of_the_format() -> None:
     constants = pytest.importorskip("gguf.constants")
     sizes = {int(kind): size for kind, size in constants.GGML_QUANT_SIZES.items()}
-    assert sizes.items() >= BLOCKS.items()
+    assert sizes.keys() <= BLOCKS.keys()
+    assert {kind: BLOCKS[kind] for kind in sizes} == sizes
 
 
 def test_a_sound_gguf_file_is_let_through(tmp_path: Path) -> None:

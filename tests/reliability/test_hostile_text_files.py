@@ -1,11 +1,12 @@
-"""The command `align` on files that are no text, or strange text: one error that names the file, or the right result."""
+"""The command `align` on files that are no text, or strange text: one error that names the file, or
+the right result."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.cli.main import main
 
 REFUSED: dict[str, tuple[bytes, str]] = {
     "latin-1.txt": (b"caf\xe9 au lait", "is not text in UTF-8: invalid continuation byte at byte 3"),

@@ -1,4 +1,5 @@
-"""Work that is killed, at whatever moment, and started again ends with the bits that it would have had."""
+"""Work that is killed, at whatever moment, and started again ends with the bits that it would have
+had."""
 
 import random
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_dfc.output import sole_user
+from sae_lens_dfc.core.output_folder import file_lock
 from tests.reliability.children import (
     Child,
     die_at_file_operation,
@@ -33,7 +34,8 @@ def left_over(folder: Path) -> list[str]:
 
 
 def is_done(name: str, folder: Path) -> bool:
-    """Whether it has its result, which comes whole or not at all; a cache is put together where it stays."""
+    """Whether it has its result, which comes whole or not at all; a cache is put together where it
+    stays."""
     return (folder / "manifest.json" if name == "cache" else folder).exists()
 
 
@@ -42,7 +44,18 @@ def is_done(name: str, folder: Path) -> bool:
 def test_a_killed_job_ends_with_the_same_bits_when_it_is_started_again(
     name: str, jobs: Jobs, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    n_kills = int(str(pytestconfig.getoption("--kills")))
+    assert_ends_with_the_same_bits(
+        name, jobs, tmp_path, int(str(pytestconfig.getoption("--kills")))
+    )
+
+
+def test_a_training_killed_at_a_file_ends_with_the_same_bits(jobs: Jobs, tmp_path: Path) -> None:
+    assert_ends_with_the_same_bits("train on a cache", jobs, tmp_path, 1)
+
+
+def assert_ends_with_the_same_bits(name: str, jobs: Jobs, tmp_path: Path, n_kills: int) -> None:
+    """Kill a job so many times, the first time at one of its file operations and then at a moment,
+    in turn."""
     whole, counts = tmp_path / "whole" / "out", tmp_path / "operations"
     whole.parent.mkdir()
     counting = partial(write_file_operations, str(counts), str(whole.parent))
@@ -50,7 +63,7 @@ def test_a_killed_job_ends_with_the_same_bits_when_it_is_started_again(
     assert uninterrupted.status == 0, uninterrupted.errors
     n_operations = counts.stat().st_size
     draws, n_killed = random.Random(name), 0
-    for i in range(n_kills):
+    for i in range(1, n_kills + 1):
         folder = tmp_path / f"killed {i}"
         folder.mkdir()
         arguments = jobs.of(name, folder / "out")
@@ -72,8 +85,9 @@ def test_a_killed_job_ends_with_the_same_bits_when_it_is_started_again(
             assert ended.status == 0, ended.errors
             assert not left_over(folder)
         assert result(folder / "out") == result(whole)
-        with sole_user(folder / "out"):
-            # What was killed when its result was in place is tidied up after by the next to work there.
+        with file_lock(folder / "out"):
+            # What was killed when its result was in place is tidied up after by the next to work
+            # there.
             assert not left_over(folder)
         shutil.rmtree(folder)
     assert n_killed >= n_kills / 2, "they were to be killed"

@@ -1,4 +1,5 @@
-"""Work that goes on for long takes no more memory than at its beginning, and leaves nothing behind when it ends.
+"""Work that goes on for long takes no more memory than at its beginning, and leaves nothing behind
+when it ends.
 
 `--minutes 120` makes a loop as long as a night's would be; in CI a minute must do.
 """
@@ -19,10 +20,11 @@ from typing import NamedTuple
 import pytest
 
 from sae_lens_dfc import CrosscoderRunnerConfig, CrosscoderTrainingRunner
-from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
-from sae_lens_dfc.held_out import EvaluateOptions, evaluate_fully
-from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.analysis.evaluation.evaluate_run import evaluate_fully
+from sae_lens_dfc.analysis.options import EvaluateOptions
+from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.training.checkpoint import checkpoints
 from tests.reliability.children import CONTEXT, Child
 from tests.reliability.conftest import Jobs
@@ -66,7 +68,7 @@ def test_a_long_training_takes_no_more_memory_than_at_its_beginning_and_stops_wh
     child.kill(signal.SIGINT)
     ended = child.ended()
     assert time.monotonic() - asked < 5
-    assert ended.status == 128 + signal.SIGINT and "go on with --resume" in ended.error
+    assert ended.status == 128 + signal.SIGINT and "continue with --resume" in ended.error
     assert checkpoints(tmp_path / "out-checkpoints")
     samples = [int(line) for line in memory.read_text().split()]
     # What a training takes for good it has after its first buffers and steps.
@@ -104,7 +106,8 @@ def repeat(
     Path(path).write_text(f"{json.dumps(before)}\n")
     deadline, n = time.monotonic() + seconds, 0
     while time.monotonic() < deadline or n < 12:
-        # The tokenizers library keeps the words that a thread's tokenizers have met until the thread ends, half a MiB a job.
+        # The tokenizers library keeps the words that a thread's tokenizers have met until the
+        # thread ends, half a MiB a job.
         with ThreadPoolExecutor(1) as alone:
             alone.submit(CrosscoderTrainingRunner(cfg, pair).run).result()
             alone.submit(evaluate_fully, options).result()
@@ -142,7 +145,8 @@ def test_jobs_one_after_the_other_leave_no_thread_no_hook_no_object_and_no_memor
         runs=[str(jobs.run)], output=str(tmp_path / "measured"), overwrite=True, null=["shuffle"]
     )
     options = replace(options, downstream_pairs=100, behaviour_latents=1, null_pairs=500)
-    # In a process without the tests' checks of types, whose caches keep what they have met: these grew by 3 % over 12 jobs.
+    # In a process without the tests' checks of types, whose caches keep what they have met: these
+    # grew by 3 % over 12 jobs.
     written = tmp_path / "left.txt"
     process = CONTEXT.Process(
         target=repeat, args=(cfg, options, 60 * minutes(pytestconfig), str(written))

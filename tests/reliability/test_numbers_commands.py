@@ -1,4 +1,5 @@
-"""The commands on runs whose numbers say nothing: what they write is strict JSON and a page that opens, or one line says why not."""
+"""The commands on runs whose numbers say nothing: what they write is strict JSON and a page that
+opens, or one line says why not."""
 
 import json
 import logging
@@ -13,14 +14,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from sae_lens_dfc.__main__ import main
+from sae_lens_dfc.analysis.options import HeldOutOptions
+from sae_lens_dfc.analysis.saved_run.held_out import held_out_text, opened_run
+from sae_lens_dfc.cli.main import main
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
-from sae_lens_dfc.evaluate import Evaluation, evaluate
-from sae_lens_dfc.held_out import HeldOutOptions, held_out_text, opened_run
-from sae_lens_dfc.manifest import ACTS, MANIFEST_FILENAME
-from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.texts import reference_pages
-from sae_lens_dfc.training.caching import CacheConfig, cache_activations
+from sae_lens_dfc.data.cache.build import cache_activations
+from sae_lens_dfc.data.cache.manifest import ACTS, MANIFEST_FILENAME
+from sae_lens_dfc.data.config import CacheConfig
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
+from sae_lens_dfc.metrics.evaluate import Evaluation, evaluate
+from sae_lens_dfc.models.config import ModelConfig
 from tests.helpers import train_tiny
 
 pytestmark = pytest.mark.slow
@@ -88,7 +91,7 @@ def test_commands_on_a_run_whose_latents_are_all_dead(
     page = Path(said(capsys, "report", name, *FEW)["report"]).read_text(encoding="utf-8")
     assert "No latent fires on the held-out text" in page
     steer = ("steer", name, "--model", "a", "--latent", "3", "--prompt", "The cat")
-    assert "no largest activation" in refused(capsys, *steer, "--strength", "1", *FEW)
+    assert "no maximum activation" in refused(capsys, *steer, "--strength", "1", *FEW)
     screen = ("screen", name, "--output", str(tmp_path / "screening"), "--fit-pairs", "300", *FEW)
     assert "No latent of" in refused(capsys, *screen)
     assert not (tmp_path / "screening").exists()
@@ -103,7 +106,7 @@ def test_commands_on_a_run_whose_latents_are_all_dead(
         one = found(*args, **kwargs)
         return one._replace(metrics={**one.metrics, "nothing": math.nan})
 
-    monkeypatch.setattr("sae_lens_dfc.held_out.evaluate", with_nan)
+    monkeypatch.setattr("sae_lens_dfc.analysis.evaluation.evaluate_run.evaluate", with_nan)
     both = said(capsys, "evaluate", name, str(copy), *FEW)["runs"]
     assert len(both) == 2 and all("l0" in x and "nothing" not in x for x in both.values())
 
@@ -146,7 +149,8 @@ def test_commands_on_models_of_width_one_and_a_dictionary_of_one_latent(
 
 
 def with_token(folder: Path, model: Path, value: float) -> tuple[Path, int]:
-    """The model with an embedding in which a token of about one in 200 is this number; and the token."""
+    """The model with an embedding in which a token of about one in 200 is this number; and the
+    token."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     counts = Counter(i for page in reference_pages()[:12] for i in tokenizer(page)["input_ids"])
     token = min(counts, key=lambda t: abs(counts[t] / counts.total() - 1 / 200))
@@ -164,7 +168,8 @@ def test_a_model_that_overflows_at_a_few_tokens_is_measured_without_them_and_wha
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Infinity in the residual stream, as of a model in float16: after it model A says nothing that is a number."""
+    """Infinity in the residual stream, as of a model in float16: after it model A says nothing that
+    is a number."""
     broken, token = with_token(tmp_path / "broken", llama_folder, math.inf)
     run = train_tiny(tmp_path, broken, gpt2_folder, "--model-a.hook-name", HOOK)
     capsys.readouterr()

@@ -1,4 +1,5 @@
-"""Schedules of a million steps: right at chosen steps by their formulas, the same after a resume, and no memory for each step."""
+"""Schedules of a million steps: right at chosen steps by their formulas, the same after a resume,
+and no memory for each step."""
 
 import math
 import tracemalloc
@@ -10,7 +11,7 @@ import torch
 from sae_lens.saes.sae import TrainStepInput
 
 from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, CrosscoderRunnerConfig
-from sae_lens_dfc.crosscoders.dfc import exclusivity_tests
+from sae_lens_dfc.crosscoders.architectures.dfc import exclusivity_tests
 from sae_lens_dfc.training.checkpoint import load_trainer_state, trainer_state
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 from tests.helpers import make_acts, make_batchtopk, make_dfc, make_standard, sae_trainer_config
@@ -115,8 +116,8 @@ def test_a_latent_is_dead_after_a_million_steps_and_one_and_not_before() -> None
 
 def test_tests_late_in_a_million_steps_stand_where_their_shares_say() -> None:
     assert exclusivity_tests([0.8, 0.95], STEPS) == {
-        "test_steps": [800_000, 950_000],
-        "test_window": 100_000,
+        "reassign_steps": [800_000, 950_000],
+        "evidence_window": 100_000,
     }
 
 

@@ -35,14 +35,15 @@ from sae_lens_dfc import (
     DSFTrainingCrosscoderConfig,
     StandardTrainingCrosscoderConfig,
 )
-from sae_lens_dfc.contexts import PairCounts, in_order
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig, TrainingCrosscoder
-from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoderConfig
-from sae_lens_dfc.evaluate import evaluate
-from sae_lens_dfc.models import ModelConfig
-from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.texts import reference_pages
-from sae_lens_dfc.training.data import open_pair
+from sae_lens_dfc.crosscoders.architectures.topk import TopKTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
+from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
+from sae_lens_dfc.data.contexts import PairCounts, in_order
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.paired_text import open_pair
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
+from sae_lens_dfc.metrics.evaluate import evaluate
+from sae_lens_dfc.models.config import ModelConfig
 from tests.helpers import make_acts, make_dfc
 
 NO_WANDB = LoggingConfig(log_to_wandb=False)
@@ -54,7 +55,7 @@ EVERY: list[CrosscoderTrainingConfig] = [
     BatchTopKTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, k=4),
     DSFTrainingCrosscoderConfig(d_a=16, d_b=24, d_sae=64, k=4, tie="linear_map"),
     DeltaTrainingCrosscoderConfig(d_a=16, d_b=16, d_sae=64, k=4),
-    replace(DFC, k_initial=8, k_anneal_steps=5, test_steps=[10], test_window=5),
+    replace(DFC, k_initial=8, k_anneal_steps=5, reassign_steps=[10], evidence_window=5),
 ]
 
 
@@ -66,7 +67,8 @@ ON_THE_SPARSE_PATH: list[CrosscoderTrainingConfig] = [
 
 
 def kind(sae: CrosscoderTrainingConfig) -> str:
-    """The architecture, and how its steps are to be computed: at these sizes densely, unless told otherwise."""
+    """The architecture, and how its steps are to be computed: at these sizes densely, unless told
+    otherwise."""
     path = getattr(sae, "training_path", "auto")
     return sae.architecture() + (", sparse" if path == "sparse" else "")
 
@@ -159,8 +161,9 @@ def test_every_architecture_trains_on_two_models_and_is_opened_by_saelens(
 def test_firing_is_counted_anew_after_the_last_test(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
-    # Before the test one latent's place was another's: counts from then would be of the wrong latents.
-    here = replace(cfg, test_at=[0.5], output_path=str(tmp_path / "run"))
+    # Before the test one latent's place was another's: counts from then would be of the wrong
+    # latents.
+    here = replace(cfg, reassign_at=[0.5], output_path=str(tmp_path / "run"))
     runner = CrosscoderTrainingRunner(here, pair)
     assert runner.cfg.to_sae_trainer_config().feature_sampling_window == 20
     trained = runner.run()
@@ -176,7 +179,7 @@ def test_tests_of_a_crosscoder_without_exclusive_latents_are_refused(
 ) -> None:
     batchtopk = BatchTopKTrainingCrosscoderConfig(d_sae=64, k=4)
     with pytest.raises(ValueError, match="is for a dfc, and this is a batchtopk_crosscoder"):
-        CrosscoderTrainingRunner(replace(cfg, sae=batchtopk, test_at=[0.5]))
+        CrosscoderTrainingRunner(replace(cfg, sae=batchtopk, reassign_at=[0.5]))
 
 
 def test_widths_that_an_architecture_cannot_take_are_refused_before_training(
@@ -284,7 +287,7 @@ def test_a_failed_run_leaves_nothing_behind(
     cfg = replace(
         cfg, output_path=str(tmp_path / "out" / "run"), dataset_path=str(tmp_path / "empty")
     )
-    with pytest.raises(ValueError, match="no paired position"):
+    with pytest.raises(ValueError, match="are empty in column"):
         CrosscoderTrainingRunner(cfg, pair).run()
     assert not (tmp_path / "out").exists()
 
@@ -313,7 +316,7 @@ def test_settings_of_an_architecture_that_nobody_registered_name_it(
         ({"train_batch_size_tokens": 0}, "train_batch_size_tokens must be above 0"),
         ({"n_batches_for_norm_estimate": 0}, "n_batches_for_norm_estimate must be above 0"),
         ({"training_pairs": 0}, "training_pairs must be above 0"),
-        ({"device": "gpu"}, "device='gpu' is not here"),
+        ({"device": "gpu"}, "device 'gpu' is not available"),
     ],
 )
 def test_contradicting_settings_are_refused(

@@ -1,4 +1,5 @@
-"""Steps at the edge of what there is: the sparse path ends where the dense one does, however odd the batch."""
+"""Steps at the edge of what there is: the sparse path ends where the dense one does, however odd
+the batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_lens_dfc.crosscoders.architectures.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.crosscoders.partition import zero_forbidden_
-from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 from tests.helpers import TOPK_MAKERS, make_acts, randomised, sae_trainer_config
 

@@ -1,4 +1,5 @@
-"""Two processes under torchrun, as a user starts them: each reads its share, and what they make is one."""
+"""Two processes under torchrun, as a user starts them: each reads its share, and what they make is
+one."""
 
 import json
 import os
@@ -12,14 +13,14 @@ from typing import Any
 import pytest
 
 from sae_lens_dfc import ModelConfig
-from sae_lens_dfc.__main__ import main
-from sae_lens_dfc.cache import PairedActivationsCache
-from sae_lens_dfc.contexts import PairCounts, in_order
-from sae_lens_dfc.pair import ModelPair
-from sae_lens_dfc.texts import reference_pages
-from sae_lens_dfc.training.caching import CacheConfig
+from sae_lens_dfc.cli.main import main
+from sae_lens_dfc.data.cache.reader import PairedActivationsCache
+from sae_lens_dfc.data.config import CacheConfig
+from sae_lens_dfc.data.contexts import PairCounts, in_order
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.training.checkpoint import checkpoints
-from sae_lens_dfc.training.data import PairedText
 
 pytestmark = pytest.mark.slow
 N_PAGES = 24
@@ -45,7 +46,7 @@ def folder(
         "n_batches_in_buffer": 8,
         "n_checkpoints": 20,
         "sae": {"d_sae": 64, "k": 4, "a_exclusive_fraction": 0.2},
-        "test_at": [0.5],
+        "reassign_at": [0.5],
     }
     (folder / "run.yaml").write_text(json.dumps(settings))
     return folder

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from sae_lens_dfc.crosscoders.topk import TopKTrainingCrosscoder
+from sae_lens_dfc.crosscoders.architectures.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.training.checkpoint import load_trainer_state, trainer_state
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
 from tests.helpers import (

@@ -1,0 +1,1 @@
+"""Planted differences: model organisms, and whether crosscoders find what was planted."""

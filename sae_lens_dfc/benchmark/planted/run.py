@@ -1,4 +1,5 @@
-"""The benchmark of planted differences: organisms x seeds x architectures, each row written as soon as it is there."""
+"""Benchmarks planted differences: organisms x seeds x architectures, writing each row as soon as it
+is computed."""
 
 import json
 import time
@@ -9,32 +10,25 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.benchmark.planted.finetune import fine_tuned, fine_tuning_settings
-from sae_lens_dfc.benchmark.planted.from_scratch import from_scratch, topic_settings
 from sae_lens_dfc.benchmark.planted.harvest import harvest, joined
-from sae_lens_dfc.benchmark.planted.organism import NULL, Organism, key
-from sae_lens_dfc.benchmark.planted.probes import Probes
-from sae_lens_dfc.benchmark.planted.score import score
+from sae_lens_dfc.benchmark.planted.options import FULL, NULL, TOPIC
+from sae_lens_dfc.benchmark.planted.organisms.finetune import fine_tuned, fine_tuning_settings
+from sae_lens_dfc.benchmark.planted.organisms.from_scratch import from_scratch, topic_settings
+from sae_lens_dfc.benchmark.planted.organisms.organism import Organism, key
+from sae_lens_dfc.benchmark.planted.scoring.probes import Probes
+from sae_lens_dfc.benchmark.planted.scoring.score import score
 from sae_lens_dfc.benchmark.planted.training import TUNED, Training, trained
 from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.benchmark.recovery import write
-from sae_lens_dfc.demo import DEMO_A, unpack
-from sae_lens_dfc.files import read_json
-from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.core.parsing import read_json
+from sae_lens_dfc.core.terminal import said_by
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.models.number_formats import fast_dtype
+from sae_lens_dfc.models.packaged import DEMO_A, unpack
 
 FILENAME = "planted.json"
-TOPIC = "topic"
 NULL_BEHAVIOUR = "secret_word"
-"""Whose prompts the null is asked."""
-FULL = (
-    *(
-        f"{name}/{s}"
-        for name in ("false_fact", "refusal", "secret_word")
-        for s in ("weak", "strong")
-    ),
-    TOPIC,
-    NULL,
-)
+"""The behavior whose prompts are used for the null."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +36,9 @@ class Preset:
     """Sizes of the benchmark."""
 
     organisms: Sequence[str]
-    """Behaviour and strength, topic or null."""
+    """Organisms: behavior and strength, topic or null."""
     seeds: int
-    """Of each organism, its harvest and its crosscoders."""
+    """Seeds of each organism, its harvest and its crosscoders."""
     training: Training = Training()
 
 
@@ -60,30 +54,30 @@ PRESETS = {
 
 
 class Run(NamedTuple):
-    """One organism and all crosscoders trained on it."""
+    """One organism with one seed, and all crosscoders trained on it."""
 
     organism: str
     seed: int
 
 
 def runs(preset: Preset) -> list[Run]:
-    """Every organism with every seed; the first seed of all before the second."""
+    """Every organism with every seed, seed by seed."""
     return [Run(name, seed) for seed in range(preset.seeds) for name in preset.organisms]
 
 
 def organism_of(run: Run) -> Organism:
-    """The pair of a run, built at the first call."""
+    """The organism of a run, built at the first call."""
     if run.organism == TOPIC:
         return from_scratch(run.seed)
     if run.organism == NULL:
         known = fine_tuned(unpack(DEMO_A), NULL_BEHAVIOUR, "weak", run.seed)
-        return replace(known, name=NULL, model_b=known.model_a)
+        return replace(known, name=NULL, model_b=known.model_a, added={})
     behaviour, strength = run.organism.split("/")
     return fine_tuned(unpack(DEMO_A), behaviour, strength, run.seed)
 
 
 def organism_key(run: Run) -> str:
-    """Tells an organism from what the same name was before."""
+    """Fingerprint of an organism, which changes when its definition does."""
     if run.organism == TOPIC:
         return key(topic_settings(run.seed))
     behaviour = NULL_BEHAVIOUR if run.organism == NULL else run.organism.partition("/")[0]
@@ -91,14 +85,12 @@ def organism_key(run: Run) -> str:
 
 
 def results(run: Run, cfg: Training) -> Iterator[dict[str, Any]]:
-    """One row for each architecture."""
+    """Yield one row per architecture."""
     started = time.monotonic()
     organism = organism_of(run)
     built = time.monotonic()
-    # As the models are run in practice; on two cores it is three times as fast as float32.
-    pair = ModelPair.load(
-        *(replace(m, dtype="bfloat16") for m in (organism.model_a, organism.model_b))
-    )
+    models = organism.model_a, organism.model_b
+    pair = ModelPair.load(*(replace(m, dtype=fast_dtype(m.device)) for m in models))
     harvested = harvest(pair, organism, cfg.n_texts, run.seed)
     crosscoders = trained(cfg, pair, organism, harvested.rows, run.seed)
     probes = Probes.of(pair, organism, joined(harvested.rows))
@@ -133,17 +125,18 @@ def results(run: Run, cfg: Training) -> Iterator[dict[str, Any]]:
 
 
 def settings(run: Run, cfg: Training) -> dict[str, Any]:
-    """What decides a run's numbers."""
+    """Settings that determine a run's results."""
     values = {"run": run._asdict(), "organism": organism_key(run), "training": asdict(cfg)}
     return json.loads(json.dumps(values))
 
 
 def run_planted_benchmark(preset: str, output_folder: Path) -> list[dict[str, Any]]:
-    """All runs of a preset, the results written after each; what is there already is not run again.
+    """Run all runs of a preset, writing the results after each; existing results are not
+    recomputed.
 
     Args:
         preset: Name in `PRESETS`.
-        output_folder: Takes planted.json.
+        output_folder: Folder for planted.json.
 
     Raises:
         ValueError: The folder's planted.json holds results of other settings, or something else.
@@ -157,17 +150,17 @@ def run_planted_benchmark(preset: str, output_folder: Path) -> list[dict[str, An
     for run in tqdm(wanted, "Planted differences", unit=" runs"):
         if settings(run, chosen.training) in done:
             continue
-        # All of a run's rows or none: they share one training.
+        # Keep a run's rows only if all are there: they share one training.
         rows += list(results(run, chosen.training))
         write(rows, path)
     return rows
 
 
 def resumed(path: Path, wanted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a results' file.
+    """The rows of a results file.
 
     Raises:
-        ValueError: It holds something else, or rows of settings that are not wanted.
+        ValueError: The file holds something else, or rows with other settings.
     """
     if not path.exists():
         return []
@@ -176,10 +169,10 @@ def resumed(path: Path, wanted: Sequence[Mapping[str, Any]]) -> list[dict[str, A
         others = [row for row in rows if row["settings"] not in wanted]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is not a result of this benchmark ({error!r}). Name another --output."
+            f"{path} does not hold results of this benchmark: {said_by(error)} Name another --output."
         ) from None
     if others:
         raise ValueError(
-            f"{path} holds {len(others)} results of other settings. Name another --output, or delete it."
+            f"{path} holds {len(others)} results with other settings. Name another --output, or delete it."
         )
     return rows

@@ -1,18 +1,18 @@
-"""How the crosscoders of an organism are trained: all architectures on the same batches."""
+"""Trains an organism's crosscoders: all architectures on the same batches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sae_lens_dfc.benchmark.planted.organism import Organism
-from sae_lens_dfc.crosscoders.base import CrosscoderTrainingConfig
-from sae_lens_dfc.crosscoders.batchtopk import BatchTopKTrainingCrosscoderConfig
-from sae_lens_dfc.crosscoders.delta import DeltaTrainingCrosscoderConfig
-from sae_lens_dfc.crosscoders.dfc import DFCTrainingCrosscoderConfig
-from sae_lens_dfc.crosscoders.dsf import DSFTrainingCrosscoderConfig
+from sae_lens_dfc.benchmark.planted.organisms.organism import Organism
+from sae_lens_dfc.crosscoders.architectures.batchtopk import BatchTopKTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.architectures.delta import DeltaTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.architectures.dsf import DSFTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.architectures.standard import StandardTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.crosscoders.standard import StandardTrainingCrosscoderConfig
-from sae_lens_dfc.pair import ModelPair
+from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
@@ -23,7 +23,7 @@ TUNED: Mapping[str, float] = {
     "delta_crosscoder": 1.0,
     "dfc": 16,
 }
-"""What benchmarks/planted_tuning.py chose."""
+"""Values selected by benchmarks/planted_tuning.py."""
 KNOBS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "standard_crosscoder": ("l1_coefficient", (0.3, 1.0, 3.0)),
     "batchtopk_crosscoder": ("k", (16, 32, 64)),
@@ -31,12 +31,13 @@ KNOBS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "delta_crosscoder": ("delta_loss_coefficient", (1.0, 10.0, 30.0)),
     "dfc": ("k", (16, 32, 64)),
 }
-"""What is tuned of each architecture, and the three values that it may have: as many for each."""
+"""The tuned setting of each architecture and its three candidate values; the same number for
+each."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the crosscoders of an organism are trained."""
+    """Training settings of an organism's crosscoders."""
 
     d_sae: int = 1024
     k: float = 32
@@ -44,16 +45,18 @@ class Training:
     batch_size: int = 256
     lr: float = 1e-2
     n_texts: int = 120
-    """Stretches of ordinary text."""
+    """Number of passages of ordinary text."""
     tuned: Mapping[str, float] = field(default_factory=lambda: dict(TUNED))
-    """Each architecture's own setting, as `KNOBS` names it; what has none is not trained."""
+    """Value of each architecture's tuned setting in `KNOBS`; architectures without one are not
+    trained."""
 
 
 def crosscoder_configs(
     cfg: Training, d_a: int, d_b: int
 ) -> dict[str, CrosscoderTrainingConfig | None]:
-    """The architectures that are tuned; none for the one that needs equal widths, where they differ."""
-    # A run this short is over before an average of step 0.01 has followed the scores.
+    """Configs of the tuned architectures, without the one that needs equal widths if they
+    differ."""
+    # A run this short ends before a moving average with step 0.01 converges.
     top: dict[str, Any] = {"k": cfg.k, "topk_threshold_lr": 0.05}
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "standard_crosscoder": (
@@ -81,7 +84,7 @@ def crosscoder_configs(
 def trained(
     cfg: Training, pair: ModelPair, organism: Organism, rows: Any, seed: int
 ) -> dict[str, Crosscoder | None]:
-    """Every architecture that is tuned, trained on the same batches."""
+    """Train every tuned architecture on the same batches."""
     configs = crosscoder_configs(cfg, pair.d_a, pair.d_b)
     first, *others = (sae for sae in configs.values() if sae is not None)
     runner = CrosscoderTrainingRunner(

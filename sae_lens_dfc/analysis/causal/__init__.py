@@ -1,0 +1,1 @@
+"""Causal metrics: run the models with changed activations."""

@@ -1,0 +1,243 @@
+"""Tests a difference causally: ablates a latent's model-specific contribution in one model, or adds
+it to the other, and measures whether the models' predictions become more alike."""
+
+from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_lens_dfc.analysis.causal.shared_vocabulary import (
+    Outcomes,
+    common_outcomes,
+    jensen_shannon,
+    outcome_probabilities,
+)
+from sae_lens_dfc.analysis.steering.hooks import logits_at_end
+from sae_lens_dfc.analysis.steering.latent_acts import latent_acts
+from sae_lens_dfc.analysis.steering.splicing import SplicedReading, reading_of
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.data.activations import PairedRows, paired_activations
+from sae_lens_dfc.data.alignment.segments import Segments
+from sae_lens_dfc.data.contexts import Context, ContextBatch, PairCounts
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.models.config import ModelName
+from sae_lens_dfc.models.hooked_model import HookedModel
+from sae_lens_dfc.stats.significance import Effect
+
+
+class ModelSpecificDirection(NamedTuple):
+    """The part of a latent's decoder direction that is specific to one model, per unit of
+    activation."""
+
+    latent: int
+    source: ModelName
+    """The model that the direction is specific to."""
+    own: Float[Tensor, " d_source"]
+    """Its decoder direction minus the other model's mapped into it; for an exclusive latent, the
+    whole decoder direction."""
+    moved: Float[Tensor, " d_target"]
+    """The same, mapped into the other model."""
+
+
+def own_part(
+    of_a: Float[Tensor, "d_sae d_a"],
+    of_b: Float[Tensor, "d_sae d_b"],
+    latent: int,
+    source: ModelName,
+) -> ModelSpecificDirection:
+    """One latent's direction from `both_decoder_differences`. In the target model it is the
+    negative of the target's own difference, since it is what the target lacks."""
+    both = {"a": of_a[latent], "b": of_b[latent]}
+    other = "b" if source == "a" else "a"
+    return ModelSpecificDirection(latent, source, both[source], -both[other])
+
+
+class Texts(NamedTuple):
+    """Texts that end where a latent fires, with both models' tokens and activations."""
+
+    rows: PairedRows
+    feature_acts: Float[Tensor, " n"]
+    """The latent's activation at each row."""
+    readings: Mapping[ModelName, SplicedReading]
+    acts: Mapping[ModelName, Tensor]
+    """Each model's activations at its hook."""
+
+    @property
+    def at_end(self) -> Float[Tensor, " texts"]:
+        """The latent's activation at the end of each text."""
+        return self.feature_acts[self._ends]
+
+    def with_activation(self, value: float) -> "Texts":
+        """The same texts, with the latent's activation set to `value` at their ends and to 0
+        elsewhere."""
+        return self._replace(feature_acts=self._ends * torch.tensor(value))
+
+    @property
+    def _ends(self) -> Bool[Tensor, " n"]:
+        last = {c.number: len(c.segments) - 1 for c in self.rows.contexts}
+        ends = torch.tensor([last[c] for c in self.rows.context.tolist()], dtype=torch.long)
+        return self.rows.segment == ends
+
+
+@torch.no_grad()
+def texts_of(
+    crosscoder: Crosscoder,
+    pair: ModelPair,
+    latent: int,
+    windows: Sequence[Segments],
+    fires: bool = True,
+) -> Texts:
+    """Run both models on the windows, and keep those at whose end the latent fires (or does not);
+    possibly none.
+
+    Windows with a NaN or infinite activation in a model are dropped: all later predictions would be
+    NaN.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        pair: The two models, whole.
+        latent: The latent.
+        windows: Texts, each after the pair's beginning-of-sequence segment.
+        fires: Whether to keep windows at whose end it fires, or those at whose end it does not.
+    """
+    contexts = [Context(window, i, i) for i, window in enumerate(windows)]
+    batch = ContextBatch(contexts, {})
+    # No outlier filter: the latent may fire on outliers, and a few texts give no reliable median.
+    rows = next(iter(paired_activations(pair, [batch], PairCounts(), outlier_factor=float("inf"))))
+    feature_acts = latent_acts(crosscoder, rows.acts, [latent])[:, 0].float().cpu()
+    ends = torch.tensor([len(window) - 1 for window in windows])
+    at_end = rows.segment == ends[rows.context]
+    ended = set(rows.context[at_end & ((feature_acts > 0) == fires)].tolist())
+    texts = _texts(pair, rows._replace(contexts=contexts), feature_acts, ended)
+    broken = {
+        context.number
+        for i, context in enumerate(texts.rows.contexts)
+        if not all(acts[i].isfinite().all() for acts in texts.acts.values())
+    }
+    return _texts(pair, texts.rows, texts.feature_acts, ended - broken) if broken else texts
+
+
+def _texts(pair: ModelPair, rows: PairedRows, feature_acts: Tensor, numbers: Set[int]) -> Texts:
+    """Restrict the rows to the contexts with these numbers, and run both models on them."""
+    here = torch.tensor([c in numbers for c in rows.context.tolist()], dtype=torch.bool)
+    kept = tuple(c for c in rows.contexts if c.number in numbers)
+    on = here.to(rows.acts.device)
+    rows = PairedRows(rows.acts[on], rows.context[here], rows.segment[here], kept)
+    readings: dict[ModelName, SplicedReading] = {}
+    acts: dict[ModelName, Tensor] = {}
+    if kept:
+        for m, model in _models(pair).items():
+            readings[m] = reading_of(model, m, rows)
+            acts[m] = model.activations(readings[m].ids, readings[m].mask).float()
+    return Texts(rows, feature_acts[here], readings, acts)
+
+
+class Verification(NamedTuple):
+    """How much closer the two models' next-token probabilities become, in bits of Jensen-Shannon
+    divergence."""
+
+    apart: float
+    """Their divergence without intervention, from 0 to 1; an upper bound on the effects."""
+    taken: Effect
+    """Effect of ablating the model-specific direction in its source model."""
+    given: Effect
+    """Effect of adding it to the other model."""
+
+
+@torch.no_grad()
+def verify(
+    pair: ModelPair,
+    texts: Texts,
+    own: ModelSpecificDirection,
+    controls: Mapping[str, Mapping[ModelName, Float[Tensor, "_ _"]]],
+    outcomes: tuple[Outcomes, Outcomes] | None = None,
+) -> Verification:
+    """Test whether the models become more alike when a latent's model-specific contribution is
+    ablated in the source, and when it is added to the other model.
+
+    With `f` the latent's activation, every paired position is changed to `x_s - f own` in the
+    source or to `x_t + f moved` in the other model. The next-token probabilities at the end of each
+    text are compared over the outcomes common to both vocabularies (`common_outcomes`). The effect
+    is `JS(p_a, p_b)` without intervention minus `JS` with one model changed, positive if the change
+    brings the models closer. A real difference between the models is expected to have both effects;
+    a quirk of one direction is not.
+
+    Args:
+        pair: The two models.
+        texts: Texts at whose end the latent fires.
+        own: The latent's model-specific direction.
+        controls: Control directions for each model, by kind; rescaled to the norm of the tested
+            direction.
+        outcomes: Outcomes common to both models; computed by default.
+
+    Raises:
+        ValueError: There are no texts, or a model's probabilities are NaN.
+    """
+    if not texts.rows.contexts:
+        raise ValueError(
+            f"Latent {own.latent} fires at the end of none of the texts. Give other texts."
+        )
+    of_models = dict(zip(("a", "b"), outcomes or common_outcomes(pair.a, pair.b), strict=True))
+    models = _models(pair)
+    target: ModelName = "b" if own.source == "a" else "a"
+
+    def told(m: ModelName, direction: Tensor | None) -> Tensor:
+        acts = texts.acts[m]
+        if direction is not None:
+            reading = texts.readings[m]
+            acts = acts.clone()
+            where = reading.context.to(acts.device), reading.position.to(acts.device)
+            acts[where] += texts.feature_acts.to(acts)[:, None] * direction.to(acts)
+        reading = texts.readings[m]
+        found = logits_at_end(models[m], reading.ids, reading.mask, acts)
+        probabilities = outcome_probabilities(found, of_models[m]).cpu()
+        if probabilities.isnan().any():
+            raise ValueError(
+                f"Model {m.upper()}'s next-token probabilities are NaN{'' if direction is None else ' when it is changed'}: its "
+                "activations overflow. Load it in bfloat16 or float32."
+            )
+        return probabilities
+
+    untouched = {m: told(m, None) for m in models}
+    apart = jensen_shannon(untouched["a"], untouched["b"])
+
+    def effect(m: ModelName, direction: Tensor) -> Effect:
+        other = untouched["b" if m == "a" else "a"]
+
+        def closer(one: Tensor) -> Tensor:
+            return apart - jensen_shannon(told(m, one), other)
+
+        beside = {
+            kind: torch.stack([closer(one) for one in _as_long(of_models[m], direction)])
+            for kind, of_models in controls.items()
+        }
+        return Effect(closer(direction), beside)
+
+    return Verification(
+        apart.mean().item(), effect(own.source, -own.own), effect(target, own.moved)
+    )
+
+
+def _as_long(directions: Float[Tensor, "k d"], like: Float[Tensor, " d"]) -> Float[Tensor, "k d"]:
+    return normalize(directions.float()) * like.float().norm()
+
+
+def _models(pair: ModelPair) -> dict[ModelName, HookedModel]:
+    return {"a": pair.a, "b": pair.b}
+
+
+def drawn_directions(
+    acts: Float[Tensor, "n d"], k: int, generator: torch.Generator
+) -> Float[Tensor, "k d"]:
+    """Random directions with the covariance of a model's activations, so that they lie in
+    directions the model uses.
+
+    >>> rows = torch.tensor([[0.0, 5.0], [1.0, 5.0]])
+    >>> drawn_directions(rows, 3, torch.Generator().manual_seed(0))[:, 1]
+    tensor([0., 0., 0.])
+    """
+    drawn = torch.randn(k, len(acts), generator=generator).to(acts.device)
+    return (drawn @ (acts - acts.mean(dim=0)).float()).cpu()

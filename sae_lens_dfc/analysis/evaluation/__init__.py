@@ -1,0 +1,1 @@
+"""Evaluates runs together with their baselines and nulls."""

@@ -1,0 +1,73 @@
+"""Runs the demo: chooses its models and settings, trains, evaluates and writes the report."""
+
+from dataclasses import replace
+from typing import Any
+
+from sae_lens_dfc.analysis.evaluation.baselines import measured_run
+from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.core.output_folder import check_output
+from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.models.config import ModelConfig
+from sae_lens_dfc.models.hooked_model import check_device
+from sae_lens_dfc.models.loading import in_fast_format, or_base_of
+from sae_lens_dfc.models.packaged import DEMO_A, DEMO_B, unpack
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+
+BATCH_SIZE = 1024
+
+
+def demo_models(cfg: DemoConfig) -> tuple[ModelConfig, ModelConfig]:
+    """The two models of the demo: those given, otherwise the defaults from the package index."""
+    check_device(cfg.device)
+    how: dict[str, Any] = {"dtype": cfg.dtype, "device": cfg.device}
+    name_b = cfg.model_b or str(unpack(DEMO_B))
+    model_b = ModelConfig(name_b, cfg.hook_b or "", base=cfg.base_b, **how)
+    model_a = or_base_of(ModelConfig(cfg.model_a or "", cfg.hook_a or "", **how), model_b)
+    if not model_a.model_name:
+        model_a = replace(model_a, model_name=str(unpack(DEMO_A)))
+    return in_fast_format(model_a), in_fast_format(model_b)
+
+
+def demo_run_config(
+    cfg: DemoConfig, model_a: ModelConfig, model_b: ModelConfig
+) -> CrosscoderRunnerConfig:
+    """Settings of the demo run, which takes a few minutes on two cores."""
+    n_steps = cfg.training_tokens // BATCH_SIZE
+    return CrosscoderRunnerConfig(
+        # A run this short ends before a moving average with step 0.01 converges.
+        sae=DFCTrainingCrosscoderConfig(
+            d_sae=cfg.d_sae, k=cfg.k, device=cfg.device, topk_threshold_lr=0.05
+        ),
+        model_a=model_a,
+        model_b=model_b,
+        dataset_path=cfg.dataset,
+        text_column=cfg.text_column,
+        training_pairs=cfg.training_pairs,
+        training_tokens=cfg.training_tokens,
+        eval_pairs=cfg.eval_pairs,
+        train_batch_size_tokens=BATCH_SIZE,
+        n_batches_in_buffer=32,
+        lr=1e-3,
+        lr_warm_up_steps=n_steps // 6,
+        lr_decay_steps=n_steps // 5,
+        dead_feature_window=n_steps // 6,
+        device=cfg.device,
+        seed=cfg.seed,
+    )
+
+
+def run_demo(cfg: DemoConfig) -> dict[str, float]:
+    """Train and evaluate, and write the results to `cfg.output`.
+
+    Raises:
+        ValueError: The folder holds a run, or the models or text cannot be loaded.
+    """
+    check_output(cfg.output, cfg.overwrite)
+    model_a, model_b = demo_models(cfg)
+    run_cfg = demo_run_config(cfg, model_a, model_b)
+    pair = ModelPair.load(model_a, model_b)
+    for model in (pair.a, pair.b):
+        # The models are no longer run here; the report only needs the unembedding.
+        model.drop_unused_layers(keep_unembedding=True)
+    return measured_run(run_cfg, pair, cfg.output, cfg.overwrite)

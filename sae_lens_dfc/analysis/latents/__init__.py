@@ -1,0 +1,1 @@
+"""Max-activating examples of latents, and latent cards."""

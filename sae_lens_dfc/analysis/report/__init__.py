@@ -1,0 +1,1 @@
+"""Writes results: tables, the HTML report, the model card, metrics.json and latents.csv."""

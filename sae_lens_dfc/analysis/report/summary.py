@@ -1,0 +1,122 @@
+"""Writes the summary at the top of the report: what was found, headline numbers with their nulls,
+and warnings."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from sae_lens_dfc.analysis.report.findings import Screening
+from sae_lens_dfc.analysis.report.tables import COLUMNS, cell, number
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
+from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
+
+
+class Headline(NamedTuple):
+    """A headline number, and the value to compare it with."""
+
+    title: str
+    value: str
+    note: str
+
+
+def lead(metrics: Mapping[str, float], screening: Screening | None) -> str:
+    """Summarize what was found in a sentence or two, limited to what was measured.
+
+    >>> lead({}, None)
+    'Whether a latent is exclusive was not measured, so nothing on this page distinguishes a difference from an artifact. sae-lens-dfc evaluate RUN --output FOLDER measures it.'
+    """
+    if screening is not None:
+        verdicts = Counter(finding.verdict for finding in screening.findings)
+        if not verdicts:
+            return "No latent reached the end of the screening."
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
+        of_all = f"Of {screening.stages[0].intake:,} latents, " if screening.stages else ""
+        return f"{of_all}{verdicts.total():,} reached the end of the screening: {counts}."
+    called, judged = _calls(metrics, "")
+    if judged is None:
+        return (
+            "Whether a latent is exclusive was not measured, so nothing on this page distinguishes a difference from an artifact. "
+            "sae-lens-dfc evaluate RUN --output FOLDER measures it."
+        )
+    found = f"{called:,} of {judged:,} judged candidates are" if called else "No latent is"
+    of_none = "" if called else f" ({judged:,} candidates could be judged)"
+    return (
+        f"{found} called exclusive on evidence from activations{of_none}. "
+        "No latent was screened, so none is confirmed by steering."
+    )
+
+
+def headlines(metrics: Mapping[str, float]) -> list[Headline]:
+    """The headline numbers, each with its null."""
+    result: list[Headline] = []
+    for model, group in (("A", A_EXCLUSIVE), ("B", B_EXCLUSIVE)):
+        called = metrics.get(f"exclusive/called/{group}")
+        if called is None:
+            continue
+        judged = metrics.get(f"exclusive/judged/{group}", 0)
+        result.append(
+            Headline(
+                f"Called exclusive to {model}",
+                f"{called:,.0f} of {judged:,.0f}",
+                f"judged candidates. {_null_calls(metrics)}",
+            )
+        )
+    for model in "ab":
+        key = f"explained_variance/{model}"
+        if key not in metrics:
+            continue
+        beside = [
+            f"{name} {number(metrics[prefix + key])}"
+            for prefix, name in COLUMNS[1:]
+            if prefix + key in metrics
+        ]
+        note = "; ".join(beside) or "nothing was measured for comparison"
+        title = f"Explained variance, {model.upper()}"
+        result.append(Headline(title, cell(metrics, key), note))
+    return result
+
+
+def _calls(metrics: Mapping[str, float], prefix: str) -> tuple[int, int | None]:
+    """Number of called and of judged latents in both models; None if not measured."""
+    keys = [
+        [f"{prefix}exclusive/{what}/{group}" for group in (A_EXCLUSIVE, B_EXCLUSIVE)]
+        for what in ("called", "judged")
+    ]
+    called, judged = (
+        sum(metrics[key] for key in both) if all(key in metrics for key in both) else None
+        for both in keys
+    )
+    return int(called or 0), None if judged is None else int(judged)
+
+
+def _null_calls(metrics: Mapping[str, float]) -> str:
+    for name in ("self", "seed"):
+        called, judged = _calls(metrics, f"null/{name}/")
+        if judged is not None:
+            return f"Null, {NULLS[name]}, both sides: {called:,} of {judged:,}."
+    return "Its null was not measured."
+
+
+def warnings(metrics: Mapping[str, float]) -> list[str]:
+    """Reasons why numbers on the page should not be taken at face value."""
+    result: list[str] = []
+    if not any(key.startswith("null/") for key in metrics):
+        result.append(
+            "This page has no null: no pair without differences was measured for comparison."
+        )
+    if metrics.get("l0") == 0:
+        result.append(
+            "No latent fires on the held-out text: the crosscoder reconstructs only its bias."
+        )
+    called, judged = _calls(metrics, "")
+    null_called, null_judged = _calls(metrics, "null/self/")
+    if called and judged and null_judged and null_called / null_judged >= called / judged:
+        result.append(
+            f"On model A twice, where nothing is exclusive, {null_called} of {null_judged} are called: no smaller a share than "
+            "in this run. Do not trust the calls on this page."
+        )
+    if metrics.get("leak", 0) != 0:
+        result.append(
+            "The leak is not 0: an exclusive latent has a weight in the model it must not touch."
+        )
+    return result

@@ -1,0 +1,274 @@
+"""Selects, orders and formats the measures shown in the terminal and in the report, next to their
+nulls."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
+from sae_lens_dfc.stats.jackknife import SE
+
+OF_BOTH = {
+    "explained_variance": "explained variance of the model",
+    "l0": "active latents, of those exported (L0)",
+}
+OF_CODE = {
+    "code_explained_variance": "the crosscoder's code explained",
+    "firing_precision": "firings that are the crosscoder's too",
+    "firing_recall": "the crosscoder's firings that are found",
+    "firing_recall_median": "the same, the median latent",
+}
+
+
+class MeasureGroup(NamedTuple):
+    """A group of related measures."""
+
+    title: str
+    note: str
+    """Explanation of the numbers."""
+    rows: list[tuple[str, str]]
+    """Pairs of key in metrics.json and title."""
+
+
+GROUPS = [
+    MeasureGroup(
+        "Reconstruction",
+        "How much of each model's activations the crosscoder reconstructs, normalized as in training. 1 is perfect.",
+        [
+            ("explained_variance/a", "Explained variance, A"),
+            ("explained_variance/b", "Explained variance, B"),
+            ("explained_variance_median/a", "Explained variance, A, median over dimensions"),
+            ("explained_variance_median/b", "Explained variance, B, median over dimensions"),
+            (
+                "explained_variance/a/token_decile_0",
+                "Explained variance, A, rarest tenth of tokens",
+            ),
+            (
+                "explained_variance/b/token_decile_0",
+                "Explained variance, B, rarest tenth of tokens",
+            ),
+            ("cosine/a", "Cosine of reconstruction, A"),
+            ("cosine/b", "Cosine of reconstruction, B"),
+            ("norm_ratio/a", "Length of reconstruction, A"),
+            ("norm_ratio/b", "Length of reconstruction, B"),
+        ],
+    ),
+    MeasureGroup(
+        "What one model predicts about the other",
+        "Share of one model's variance explained when only the other model is encoded. An affine map, which needs no crosscoder, is the baseline.",
+        [
+            ("cross_reconstruction/a_from_b", "A explained when only B is read"),
+            ("cross_reconstruction/b_from_a", "B explained when only A is read"),
+            ("affine_map/b_to_a", "A explained by an affine map from B"),
+            ("affine_map/a_to_b", "B explained by an affine map from A"),
+        ],
+    ),
+    MeasureGroup(
+        "Downstream effect",
+        "Both models run on the reconstruction. Loss recovered: 0 is mean ablation, 1 is the untouched model. KL: from the untouched model, per token.",
+        [
+            ("loss_recovered_from_mean/a", "Loss recovered from mean ablation, A"),
+            ("loss_recovered_from_mean/b", "Loss recovered from mean ablation, B"),
+            ("loss_recovered_from_mean/a/shared_only", "… A, by the shared latents alone"),
+            ("loss_recovered_from_mean/b/shared_only", "… B, by the shared latents alone"),
+            ("loss_recovered_from_mean/a/exclusive_only", "… A, by its exclusive latents alone"),
+            ("loss_recovered_from_mean/b/exclusive_only", "… B, by its exclusive latents alone"),
+            ("kl/a/without_exclusive", "KL without the exclusive latents, A, nats"),
+            ("kl/b/without_exclusive", "KL without the exclusive latents, B, nats"),
+        ],
+    ),
+    MeasureGroup(
+        "Partitions and sparsity",
+        "Number of latents, active latents per pair (L0), and share of latents that never fire.",
+        [
+            ("latents/a_exclusive", "Latents, A-exclusive"),
+            ("latents/b_exclusive", "Latents, B-exclusive"),
+            ("latents/shared", "Latents, shared"),
+            ("l0", "Active latents on a pair (L0)"),
+            ("l0/a_exclusive", "L0, A-exclusive"),
+            ("l0/b_exclusive", "L0, B-exclusive"),
+            ("l0/shared", "L0, shared"),
+            ("dead_fraction/a_exclusive", "Dead share, A-exclusive"),
+            ("dead_fraction/b_exclusive", "Dead share, B-exclusive"),
+            ("dead_fraction/shared", "Dead share, shared"),
+            ("relative_decoder_norm/min", "Relative decoder norm of shared latents, least"),
+            ("relative_decoder_norm/median", "Relative decoder norm of shared latents, median"),
+            ("relative_decoder_norm/max", "Relative decoder norm of shared latents, largest"),
+            ("decoder_cosine/a_to_b", "Cosine of shared latents' decoders, A's moved to B, median"),
+        ],
+    ),
+    MeasureGroup(
+        "Is it exclusive? Evidence from activations",
+        "Medians over latents; in the plot with the range from the 5th to the 95th percentile. Exclusive latents have scaling near 0 and AUC near 0.5. Compare candidates with the shared latents of the same run: the null of model A twice is too easy for any affine map.",
+        [
+            (
+                "latent_scaling/nu_error/a_exclusive",
+                "Latent scaling, error, A's candidates, median",
+            ),
+            (
+                "latent_scaling/nu_error/b_exclusive",
+                "Latent scaling, error, B's candidates, median",
+            ),
+            ("latent_scaling/nu_error/shared", "Latent scaling, error, shared latents, median"),
+            (
+                "latent_scaling/nu_reconstruction/a_exclusive",
+                "Latent scaling, reconstruction, A's candidates, median",
+            ),
+            (
+                "latent_scaling/nu_reconstruction/b_exclusive",
+                "Latent scaling, reconstruction, B's candidates, median",
+            ),
+            (
+                "latent_scaling/nu_reconstruction/shared",
+                "Latent scaling, reconstruction, shared latents, median",
+            ),
+            (
+                "transfer/auc/a_exclusive",
+                "Firing predicted by the other model (AUROC), A's candidates, median",
+            ),
+            (
+                "transfer/auc/b_exclusive",
+                "Firing predicted by the other model (AUROC), B's candidates, median",
+            ),
+            (
+                "transfer/auc/shared",
+                "Firing predicted by the other model (AUROC), shared latents, median",
+            ),
+        ],
+    ),
+    MeasureGroup(
+        "Is it exclusive? What steering does",
+        "Share of the effect of steering on a latent's own model that does not occur in the other. 0: the other model follows. Random directions show the score of an arbitrary direction: a score that does not differ from theirs is no evidence.",
+        [
+            (
+                "behaviour/a_exclusive",
+                "Steering that the other model does not follow, A's candidates",
+            ),
+            (
+                "behaviour/b_exclusive",
+                "Steering that the other model does not follow, B's candidates",
+            ),
+            ("behaviour/shared", "Steering that the other model does not follow, shared latents"),
+            (
+                "behaviour/random",
+                "Steering that the other model does not follow, random directions",
+            ),
+        ],
+    ),
+    MeasureGroup(
+        "Calls",
+        "Number of candidates that could be judged, and number called exclusive, at a false discovery rate of 5 %.",
+        [
+            ("exclusive/judged/a_exclusive", "A's candidates that fire often enough to be judged"),
+            ("exclusive/judged/b_exclusive", "B's candidates that fire often enough to be judged"),
+            ("exclusive/called/a_exclusive", "Called exclusive to A, with evidence"),
+            ("exclusive/called/b_exclusive", "Called exclusive to B, with evidence"),
+        ],
+    ),
+    MeasureGroup(
+        "Data and checks",
+        "",
+        [
+            ("leak", "Leak: largest forbidden weight"),
+            ("alignment/coverage_a", "A's tokens paired"),
+            ("alignment/coverage_b", "B's tokens paired"),
+            ("pairs_trained", "Distinct pairs trained on"),
+            ("pairs_evaluated", "Held-out pairs evaluated"),
+        ],
+    ),
+]
+ROWS = [row for group in GROUPS for row in group.rows]
+COLUMNS = [
+    ("", "this run"),
+    ("baseline/batchtopk/", "BatchTopK crosscoder"),
+    ("baseline/pca/", "PCA, k components"),
+    *((f"null/{name}/", f"null: {title}") for name, title in NULLS.items()),
+]
+
+
+def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of measures, without empty columns and rows.
+
+    >>> measures_table({"l0": 31.5, "null/self/l0": 30.0})
+    (['measure', 'this run', 'null: model A twice'], [['Active latents on a pair (L0)', '31.50', '30.00']])
+    """
+    columns = [
+        (prefix, title)
+        for prefix, title in COLUMNS
+        if any(prefix + key in metrics for key, _ in ROWS)
+    ]
+    rows = [
+        [title, *(cell(metrics, prefix + key) for prefix, _ in columns)]
+        for key, title in ROWS
+        if any(prefix + key in metrics for prefix, _ in columns)
+    ]
+    return ["measure", *(title for _, title in columns)], rows
+
+
+def cell(metrics: Mapping[str, float], key: str) -> str:
+    """The number, with its standard error if known."""
+    error = metrics.get(key + SE)
+    return number(metrics.get(key)) + ("" if error is None else f" ± {number(error)}")
+
+
+def number(value: float | None) -> str:
+    """Format a number for display; empty for None.
+
+    >>> number(0.12345), number(12.345), number(1234.5), number(3), number(None)
+    ('0.123', '12.35', '1,234', '3', '')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, int) or value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation; a dash for no values.
+
+    >>> spread([1.0, 2.0]), spread([1.0]), spread([])
+    ('1.50 ± 0.71', '1.00', '–')
+    """
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def difference_tables(
+    difference: Mapping[str, float],
+) -> list[tuple[list[str], list[list[str]]]]:
+    """Head and rows of two tables: SAE against crosscoder, and the SAE's code by partition.
+
+    >>> head, rows = difference_tables({"l0/exported": 8.5, "l0/crosscoder": 10.0})[0]
+    >>> head, rows
+    (['on held-out text', 'SAE', 'crosscoder'], [['active latents, of those exported (L0)', '8.500', '10.000']])
+    """
+
+    def rows(titles: Mapping[str, str], columns: list[str]) -> list[list[str]]:
+        return [
+            [title, *(_cell(difference, f"{key}/{column}") for column in columns)]
+            for key, title in titles.items()
+            if any(f"{key}/{column}" in difference for column in columns)
+        ]
+
+    both = ["exported", "crosscoder"]
+    prefix = "firing_recall/"
+    partitions = [
+        key.removeprefix(prefix)
+        for key in difference
+        if key.startswith(prefix) and not key.endswith(SE)
+    ]
+    return [
+        (["on held-out text", "SAE", "crosscoder"], rows(OF_BOTH, both)),
+        (["the SAE's code", *partitions], rows(OF_CODE, partitions)),
+    ]
+
+
+def _cell(values: Mapping[str, float], key: str) -> str:
+    """The number, with its standard error if known."""
+    if key not in values:
+        return ""
+    error = values.get(key + SE)
+    return f"{values[key]:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -1,0 +1,1 @@
+"""Opens a saved run on its text to list latents, steer, and export."""

@@ -1,0 +1,1 @@
+"""Screens all latents for differences between the models, and tests the candidates causally."""

@@ -1,0 +1,1 @@
+"""Steering: generates text and computes losses with activations changed at a model's hook."""

@@ -1,0 +1,75 @@
+"""Defines the sampling options and the options of `generate`. `--help` imports this file without
+any model."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sae_lens_dfc.core.schema import check_seed
+from sae_lens_dfc.models.config import ModelConfig
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """Sampling options.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    max_new_tokens: int = 128
+    """Maximum length of an answer in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy decoding."""
+    top_p: float = 1.0
+    """Nucleus sampling: sample from the most likely tokens with this total probability; 1 keeps
+    all."""
+    batch_size: int = 16
+    """Prompts per batch; HookedTransformer always uses 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be a finite number of 0 or above, got {self.temperature}."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(Sampling):
+    """Write both models' answers to each prompt of a data set, as text to train a delta crosscoder
+    on.
+
+    Raises:
+        ValueError: A number is out of its range, or the output is not a .jsonl file.
+    """
+
+    prompts: str
+    """Prompts: a file (.txt with one prompt per line, .jsonl, .json, .csv, .parquet), a hub name,
+    or a folder written by save_to_disk."""
+    output: str
+    """Output file, .jsonl: one line per prompt, with prompt, completion_a and completion_b."""
+    model_a: ModelConfig = field(default_factory=ModelConfig)
+    """The first model."""
+    model_b: ModelConfig = field(default_factory=ModelConfig)
+    """The second model."""
+    text_column: str = "prompt"
+    """Column that holds the prompts."""
+    n_prompts: int | None = None
+    """Maximum number of prompts. If None: all."""
+    seed: int = 42
+    """Sampling seed; the same seed and batch size give the same answers."""
+    overwrite: bool = False
+    """Overwrite the output file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_prompts is not None and self.n_prompts < 1:
+            raise ValueError(f"n_prompts must be at least 1, got {self.n_prompts}.")
+        if Path(self.output).suffix != ".jsonl":
+            raise ValueError(f"output must be a .jsonl file, got {self.output!r}. Name one.")
+        check_seed(self.seed)

@@ -1,0 +1,1 @@
+"""Builds model organisms: pairs of models with one known difference."""

@@ -1,0 +1,1 @@
+"""Scores whether a crosscoder found a planted difference."""

@@ -1,0 +1,1 @@
+"""Checks untrusted data sets and weight files before a library reads them."""

@@ -1,0 +1,1 @@
+"""Crosscoder architectures, one per file."""

@@ -1,0 +1,1 @@
+"""Turns text into shuffled batches of two models' paired activations."""

@@ -1,0 +1,1 @@
+"""Aligns two tokenizations of a text at the tokens that end at the same characters."""

@@ -1,0 +1,1 @@
+"""Caches paired activations on disk."""

@@ -1,0 +1,1 @@
+"""Opens data sets and extracts their text."""

@@ -1,0 +1,1 @@
+"""Metrics and tests of whether a latent is exclusive to one model."""

@@ -1,0 +1,1 @@
+"""Opens a language model, runs it up to its hook, and decodes its tokens."""

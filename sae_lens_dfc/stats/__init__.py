@@ -1,0 +1,1 @@
+"""Computes statistics of tensors, independent of any model or crosscoder."""

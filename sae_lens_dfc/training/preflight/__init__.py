@@ -1,0 +1,1 @@
+"""Checks a training before it runs, and estimates its time, memory and disk space."""

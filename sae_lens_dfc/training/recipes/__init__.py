@@ -1,0 +1,1 @@
+"""Named training settings: the papers' runs and public model organisms."""

@@ -1,0 +1,261 @@
+"""A crosscoder made by hand of features that are known: what is exclusive is called so, and what
+only looks so is not."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_lens_dfc import ToyPair, ToyPairConfig
+from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
+from sae_lens_dfc.metrics.evaluate import Evaluation, evaluate
+from sae_lens_dfc.metrics.exclusivity.evidence import (
+    MIN_FIRINGS,
+    LatentEvidence,
+    candidate_latents,
+    oriented,
+    p_near_zero,
+    ranking,
+    verdict,
+)
+from sae_lens_dfc.stats.affine_maps import fit_affine_maps
+from sae_lens_dfc.stats.jackknife import Estimate
+from sae_lens_dfc.stats.moments import PairMoments
+
+TOY = ToyPairConfig(
+    n_features=60,
+    d_a=80,
+    d_b=90,
+    a_exclusive_fraction=0.1,
+    b_exclusive_fraction=0.1,
+    active_features=6,
+    min_magnitude=0.5,
+    min_frequency=0.01,
+)
+N_SPLIT = 4
+"""Shared features that the crosscoder has split in two: one latent for A, one for B."""
+
+
+@torch.no_grad()
+def perfect(pair: ToyPair, n_split: int = 0) -> Crosscoder:
+    """Its latents are the features, read by the pseudoinverse; of some shared ones each model has
+    its own latent.
+
+    Latents are `[A's own, halves for A | B's own, halves for B | shared]`.
+    """
+    features, d_a = pair.features, pair.cfg.d_a
+    slices = {name: list(range(s.start, s.stop)) for name, s in features.slices.items()}
+    split, whole = slices["shared"][:n_split], slices["shared"][n_split:]
+    order = [*slices["a_exclusive"], *split, *slices["b_exclusive"], *split, *whole]
+    n_a, n_b = len(slices["a_exclusive"]) + n_split, len(slices["b_exclusive"]) + n_split
+    cfg = CrosscoderConfig(
+        d_in=features.d_in,
+        d_sae=len(order),
+        d_a=d_a,
+        d_b=pair.cfg.d_b,
+        n_a_exclusive=n_a,
+        n_b_exclusive=n_b,
+    )
+    crosscoder = Crosscoder(cfg)
+    W_dec = pair.directions[order].clone()
+    W_enc = torch.cat([_readers(pair.directions[:, m]) for m in features.models.values()])[:, order]
+    W_enc[:, n_a + n_b :] /= 2  # a shared latent takes the mean of what both models say
+    for inputs, latents in crosscoder.partition.forbidden_blocks():
+        W_enc[inputs, latents] = 0
+        W_dec[latents, inputs] = 0
+    crosscoder.W_enc.copy_(W_enc)
+    crosscoder.W_dec.copy_(W_dec)
+    crosscoder.threshold.fill_(0.25)
+    return crosscoder
+
+
+def _readers(directions: Tensor) -> Tensor:
+    return torch.linalg.pinv(directions)
+
+
+def measured_on(pair: ToyPair) -> Iterator[Tensor]:
+    return islice(pair.batches(500, seed=2), 20)
+
+
+def measured(crosscoder: Crosscoder, pair: ToyPair) -> tuple[Evaluation, LatentEvidence]:
+    moments = PairMoments.of(islice(pair.batches(1000, seed=1), 10))
+    evaluation = evaluate(crosscoder, measured_on(pair), fit_affine_maps(moments, pair.cfg.d_a))
+    assert evaluation.evidence is not None
+    return evaluation, evaluation.evidence
+
+
+@pytest.fixture(scope="module")
+def split() -> tuple[Evaluation, LatentEvidence]:
+    pair = ToyPair(TOY)
+    return measured(perfect(pair, N_SPLIT), pair)
+
+
+def test_true_features_of_one_model_are_called_and_halves_of_shared_ones_are_not(
+    split: tuple[Evaluation, LatentEvidence],
+) -> None:
+    _, evidence = split
+    assert evidence.is_candidate.nonzero()[:, 0].tolist() == list(range(20))
+    called = evidence.is_exclusive[:20].tolist()
+    assert called == [*[True] * 6, *[False] * 4, *[True] * 6, *[False] * 4]
+
+
+def test_the_other_model_rebuilds_a_half_and_tells_when_it_fires(
+    split: tuple[Evaluation, LatentEvidence],
+) -> None:
+    _, evidence = split
+    halves, own = torch.tensor([6, 7, 8, 9]), torch.arange(6)
+    assert (evidence.nu_reconstruction[halves] > 0.7).all()
+    assert (evidence.auc[halves] > 0.95).all()
+    assert (evidence.nu_reconstruction[own].abs() < 0.3).all()
+    assert (evidence.auc[own] < 0.7).all()
+    assert (evidence.auc[evidence.groups["shared"]] > 0.9).all()
+
+
+def test_the_calls_are_counted_by_model(split: tuple[Evaluation, LatentEvidence]) -> None:
+    metrics = split[0].metrics
+    for group in ("a_exclusive", "b_exclusive"):
+        assert metrics[f"exclusive/judged/{group}"] == 10
+        assert metrics[f"exclusive/called/{group}"] == 6
+        assert metrics[f"exclusive/transfer/{group}"] == 6
+    assert metrics["exclusive/called_share"] == pytest.approx(12 / 64)
+    assert metrics["transfer/auc/a_exclusive/p5"] <= metrics["transfer/auc/a_exclusive"]
+
+
+def test_where_every_feature_is_shared_nothing_is_called() -> None:
+    shared = replace(TOY, a_exclusive_fraction=0.0, b_exclusive_fraction=0.0)
+    pair = ToyPair(shared)
+    _, evidence = measured(perfect(pair, n_split=12), pair)
+    assert evidence.is_candidate.sum() == 24
+    assert not evidence.is_exclusive.any()
+
+
+def test_a_latent_that_hardly_fires_is_not_judged() -> None:
+    pair = ToyPair(TOY)
+    crosscoder = perfect(pair)
+    acts = torch.cat(list(measured_on(pair)))
+    # Half of them, as firings are counted to the width of a histogram's bin.
+    crosscoder.threshold.data[0] = crosscoder.encode(acts)[:, 0].topk(MIN_FIRINGS // 2).values[-1]
+    _, evidence = measured(crosscoder, pair)
+    assert evidence.firings[0] < MIN_FIRINGS
+    assert evidence.q[0].isnan() and not evidence.is_exclusive[0]
+    assert verdict(evidence, 0).startswith("not judged: it fired")
+
+
+def test_a_verdict_says_what_was_measured(split: tuple[Evaluation, LatentEvidence]) -> None:
+    _, evidence = split
+    assert verdict(evidence, 0).startswith("exclusive to A, with evidence: latent scaling in B")
+    assert verdict(evidence, 6).startswith("not shown to be exclusive: ")
+    assert verdict(evidence, 10).startswith("exclusive to B, with evidence")
+    assert verdict(evidence, 30).startswith("not a candidate")
+
+
+def test_the_ranking_has_the_true_ones_first(split: tuple[Evaluation, LatentEvidence]) -> None:
+    _, evidence = split
+    order = ranking(evidence).tolist()
+    assert set(order[:12]) == {*range(6), *range(10, 16)}
+    assert set(order[12:20]) == {*range(6, 10), *range(16, 20)}
+
+
+def test_oriented_measures_are_larger_for_the_true_ones(
+    split: tuple[Evaluation, LatentEvidence],
+) -> None:
+    _, evidence = split
+    for name in ("latent_scaling/nu_reconstruction", "transfer/auc", "transfer/r2"):
+        values = oriented(evidence)[name]
+        assert values[:6].min() > values[6:10].max(), name
+
+
+def test_equal_widths_are_scaled_directly_too_and_the_larger_counts() -> None:
+    toy = replace(TOY, d_b=TOY.d_a)
+    pair = ToyPair(toy)
+    crosscoder = perfect(pair, N_SPLIT)
+    _, evidence = measured(crosscoder, pair)
+    # The toy models have no common basis: moved as it is a direction says nothing, and the map must
+    # decide.
+    assert (evidence.nu_reconstruction[torch.tensor([6, 7, 8, 9])] > 0.7).all()
+
+
+def test_one_sided_decoders_are_candidates_without_a_partition() -> None:
+    cfg = CrosscoderConfig(d_in=2, d_sae=4, d_a=1, d_b=1)
+    crosscoder = Crosscoder(cfg)
+    crosscoder.W_dec.data = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.1, 1.0], [1.0, 0.3]])
+    assert candidate_latents(crosscoder).tolist() == [True, False, True, False]
+
+
+def test_the_p_value_is_that_of_the_nearer_limit() -> None:
+    def p(value: float, se: float) -> float:
+        one = torch.ones(1, dtype=torch.double)
+        return p_near_zero(Estimate(value * one, se * one, 9), 0.2).item()
+
+    assert p(0.2, 0.1) == pytest.approx(0.5)  # on the limit
+    assert p(-0.1, 0.05) == pytest.approx(p(0.1, 0.05))
+    assert p(0.0, 0.2 / 1.833) == pytest.approx(0.05, abs=1e-3)  # 1.833: t of 9 degrees at 5 %
+    assert p(float("nan"), 1.0) == 1.0
+
+
+def test_without_a_standard_error_nothing_is_near_zero() -> None:
+    one = torch.ones(1, dtype=torch.double)
+    assert p_near_zero(Estimate(0 * one, torch.nan * one, 0), 0.2).item() == 1.0
+
+
+def superposed(seed: int, n_own: int, n_split: int) -> tuple[LatentEvidence, int]:
+    """Models of width 96 with 300 features, read along their directions: the map between them is
+    poor.
+
+    `n_own` features are A's alone; `n_split` are of both, and have a latent for each model.
+    """
+    n, d = 300, 96
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(2, n, d, generator=generator), dim=-1)
+    directions[1, :n_own] = 0
+
+    def data(n_rows: int) -> Tensor:
+        fires = torch.rand(n_rows, n, generator=generator) < 0.006
+        acts = fires * (1 + torch.rand(n_rows, n, generator=generator))
+        noise = 0.02 * torch.randn(n_rows, 2 * d, generator=generator)
+        return torch.cat([acts @ directions[0], acts @ directions[1]], dim=-1) + noise
+
+    n_a, n_b = n_own + n_split, n_split
+    latents = [*range(n_a), *range(n_own, n_a), *range(n_a, n)]
+    crosscoder = Crosscoder(
+        CrosscoderConfig(
+            d_in=2 * d, d_sae=len(latents), d_a=d, d_b=d, n_a_exclusive=n_a, n_b_exclusive=n_b
+        )
+    )
+    W_dec = torch.cat([directions[0], directions[1]], dim=-1)[latents]
+    for inputs, which in crosscoder.partition.forbidden_blocks():
+        W_dec[which, inputs] = 0
+    W_enc = W_dec.T.clone()
+    W_enc[:, n_a + n_b :] /= 2
+    crosscoder.W_dec.data, crosscoder.W_enc.data = W_dec, W_enc
+    crosscoder.threshold.data = torch.full((len(latents),), 0.7)
+    affine_maps = fit_affine_maps(PairMoments.of([data(20_000)]), d)
+    evidence = evaluate(crosscoder, data(20_000).split(1000), affine_maps).evidence
+    assert evidence is not None
+    return evidence, n_own
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_superposition_no_half_of_a_shared_feature_is_called(seed: int) -> None:
+    evidence, _ = superposed(seed, n_own=0, n_split=60)
+    assert sum(evidence.groups[f"{m}_exclusive"].sum() for m in "ab") > 100
+    assert not evidence.is_exclusive.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_superposition_features_of_one_model_are_called(seed: int) -> None:
+    evidence, n_own = superposed(seed, n_own=20, n_split=10)
+    called = evidence.is_exclusive
+    assert called[:n_own].double().mean() >= 0.7
+    assert called[n_own:].sum() <= 1
+
+
+def test_where_the_map_finds_nothing_nothing_is_called() -> None:
+    """Of models with nothing in common each latent is exclusive, but no map could tell."""
+    pair = ToyPair(replace(TOY, pairing_noise=1.0))
+    _, evidence = measured(perfect(pair), pair)
+    assert not evidence.is_exclusive.any()
+    assert (evidence.p_scaling == 1).all()
