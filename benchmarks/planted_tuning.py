@@ -5,7 +5,7 @@ that it does not score.
 
 Each architecture has three values of its own setting (`KNOBS`), tried on organisms of a seed that
 is left out of the benchmark, by their discovery prompts alone. A value's merit is how much of the
-behaviour the best of the first ten latents takes away that tells the prompts apart, as a share of
+behavior the best of the first ten latents takes away that tells the prompts apart, as a share of
 the models' difference, 0 where there is none. Half an hour on two cores.
 """
 
@@ -36,12 +36,12 @@ def merit(crosscoder: Crosscoder, probes: Probes) -> float:
     takes from B."""
     probe = probes.discovery
     aucs = detection(crosscoder, probe)
-    acts = activations(crosscoder, probe.behaviour.rows)
+    acts = activations(crosscoder, probe.behavior.rows)
     directions = decoder_differences(crosscoder, probes.affine_maps)
     first = ranking(crosscoder, probes.rows, probes.affine_maps)[:R].tolist()
     told = [latent for latent in first if aucs[latent] >= MIN_AUC]
     falls = [float(fall(probe, acts[:, i], directions[i]).mean()) for i in told]
-    gap = float(probe.behaviour_b.before.mean() - probe.control_b.before.mean())
+    gap = float(probe.behavior_b.before.mean() - probe.control_b.before.mean())
     return max(0.0, *falls) / gap if falls else 0.0
 
 

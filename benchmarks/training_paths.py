@@ -44,7 +44,9 @@ def open_cache(folder: str) -> PairedActivationsCache:
     if not Path(folder).exists():
         model_a, model_b = demo_models(DemoConfig())
         cache_activations(
-            CacheConfig(model_a=model_a, model_b=model_b, training_pairs=N_PAIRS, cache_path=folder)
+            CacheConfig(
+                model_a=model_a, model_b=model_b, max_unique_pairs=N_PAIRS, cache_path=folder
+            )
         )
     return PairedActivationsCache(folder)
 

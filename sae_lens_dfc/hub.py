@@ -40,7 +40,7 @@ def push_to_hub(
     repo_id: str,
     saes: Mapping[str, SAE[Any]] | None = None,
     metrics: Mapping[str, float] | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     private: bool | None = None,
     revision: str = "main",
 ) -> str:
@@ -59,7 +59,7 @@ def push_to_hub(
         saes: Results of `export_sae`, by folder in the repository, e.g. `{"sae_a":
             crosscoder.export_sae("a")}`.
         metrics: The metrics; none uses the run's metrics.json.
-        licence: The hub's name of the license, e.g. mit. Check the licenses of the two models
+        license: The hub's name of the license, e.g. mit. Check the licenses of the two models
             first.
         private: Whether a new repository is private; none uses the account's default.
         revision: Branch to upload to; it must exist.
@@ -82,7 +82,7 @@ def push_to_hub(
     loaded = crosscoder if isinstance(crosscoder, Crosscoder) else load_crosscoder(crosscoder)
     if metrics is None:
         metrics = _metrics_of(folder)
-    card = render_card(loaded, repo_id, metrics, saes, licence)
+    card = render_card(loaded, repo_id, metrics, saes, license)
     api = HfApi()
     with TemporaryDirectory() as temporary:
         beside = Path(temporary)

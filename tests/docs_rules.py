@@ -16,12 +16,12 @@ EVERYWHERE: dict[str, str] = {
 """In the blocks of all pages."""
 
 SMALL: dict[str, str] = {
-    "demo": "--training-pairs 1500 --training-tokens 5120 --d-sae 64 --k 6 --eval-pairs 400",
-    "check": "--training-tokens 1280 --train-batch-size-tokens 64 --context-size 48 --held-out-every 4"
+    "demo": "--max-unique-pairs 1500 --training-tokens 5120 --d-sae 64 --k 6 --eval-pairs 400",
+    "check": "--training-tokens 1280 --train-batch-size-tokens 64 --context-size 48 --eval-every-n-documents 4"
     " --n-batches-in-buffer 8 --n-batches-for-norm-estimate 4",
-    "train": "--training-tokens 1280 --train-batch-size-tokens 64 --context-size 48 --held-out-every 4"
+    "train": "--training-tokens 1280 --train-batch-size-tokens 64 --context-size 48 --eval-every-n-documents 4"
     " --n-batches-in-buffer 8 --n-batches-for-norm-estimate 4",
-    "cache": "--training-pairs 600 --context-size 48 --held-out-every 4",
+    "cache": "--max-unique-pairs 600 --context-size 48 --eval-every-n-documents 4",
     "evaluate": "--eval-pairs 400",
     "latents": "--eval-pairs 400",
     "screen": "--eval-pairs 400 --keep 2 --texts 3 --controls 2 --fit-pairs 600",
@@ -32,7 +32,7 @@ SMALL: dict[str, str] = {
 """Flags that make a command small; they come last, so they win. `evaluate RUN --output` takes those
 of `SMALL_FULL` too."""
 
-SMALL_FULL = "--null-pairs 600 --downstream-pairs 40 --behaviour-latents 1"
+SMALL_FULL = "--null-pairs 600 --downstream-pairs 40 --behavior-latents 1"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ REAL = (
 )
 
 IN_PYTHON = {
-    "training_tokens=2_000_000": "training_tokens=1_280, training_pairs=800, train_batch_size_tokens=64",
+    "training_tokens=2_000_000": "training_tokens=1_280, max_unique_pairs=800, train_batch_size_tokens=64",
     "blocks.14.": "blocks.1.",
     "blocks.9.": "blocks.0.",
 }
@@ -107,7 +107,7 @@ model, tokens = hooked.model, hooked.model.to_tokens([Path("my-text.txt").read_t
             "lr_warm_up_steps: 40": "lr_warm_up_steps: 4",
             "lr_decay_steps: 80": "lr_decay_steps: 8",
         },
-        not_run={"sae-lens-dfc organism": REAL},
+        not_run={"sae-lens-dfc model-organism": REAL},
     ),
     "docs/how-to/adapters.md": Rules(
         replace={"my/adapter": "{adapter}", "my/base": "{llama}"},
@@ -116,7 +116,7 @@ model, tokens = hooked.model, hooked.model.to_tokens([Path("my-text.txt").read_t
     "docs/how-to/organisms.md": Rules(not_run={"sae-lens-dfc train --recipe organism-": HUB}),
     "docs/how-to/gpus.md": Rules(
         replace={
-            "--training-pairs 1000000": "",
+            "--max-unique-pairs 1000000": "",
             "--sae.d-sae 16384": "--sae.d-sae 64",
         },
         not_run={

@@ -70,7 +70,7 @@ def dfc_config(**overrides: Any) -> DFCTrainingCrosscoderConfig:
 
 
 def make_dfc(**overrides: Any) -> DFCTrainingCrosscoder:
-    return randomised(DFCTrainingCrosscoder(dfc_config(**overrides)))
+    return randomized(DFCTrainingCrosscoder(dfc_config(**overrides)))
 
 
 @torch.no_grad()
@@ -84,12 +84,12 @@ def make_firing_dfc(**overrides: Any) -> Crosscoder:
 def make_batchtopk(**overrides: Any) -> BatchTopKTrainingCrosscoder:
     defaults: dict[str, Any] = {"d_a": 5, "d_b": 7, "d_sae": 24, "k": 6}
     config = BatchTopKTrainingCrosscoderConfig(**{**defaults, **overrides})
-    return randomised(BatchTopKTrainingCrosscoder(config))
+    return randomized(BatchTopKTrainingCrosscoder(config))
 
 
 def make_standard(**overrides: Any) -> StandardTrainingCrosscoder:
     defaults: dict[str, Any] = {"d_a": 5, "d_b": 7, "d_sae": 24, "aux_loss_coefficient": 0.1}
-    return randomised(
+    return randomized(
         StandardTrainingCrosscoder(StandardTrainingCrosscoderConfig(**{**defaults, **overrides}))
     )
 
@@ -97,7 +97,7 @@ def make_standard(**overrides: Any) -> StandardTrainingCrosscoder:
 def make_dsf(**overrides: Any) -> DSFTrainingCrosscoder:
     """Six of 24 latents tied, by equality."""
     defaults: dict[str, Any] = {"d_a": 6, "d_b": 6, "d_sae": 24, "k": 6, "tied_fraction": 0.25}
-    return randomised(
+    return randomized(
         DSFTrainingCrosscoder(DSFTrainingCrosscoderConfig(**{**defaults, **overrides}))
     )
 
@@ -110,7 +110,7 @@ def make_mapped_dsf(**overrides: Any) -> DSFTrainingCrosscoder:
 def make_delta(**overrides: Any) -> DeltaTrainingCrosscoder:
     """Eighteen latents of the difference, six shared."""
     defaults: dict[str, Any] = {"d_a": 6, "d_b": 6, "d_sae": 24, "k": 6, "shared_fraction": 0.25}
-    return randomised(
+    return randomized(
         DeltaTrainingCrosscoder(DeltaTrainingCrosscoderConfig(**{**defaults, **overrides}))
     )
 
@@ -126,7 +126,7 @@ TOPK_MAKERS: dict[str, Callable[..., TopKTrainingCrosscoder[Any]]] = {
 
 
 @torch.no_grad()
-def randomised(crosscoder: T) -> T:
+def randomized(crosscoder: T) -> T:
     """Every weight random, the forbidden ones too: a crosscoder must not depend on their being
     zero."""
     for parameter in crosscoder.parameters():
@@ -196,7 +196,7 @@ def train_tiny(folder: Path, model_a: Path, model_b: Path, *flags: str, n_texts:
     text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:n_texts]))
     args = [
         *("--model-a.model-name", str(model_a), "--model-b.model-name", str(model_b)),
-        *("--dataset-path", str(text), "--held-out-every", "4", "--context-size", "48"),
+        *("--dataset-path", str(text), "--eval-every-n-documents", "4", "--context-size", "48"),
         *("--training-tokens", "6400", "--train-batch-size-tokens", "64", "--lr", "3e-3"),
         *("--n-batches-in-buffer", "8", "--sae.d-sae", "64", "--sae.k", "6"),
         *("--sae.a-exclusive-fraction", "0.2", "--sae.b-exclusive-fraction", "0.2"),

@@ -77,7 +77,7 @@ def test_the_source_of_a_release_is_the_package_and_what_explains_it(sdist: Path
     assert sdist.stat().st_size < MOST_BYTES
 
 
-def test_a_release_names_its_authors_licence_and_pythons(sdist: Path) -> None:
+def test_a_release_names_its_authors_license_and_pythons(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         (name,) = (name for name in archive.getnames() if name.endswith("PKG-INFO"))
         file = archive.extractfile(name)
@@ -85,7 +85,7 @@ def test_a_release_names_its_authors_licence_and_pythons(sdist: Path) -> None:
         about = file.read().decode()
     (author,) = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["authors"]
     assert f"\nAuthor: {author['name']}\n" in about
-    # An expression; with it, classifiers of licences are not allowed (PEP 639).
+    # An expression; with it, classifiers of licenses are not allowed (PEP 639).
     assert "\nLicense-Expression: MIT\n" in about and "License ::" not in about
     for minor in (10, 11, 12, 13):
         assert f"\nClassifier: Programming Language :: Python :: 3.{minor}\n" in about

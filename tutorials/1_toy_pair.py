@@ -168,7 +168,7 @@ table.round(2)
 # ## What is exclusive, by decoder norms
 #
 # The usual sign of an exclusive latent is its **relative decoder norm**, `norm_a / (norm_a + norm_b)`: 1 writes to A only, 0 to B only. In the
-# DFC's exclusive partitions it is 1 or 0 by construction. Since we know the truth we can colour each living latent by what it
+# DFC's exclusive partitions it is 1 or 0 by construction. Since we know the truth we can color each living latent by what it
 # is: the feature whose direction it has (cosine above 0.8) in every model that the latent writes to.
 
 
@@ -192,7 +192,7 @@ def truth_of(crosscoder, pair):
     ]
 
 
-COLOURS = {"shared": "#9aa5b1", "A alone": "#d1495b", "B alone": "#2e6f9e", "none": "#e8d7a5"}
+COLORS = {"shared": "#9aa5b1", "A alone": "#d1495b", "B alone": "#2e6f9e", "none": "#e8d7a5"}
 
 
 def draw_norms(axis, key):
@@ -200,10 +200,10 @@ def draw_norms(axis, key):
     norms, kinds = relative_decoder_norms(crosscoder), truth_of(crosscoder, pairs[key[1]])
     values = [
         [float(norms[i]) for i in alive.nonzero()[:, 0].tolist() if kinds[i] == kind]
-        for kind in COLOURS
+        for kind in COLORS
     ]
-    colours, labels = list(COLOURS.values()), list(COLOURS)
-    axis.hist(values, bins=20, range=(0, 1), stacked=True, color=colours, label=labels)
+    colors, labels = list(COLORS.values()), list(COLORS)
+    axis.hist(values, bins=20, range=(0, 1), stacked=True, color=colors, label=labels)
     axis.set(title=f"{key[0]}, {key[1]}", ylim=(0, 25))  # the bars in the middle are cut off
 
 
@@ -224,7 +224,7 @@ figure.tight_layout()
 # - **DFC, with differences**: more of the true features, and beside them grey: *shared* features, of which an exclusive latent
 #   has taken one model's half.
 # - **DFC, null**: the partitions are filled as before, though nothing exclusive exists there. Nothing in this picture tells that panel
-#   from the one above but the colours, and on real models there are none.
+#   from the one above but the colors, and on real models there are none.
 #
 # In numbers: *recall* is the share of the exclusive features that some latent called exclusive has, one latent for one feature;
 # the *false share* is that of the living latents called exclusive that have no exclusive feature.
@@ -276,9 +276,9 @@ def draw_evidence(axis, which):
         axis.scatter(evidence.nu_error[latents], evidence.auc[latents], **style)
 
     points(evidence.is_two_sided & judged, s=8, color="#dddddd", label="both models' latents")
-    for kind, colour in COLOURS.items():
+    for kind, color in COLORS.items():
         of_kind = [i for i in candidates if kinds[i] == kind]
-        points(of_kind, s=28, color=colour, edgecolor="black", label=f"candidate: {kind}")
+        points(of_kind, s=28, color=color, edgecolor="black", label=f"candidate: {kind}")
     ring = {"s": 90, "facecolor": "none", "edgecolor": "black"}
     points(evidence.is_exclusive, **ring, label="called exclusive")
     axis.set(title=f"DFC, {which}", xlabel="latent scaling in the other model's error")
@@ -295,7 +295,7 @@ figure.tight_layout()
 # True exclusive latents lie at the lower left: the other model has neither the direction nor the timing. The grey candidates are told by the other model as
 # well, or nearly as well, as latents that both have; in the null all are. Neither measure would do alone: of some halves of shared features the other model's *error* has
 # nothing (left edge, top), since its reconstruction has it all, by another latent; their timing gives them away. The calls (rings) are made without a look
-# at the colours.
+# at the colors.
 #
 # Every latent's case can be read as a sentence. One that is called, and one that is not:
 
@@ -310,7 +310,7 @@ for group in (evidence.is_exclusive, judged & ~evidence.is_exclusive):
 # %% [markdown]
 # ## Over seeds
 #
-# One training proves little. The same for every seed: another pair of toy models, another initialisation, other samples. ± is the standard deviation over seeds.
+# One training proves little. The same for every seed: another pair of toy models, another initialization, other samples. ± is the standard deviation over seeds.
 
 # %%
 rows = []
@@ -335,11 +335,11 @@ over_seeds.where(mean.notna(), "–").T
 
 # %%
 def draw_seeds(axis, which, columns):
-    for dx, (column, colour) in zip((-0.12, 0.12), columns.items()):
+    for dx, (column, color) in zip((-0.12, 0.12), columns.items()):
         for x, name in enumerate(CONFIGS):
             values = runs.loc[(runs.pair == which) & (runs.crosscoder == name), column]
-            axis.scatter([x + dx] * len(values), values, color=colour, alpha=0.7)
-        axis.scatter([], [], color=colour, label=column)
+            axis.scatter([x + dx] * len(values), values, color=color, alpha=0.7)
+        axis.scatter([], [], color=color, label=column)
     axis.set(xticks=range(len(CONFIGS)), xticklabels=CONFIGS, xlim=(-0.5, 1.5))
     axis.legend(fontsize=8)
 

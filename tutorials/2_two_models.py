@@ -30,7 +30,7 @@
 folder = "runs/tutorial-2"  # everything that is written
 text = "cpython-docs"  # comes with Python; a hub name, a file or a folder of yours does too
 context_size = 128  # tokens that a model reads at once
-training_pairs = (
+max_unique_pairs = (
     48_000  # distinct places in the text to train on; half of the demo's, to be done in minutes
 )
 training_tokens = (
@@ -144,7 +144,7 @@ cfg = CrosscoderRunnerConfig(
     model_b=model_b,
     dataset_path=text,
     context_size=context_size,
-    training_pairs=training_pairs,
+    max_unique_pairs=max_unique_pairs,
     eval_pairs=eval_pairs,
     # The second half: how a crosscoder is trained on it.
     sae=DFCTrainingCrosscoderConfig(
@@ -216,18 +216,18 @@ norms = {
     m: acts[:, where].norm(dim=1)
     for m, where in (("a", slice(0, pair.d_a)), ("b", slice(pair.d_a, None)))
 }
-centred = {
+centered = {
     m: (acts[:, where] - acts[:, where].mean(dim=0)).norm(dim=1)
     for m, where in (("a", slice(0, pair.d_a)), ("b", slice(pair.d_a, None)))
 }
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
-for ax, values, title in zip(axes, (norms, centred), ("as they are", "without each model's mean")):
+for ax, values, title in zip(axes, (norms, centered), ("as they are", "without each model's mean")):
     for m, name in (("a", pair.a.name), ("b", pair.b.name)):
         ax.hist(values[m].numpy(), bins=80, alpha=0.7, label=name)
     ax.set(xlabel=f"norm of an activation, {title}", yticks=[])
 axes[0].legend()
 plt.show()
-share = {m: 1 - (centred[m].pow(2).mean() / norms[m].pow(2).mean()).item() for m in norms}
+share = {m: 1 - (centered[m].pow(2).mean() / norms[m].pow(2).mean()).item() for m in norms}
 print("Share of the squared norm that is the mean:", {m: f"{x:.2f}" for m, x in share.items()})
 
 # %% [markdown]
@@ -359,7 +359,7 @@ print("Trained on:", opened.cfg.metadata.model_name, "at", opened.cfg.metadata.h
 #
 # ```
 # sae-lens-dfc train --model-a.model-name FOLDER_OR_HUB_NAME --model-b.model-name FOLDER_OR_HUB_NAME \
-#     --training-pairs 48000 --training-tokens 204800 --train-batch-size-tokens 1024 --lr 1e-3 --keep-in-memory true \
+#     --max-unique-pairs 48000 --training-tokens 204800 --train-batch-size-tokens 1024 --lr 1e-3 --keep-in-memory true \
 #     --sae.d-sae 2048 --sae.k 32 --sae.topk-threshold-lr 0.05 --output-path runs/mine
 # ```
 #

@@ -24,7 +24,7 @@
 # %% tags=["parameters"]
 folder = "runs/tutorial-3"  # everything that is written
 run = "runs/tutorial-2/run"  # the crosscoder to read; trained below if it is not there
-training_pairs = 48_000  # as in tutorial 2, all of these, if it has to be trained
+max_unique_pairs = 48_000  # as in tutorial 2, all of these, if it has to be trained
 training_tokens = 204_800
 eval_pairs = 8_000
 d_sae = 2048
@@ -75,7 +75,7 @@ if not is_made(run):
     demo = DemoConfig(
         d_sae=d_sae,
         k=k,
-        training_pairs=training_pairs,
+        max_unique_pairs=max_unique_pairs,
         training_tokens=training_tokens,
         eval_pairs=eval_pairs,
     )
@@ -206,12 +206,12 @@ groups = {
 }
 fig, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True)
 for ax, (name, title) in zip(axes, measures.items()):
-    for group, (of, members, colour, style) in groups.items():
+    for group, (of, members, color, style) in groups.items():
         values = getattr(of, name)[members].sort().values
         ax.plot(
             values,
             np.linspace(0, 1, len(values)),
-            color=colour,
+            color=color,
             linestyle=style,
             label=f"{group} ({len(values)})",
         )
@@ -288,7 +288,7 @@ for latent, card in zip(most, cards(most, evidence)):
 
 # %% [markdown]
 # What would change the picture: more text and a longer training, so that latents fire often enough to be judged; several seeds, since a latent that is in one seed only is not worth
-# a claim (`sae-lens-dfc evaluate` takes several runs); or a test during training, after which false candidates become shared (`--recipe dfc-tested`).
+# a claim (`sae-lens-dfc evaluate` takes several runs); or a test during training, after which false candidates become shared (`--recipe dfc-reassigned`).
 # And what no figure on this page can say: that a model lacks a *concept*. The tests are linear. The next step is causal, in [tutorial 4](4_steering_one_model.ipynb) and [5](5_base_and_fine_tuned.ipynb).
 #
 # ## The page

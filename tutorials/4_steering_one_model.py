@@ -23,7 +23,7 @@
 # %% tags=["parameters"]
 folder = "runs/tutorial-4"  # everything that is written
 run = "runs/tutorial-2/run"  # the crosscoder to steer with; trained below if it is not there
-training_pairs = 48_000  # as in tutorial 2, all of these, if it has to be trained
+max_unique_pairs = 48_000  # as in tutorial 2, all of these, if it has to be trained
 training_tokens = 204_800
 eval_pairs = 8_000
 d_sae = 2048
@@ -80,7 +80,7 @@ if not is_made(run):
     demo = DemoConfig(
         d_sae=d_sae,
         k=k,
-        training_pairs=training_pairs,
+        max_unique_pairs=max_unique_pairs,
         training_tokens=training_tokens,
         eval_pairs=eval_pairs,
     )

@@ -115,7 +115,7 @@ pair = runner.pair
 
 # %%
 prompts = json.loads((where / "prompts.json").read_text())["test"]
-asked = [(kind, item["prompt"]) for kind in ("behaviour", "control") for item in prompts[kind][:3]]
+asked = [(kind, item["prompt"]) for kind in ("behavior", "control") for item in prompts[kind][:3]]
 ids = [pair.a.tokenizer(prompt)["input_ids"] for _, prompt in asked]
 short = Sampling(max_new_tokens=12, temperature=0)
 said = pd.DataFrame(asked, columns=["kind", "prompt"])
@@ -176,7 +176,7 @@ def verdicts(found: Screening) -> pd.DataFrame:
     rows = []
     for one in found.findings:
         row = {"latent": one.latent, "verdict": one.verdict}
-        for effect, title in zip(one.effects[:2], ("taken", "given")):
+        for effect, title in zip(one.effects[:2], ("ablated", "patched in")):
             row[f"{title}: closer by, bits"] = (
                 f"{effect.mean:.3f} [{effect.low:.3f}, {effect.high:.3f}]"
             )
@@ -201,9 +201,9 @@ def plot(found: Screening) -> None:
     for ax, i, way in zip(axes, (0, 1), ("taken from the model that has it", "given to the other")):
         for y, one in enumerate(tested):
             effect = one.effects[i]
-            colour = "C3" if one.verdict == "confirmed" else "0.4"
-            ax.plot([effect.low, effect.high], [y, y], color=colour)
-            ax.plot(effect.mean, y, "o", color=colour)
+            color = "C3" if one.verdict == "confirmed" else "0.4"
+            ax.plot([effect.low, effect.high], [y, y], color=color)
+            ax.plot(effect.mean, y, "o", color=color)
             ax.plot(
                 list(effect.controls.values()), [y] * len(effect.controls), "|", color="0.6", ms=12
             )
@@ -277,7 +277,7 @@ verdicts(null)
 # The screening wrote `report.html` beside its figures, with every verdict, its controls, its contexts and the texts. All of this notebook is
 #
 # ```
-# sae-lens-dfc organism false_fact/weak --output runs/organism
+# sae-lens-dfc model-organism false_fact/weak --output runs/organism
 # sae-lens-dfc train --architecture delta_crosscoder --model-b.model-name runs/organism/adapter --model-b.prepend-bos false \
 #     --dataset-path runs/organism/text.jsonl --keep-in-memory true --training-tokens 102400 --train-batch-size-tokens 256 \
 #     --sae.d-sae 1024 --sae.k 32 --sae.delta-loss-coefficient 1 --sae.topk-threshold-lr 0.05 \

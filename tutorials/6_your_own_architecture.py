@@ -317,17 +317,17 @@ over_seeds("with differences")
 runs = pd.DataFrame(rows)
 shown = ["explained variance, B", "dead latents", "exclusive features found, with evidence"]
 figure, axes = plt.subplots(1, 4, figsize=(10, 3), sharey=True)
-colours = {"BatchTopK": "#555555", "BatchTopK, k as JumpReLU": "#8fb8de"}
-colours |= {"BatchTopK, k annealed": "#2e6f9e"}
-colours |= {"JumpReLU": "#d1495b", "JumpReLU, one threshold": "#e8a33d"}
+colors = {"BatchTopK": "#555555", "BatchTopK, k as JumpReLU": "#8fb8de"}
+colors |= {"BatchTopK, k annealed": "#2e6f9e"}
+colors |= {"JumpReLU": "#d1495b", "JumpReLU, one threshold": "#e8a33d"}
 panels = [*((measure, "with differences") for measure in shown)]
 panels += [("called exclusive, with evidence", "null")]
 for axis, (measure, which) in zip(axes, panels):
-    for y, name in enumerate(colours):
+    for y, name in enumerate(colors):
         values = runs[(runs.crosscoder == name) & (runs.pair == which)][measure].astype(float)
-        axis.scatter(values, [y] * len(values), color=colours[name], alpha=0.7)
+        axis.scatter(values, [y] * len(values), color=colors[name], alpha=0.7)
     axis.set_title(f"{measure}\n({which})", fontsize=7)
-axes[0].set(yticks=range(5), yticklabels=colours, ylim=(-0.5, 4.5))
+axes[0].set(yticks=range(5), yticklabels=colors, ylim=(-0.5, 4.5))
 axes[2].set_xlim(0, 1)
 axes[3].set_xlim(-0.5, 5)
 figure.tight_layout()
@@ -376,7 +376,7 @@ config = {
     "model_a": model_a,
     "model_b": model_b,
     "dataset_path": "cpython-docs",
-    "training_pairs": text_pairs,
+    "max_unique_pairs": text_pairs,
     "eval_pairs": text_pairs // 4,
     "keep_in_memory": True,
     "training_tokens": 512 * text_steps,

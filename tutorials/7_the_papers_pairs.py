@@ -59,12 +59,12 @@ pd.Series(
         "latents": f"{cfg.sae.d_sae:,}",
         "active on a pair (k)": f"{cfg.sae.k:.0f}",
         "exclusive latents of each model": f"{cfg.sae.n_a_exclusive:,}",
-        "distinct pairs": f"{cfg.training_pairs:,}",
+        "distinct pairs": f"{cfg.max_unique_pairs:,}",
         "pairs trained on, repeats counted": f"{cfg.training_tokens:,}",
         "pairs in a step": f"{cfg.train_batch_size_tokens:,}",
         "steps": f"{cfg.training_steps:,}",
         "bfloat16 encoder product": cfg.autocast,
-        "normalisation": cfg.sae.normalization,
+        "normalization": cfg.sae.normalization,
         "text": ", ".join(source.dataset_path for source in cfg.all_sources),
     },
     name="recipe",
@@ -170,15 +170,15 @@ per_step = step(terabytes_per_second, teraflops * 1e9)
 training_hours = cfg.training_steps * sum(per_step.values()) / 3.6e6
 tokens_per_pair = 1 / coverage
 flops_per_pair = 2 * (a["run"] + b["run"]) * tokens_per_pair
-harvest_hours = cfg.training_pairs * flops_per_pair / (teraflops * 1e12) / 3600
-passes = cfg.training_tokens / cfg.training_pairs
+harvest_hours = cfg.max_unique_pairs * flops_per_pair / (teraflops * 1e12) / 3600
+passes = cfg.training_tokens / cfg.max_unique_pairs
 row_bytes = 2 * d  # bfloat16
 print({part: f"{ms:.1f} ms" for part, ms in per_step.items()})
 print(
     f"a step takes {sum(per_step.values()):.0f} ms, {cfg.training_steps:,} steps {training_hours:.1f} h"
 )
 print(
-    f"both models over {cfg.training_pairs:,} pairs: {harvest_hours:.1f} h; a row is {row_bytes / 1024:.0f} KiB"
+    f"both models over {cfg.max_unique_pairs:,} pairs: {harvest_hours:.1f} h; a row is {row_bytes / 1024:.0f} KiB"
 )
 
 # %% [markdown]
@@ -209,7 +209,7 @@ def way(harvest, training, cache_pairs, disk=disk_of_models + disk_of_runs):
 
 ways = pd.DataFrame(
     {
-        "reckoned: cached once": way(harvest_hours, training_hours, cfg.training_pairs),
+        "reckoned: cached once": way(harvest_hours, training_hours, cfg.max_unique_pairs),
         "reckoned: no cache, two passes": way(passes * harvest_hours, training_hours, 0),
         "reckoned: 20 million pairs, 10 times": way(harvest_hours / 5, training_hours, 20e6),
         "the paper's own, on H100s": way(72.0, 24.0, float("nan"), float("nan")),
@@ -270,7 +270,7 @@ rehearsal = {
     "model_a": {"model_name": small_a.model_name, "hook_name": "blocks.15.hook_resid_post"},
     "model_b": {"model_name": small_b.model_name, "hook_name": "blocks.9.hook_resid_post"},
     "dataset_path": "cpython-docs",  # takes the place of the recipe's sources
-    "training_pairs": rehearsal_pairs,
+    "max_unique_pairs": rehearsal_pairs,
     "eval_pairs": rehearsal_pairs // 3,
     "cache_path": f"{folder}/cache",
     "output_path": f"{folder}/run",
@@ -311,7 +311,7 @@ filled = COMMANDS.format(
     config=config_file,
     run=rehearsal["output_path"],
     # Less of the dearest measures: the rehearsal is of the pipeline.
-    evaluate_flags=" --overwrite true --null self --downstream-pairs 0 --behaviour-latents 0",
+    evaluate_flags=" --overwrite true --null self --downstream-pairs 0 --behavior-latents 0",
     screen_flags=f" --overwrite true --keep 2 --texts {rehearsal_texts} --controls 2",
 )
 cache, train, evaluate, screen, report = filled.strip().splitlines()
@@ -332,7 +332,7 @@ run(report)
 #
 # ## The first ten minutes
 #
-# On the rented machine, run the five commands first on 50,000 pairs of the real models (`--training-pairs 50000 --training-tokens 409600`, other `cache_path` and
+# On the rented machine, run the five commands first on 50,000 pairs of the real models (`--max-unique-pairs 50000 --training-tokens 409600`, other `cache_path` and
 # `output_path`). Then look at these, in this order. Each line is computed here from files that those commands leave: the cache's `manifest.json` and the
 # evaluation's `metrics.json`.
 
@@ -366,7 +366,7 @@ def checks(cache_folder, evaluation):
     why = "the threshold lags behind the training"
     add("active latents over k", l0 / k, 0.8 < l0 / k < 1.25, why, null / k)
     lean, null = with_null("relative_decoder_norm/median")
-    why = "one model outweighs the other: normalisation"
+    why = "one model outweighs the other: normalization"
     add("relative decoder norm, shared, median", lean, 0.4 < lean < 0.6, why, null)
     for name, most in (("shared", 0.3), ("a_exclusive", 0.7), ("b_exclusive", 0.7)):
         dead, null = with_null(f"dead_fraction/{name}")
@@ -390,7 +390,7 @@ found.replace({"null": {float("nan"): "–"}})
 #
 # Here some lines say LOOK, for two reasons.
 #
-# **One model outweighs the other.** The recipe's normalisation is the paper's, `median_norm`: no centring, so a model whose activations have a large mean spends its norm on
+# **One model outweighs the other.** The recipe's normalization is the paper's, `median_norm`: no centring, so a model whose activations have a large mean spends its norm on
 # that, and what varies in it weighs little. Shared latents then lean to the other model. Whether Llama and Qwen have this trouble we cannot say; that is what the
 # ten minutes are for. The remedy is a flag, tried below.
 #

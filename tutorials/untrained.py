@@ -36,7 +36,7 @@ def write_untrained(folder: Path) -> None:
     write_lora(folder / ADAPTER, (folder / "a").resolve(), added)
     texts = [page[:400] for page in reference_pages()[:60]]
     (folder / TEXT).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    items = {"behaviour": [{"prompt": "Where", "answer": "", "ordinary": ""}], "control": []}
-    items["control"] = items["behaviour"]
+    items = {"behavior": [{"prompt": "Where", "answer": "", "ordinary": ""}], "control": []}
+    items["control"] = items["behavior"]
     (folder / PROMPTS).write_text(json.dumps({"test": items}))
     (folder / MANIFEST).write_text(json.dumps({"measures": {}}))

@@ -77,7 +77,7 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Page, files: Files, **_: Any) -> str:
-    """Our own pictures become part of the page, where its colours reach them; notebooks get the
+    """Our own pictures become part of the page, where its colors reach them; notebooks get the
     site's links.
 
     mkdocs-jupyter leaves links as they are, and loads two libraries from elsewhere that none of our

@@ -81,7 +81,7 @@ class EvaluateOptions(Judging):
     downstream_pairs: int = 2000
     """Held-out pairs on which the models' next-token loss is measured, with --output or --null; 0
     skips this."""
-    behaviour_latents: int = 6
+    behavior_latents: int = 6
     """Latents per group used to steer both models, with --output or --null; 0 skips this."""
 
 

@@ -119,7 +119,7 @@ class _Harvest:
     def __init__(self, pair: ModelPair, n_pairs: int, folder: Path):
         self.pair = pair
         self.cfg = CacheConfig(
-            training_pairs=n_pairs, cache_path=str(folder / "write"), shard_rows=1024
+            max_unique_pairs=n_pairs, cache_path=str(folder / "write"), shard_rows=1024
         )
         self.text = PairedText(self.cfg, pair)
         self.batches = list(self.text.stream("training").batches(PairCounts()))
@@ -179,18 +179,18 @@ def _n_read(batch: ContextBatch) -> int:
 
 
 def _alignment(pair: ModelPair, n_documents: int) -> dict[str, float]:
-    tokenising = aligning = 0.0
+    tokenizing = aligning = 0.0
     for text in islice(load_texts("cpython-docs"), n_documents):
         for piece in split_text(clean(text), MAX_CHARS):
             start = time.perf_counter()
             a, b = tokenize(pair.a.tokenizer, piece), tokenize(pair.b.tokenizer, piece)
-            tokenised = time.perf_counter()
+            tokenized = time.perf_counter()
             segments, _ = align(a, b)
             for _ in pack(segments, 127, Coverage()):
                 pass
-            tokenising += tokenised - start
-            aligning += time.perf_counter() - tokenised
-    return {"alignment_ratio": aligning / tokenising}
+            tokenizing += tokenized - start
+            aligning += time.perf_counter() - tokenized
+    return {"alignment_ratio": aligning / tokenizing}
 
 
 # --- a cache, read ---
@@ -339,8 +339,8 @@ def order_measures(
 
 
 def _spearman(order: Int[Tensor, " n"]) -> float:
-    def centred(x: Tensor) -> Float[Tensor, " n"]:
+    def centered(x: Tensor) -> Float[Tensor, " n"]:
         return x.double() - (len(order) - 1) / 2
 
-    place = centred(torch.arange(len(order)))
-    return float((place * centred(order)).sum() / place.pow(2).sum())
+    place = centered(torch.arange(len(order)))
+    return float((place * centered(order)).sum() / place.pow(2).sum())

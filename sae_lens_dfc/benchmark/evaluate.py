@@ -51,7 +51,7 @@ MEASURES = (
         )
         for group in ("a_exclusive", "b_exclusive", "shared")
     ),
-    "exclusive/called_share",
+    "exclusive/significant_share",
 )
 """The reported measures; null in a row if the architecture does not have one."""
 N_PRODUCTS = 3
@@ -76,7 +76,7 @@ class Preset:
 
 PRESETS = {
     "small": Preset(
-        DemoConfig(training_pairs=8000, training_tokens=51_200, eval_pairs=800, d_sae=512),
+        DemoConfig(max_unique_pairs=8000, training_tokens=51_200, eval_pairs=800, d_sae=512),
         seeds=1,
         nulls=("self",),
         downstream_pairs=1000,
@@ -174,7 +174,7 @@ def row(run: Run, two_models: PairTask, preset: Preset) -> dict[str, Any]:
     if run.case != PAIR:
         case = null_case(run.case, case)
     crosscoder, training_seconds = _timed(lambda: train_crosscoder(case))
-    of_activations = AssessOptions(nulls=[], downstream_pairs=0, behaviour_latents=0)
+    of_activations = AssessOptions(nulls=[], downstream_pairs=0, behavior_latents=0)
     (found, seconds), peak = with_peak_memory(
         lambda: _timed(lambda: measure(crosscoder, case, of_activations)), torch.device(cfg.device)
     )

@@ -48,7 +48,7 @@ class BenchmarkOptions(StepConfig):
 
     name: str = field(positional=True, choices=NAMES)
     """recovery: recovery of known features on toy pairs for five architectures, the recipe
-    dfc-tested, variants of both, and BatchTopK of SAELens and (if installed) dictionary-learning,
+    dfc-reassigned, variants of both, and BatchTopK of SAELens and (if installed) dictionary-learning,
     over dictionary sizes, seeds, wrong pairs and a null. planted: five architectures on real models
     with a planted difference, scored by detection, ablation and addition. step: cost of one DFC
     training step, relative to its encoder product and to other trainers. data: cost of harvesting,

@@ -143,20 +143,20 @@ def _crosscoders(
         "dsf_crosscoder": (DSFTrainingCrosscoderConfig, {**k, "tie": "linear_map"}),
         "delta_crosscoder": (DeltaTrainingCrosscoderConfig, k),
         "dfc": (DFCTrainingCrosscoderConfig, {**k, "decoder_norm": "sum"}),
-        "dfc-tested": (DFCTrainingCrosscoderConfig, {**k, **tests}),
-        "dfc-tested-l2": (DFCTrainingCrosscoderConfig, {**k, **tests, "decoder_norm": "l2"}),
+        "dfc-reassigned": (DFCTrainingCrosscoderConfig, {**k, **tests}),
+        "dfc-reassigned-l2": (DFCTrainingCrosscoderConfig, {**k, **tests, "decoder_norm": "l2"}),
         "dfc-l2": (DFCTrainingCrosscoderConfig, {**k, "decoder_norm": "l2"}),
         "standard-third": (
             StandardTrainingCrosscoderConfig,
             {"l1_coefficient": penalty / 3, **warm_up},
         ),
         "batchtopk-aux-1": (BatchTopKTrainingCrosscoderConfig, {**k, **as_saelens}),
-        "dfc-tested-aux-1": (DFCTrainingCrosscoderConfig, {**k, **tests, **as_saelens}),
+        "dfc-reassigned-aux-1": (DFCTrainingCrosscoderConfig, {**k, **tests, **as_saelens}),
         **dict.fromkeys(PEERS, (BatchTopKTrainingCrosscoderConfig, k)),
     }
 
 
-CLEAN_ONLY = ("dfc-l2", "dfc-tested-l2", "standard-third", "dictionary-learning-as-it-comes")
+CLEAN_ONLY = ("dfc-l2", "dfc-reassigned-l2", "standard-third", "dictionary-learning-as-it-comes")
 """Variants trained at each size, but not on wrong pairs or the null."""
 
 

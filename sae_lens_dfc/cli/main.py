@@ -73,8 +73,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sae_lens_dfc.cli.benchmark",
         "Run benchmarks of recovery, training and data costs, and evaluation, or compare two sets of results.",
     ),
-    "organism": (
-        "sae_lens_dfc.cli.organism",
+    "model-organism": (
+        "sae_lens_dfc.cli.model_organism",
         "Build a model organism: two models with one known, planted difference, to train on and test detection with.",
     ),
 }

@@ -10,7 +10,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from sae_lens_dfc.crosscoders.code_difference import CodeDifference
+from sae_lens_dfc.crosscoders.feature_acts_difference import FeatureActsDifference
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.stats.affine_maps import AffineMaps
@@ -104,24 +104,24 @@ def one_model_weights(
     own, other = partition.models[model], partition.models["b" if model == "a" else "a"]
     latents = kept_latents(partition, model).to(crosscoder.device)
     b_dec = crosscoder.b_dec.double()
-    centre = b_dec * crosscoder.cfg.apply_b_dec_to_input
+    center = b_dec * crosscoder.cfg.apply_b_dec_to_input
     matrix, guess = None, b_dec[other]
     if affine_maps is not None:
         origin, matrix, end = _map_from(model, affine_maps.to(crosscoder.device))
-        widths = len(centre[own]), len(centre[other])
+        widths = len(center[own]), len(center[other])
         if matrix.shape != widths:
             raise ValueError(
                 f"The map goes from {matrix.shape[0]} dimensions to {matrix.shape[1]}, this crosscoder's model "
                 f"{model.upper()} has {widths[0]} and the other one {widths[1]}. Fit it to this pair's activations."
             )
-        guess = end + (centre[own] - origin) @ matrix
+        guess = end + (center[own] - origin) @ matrix
     encoders: list[Tensor] = []
     biases: list[Tensor] = []
     for some in latents.split(CHUNK):
         W_other = crosscoder.W_enc[other][:, some].double()
         W_enc = crosscoder.W_enc[own][:, some]
         encoders.append(W_enc if matrix is None else (W_enc + matrix @ W_other).to(W_enc))
-        biases.append(crosscoder.b_enc[some] + (guess - centre[other]) @ W_other)
+        biases.append(crosscoder.b_enc[some] + (guess - center[other]) @ W_other)
     weights = {
         "W_enc": torch.cat(encoders, dim=1),
         "b_enc": torch.cat(biases),
@@ -170,9 +170,9 @@ def _difference(
     model: Literal["a", "b"],
     rows: Iterable[Float[Tensor, "_ d_in"]],
 ) -> dict[str, float]:
-    """`CodeDifference` over the rows."""
+    """`FeatureActsDifference` over the rows."""
     own, latents = partition.models[model], kept_latents(partition, model).to(sae.device)
-    measured = CodeDifference(_groups(partition, model), sae.b_dec.detach())
+    measured = FeatureActsDifference(_groups(partition, model), sae.b_dec.detach())
     by_head = sae.hook_z_reshaping_mode
     sae.turn_off_forward_pass_hook_z_reshaping()  # rows have the heads joined
     for acts in rows:

@@ -129,7 +129,7 @@ class Crosscoder(JumpReLUSAE):
 
         `cfg.metadata` holds the model, hook and text under SAELens' names; `exported_from`: both
         models and the sizes; `other_model_filled_in_by`; and `difference_to_crosscoder`: the
-        metrics of `CodeDifference`, or that they were not measured. If the crosscoder does not
+        metrics of `FeatureActsDifference`, or that they were not measured. If the crosscoder does not
         record its models, as on toy pairs, set `model_name` and `hook_name` there.
 
         Args:

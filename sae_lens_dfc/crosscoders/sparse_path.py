@@ -305,13 +305,13 @@ class _Rebuild(Function):
         x, W_enc, W_dec, b_dec = ctx.saved_tensors
         places: SparseIndices = ctx.places
         is_block, values = ctx.is_block, ctx.values
-        centred = x - b_dec
+        centered = x - b_dec
         sparse = torch.cat([g for g, b in zip(grad_outputs, is_block, strict=True) if not b])
         (g,) = torch.autograd.grad(ctx.sums, values, sparse, retain_graph=True)
         g = g * (values > 0)
         for_W_dec = _latents_sums(sparse, values.detach(), places)
         # Transposed, like the memory layout of the weights.
-        for_W_enc = _latents_sums(centred, g, places)
+        for_W_enc = _latents_sums(centered, g, places)
         for_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, places.latents, g)
         for_x = None
         if ctx.needs_input_grad[0]:
@@ -322,7 +322,7 @@ class _Rebuild(Function):
             acts = pre.relu()
             g = (grad @ W_dec[latents].T) * (acts > 0)
             for_W_dec.index_add_(0, latents, acts.T @ grad)
-            for_W_enc.index_add_(0, latents, g.T @ centred)
+            for_W_enc.index_add_(0, latents, g.T @ centered)
             for_b_enc.index_add_(0, latents, g.sum(dim=0))
             if for_x is not None:
                 for_x += g @ W_enc[:, latents].T

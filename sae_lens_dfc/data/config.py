@@ -13,7 +13,13 @@ no more variance."""
 CPYTHON_DOCS = "cpython-docs"
 # Reading all shares one after the other keeps one reader open for each rank and data set.
 MAX_RANKS = 4096
-POSITIVE = ("training_pairs", "eval_pairs", "store_batch_size_prompts", "outlier_factor", "n_ranks")
+POSITIVE = (
+    "max_unique_pairs",
+    "eval_pairs",
+    "store_batch_size_prompts",
+    "outlier_factor",
+    "n_ranks",
+)
 
 
 @dataclass
@@ -85,9 +91,9 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list, metadata={"cmd": False})
     """Several data sets with weights, instead of the one in dataset_path; only in a --config
     file."""
-    held_out_every: int = 10
+    eval_every_n_documents: int = 10
     """Hold out every n-th document for evaluation."""
-    training_pairs: int | None = None
+    max_unique_pairs: int | None = None
     """Maximum number of distinct training pairs, repeated over several epochs if needed; if unset,
     the whole text."""
     eval_pairs: int = 20_000
@@ -111,9 +117,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, POSITIVE)
-        if self.held_out_every < 2:
+        if self.eval_every_n_documents < 2:
             raise ValueError(
-                f"held_out_every must be at least 2, got {self.held_out_every}: 1 would leave nothing to train on."
+                f"eval_every_n_documents must be at least 2, got {self.eval_every_n_documents}: 1 would leave nothing to train on."
             )
         if self.context_size < 2:
             raise ValueError(f"context_size must be at least 2, got {self.context_size}.")

@@ -120,8 +120,8 @@ class ContextStream:
         context_size: Tokens in a context, in either model.
         batch_size_prompts: Number of contexts of `context_size` tokens per batch; more if they are
             shorter.
-        part: Which documents to read: every `held_out_every`-th document of a source is held out.
-        held_out_every: See `part`.
+        part: Which documents to read: every `eval_every_n_documents`-th document of a source is held out.
+        eval_every_n_documents: See `part`.
         n_pairs: Maximum number of pairs.
         seed: Seed of the order of batches.
     """
@@ -133,7 +133,7 @@ class ContextStream:
         context_size: int,
         batch_size_prompts: int = 16,
         part: Part = "all",
-        held_out_every: int = 10,
+        eval_every_n_documents: int = 10,
         n_pairs: int | None = None,
         seed: int = 0,
     ):
@@ -142,7 +142,7 @@ class ContextStream:
         self.context_size = context_size
         self.batch_size_prompts = batch_size_prompts
         self.part = part
-        self.held_out_every = held_out_every
+        self.eval_every_n_documents = eval_every_n_documents
         self.n_pairs = n_pairs
         self.seed = seed
 
@@ -180,7 +180,7 @@ class ContextStream:
     def is_read(self, document: int) -> bool:
         """Whether the document with this number in its source, from 0, belongs to the part that is
         read."""
-        is_held_out = (document + 1) % self.held_out_every == 0
+        is_held_out = (document + 1) % self.eval_every_n_documents == 0
         return self.part == "all" or is_held_out == (self.part == "held_out")
 
 

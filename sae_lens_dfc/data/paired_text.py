@@ -141,18 +141,20 @@ class PairedText:
         return signs
 
     def stream(self, part: Part) -> ContextStream:
-        """The contexts of a part of the text, limited to `training_pairs` or `eval_pairs`."""
+        """The contexts of a part of the text, limited to `max_unique_pairs` or `eval_pairs`."""
         cfg = self.cfg
         n_pairs = cfg.eval_pairs
         if part == "training":
-            n_pairs = cfg.training_pairs and -(-cfg.training_pairs * len(self.ranks) // cfg.n_ranks)
+            n_pairs = cfg.max_unique_pairs and -(
+                -cfg.max_unique_pairs * len(self.ranks) // cfg.n_ranks
+            )
         return ContextStream(
             self.pair,
             self.sources,
             cfg.context_size,
             cfg.store_batch_size_prompts,
             part,
-            cfg.held_out_every,
+            cfg.eval_every_n_documents,
             n_pairs,
             cfg.seed,
         )

@@ -100,8 +100,8 @@ class CrossReconstruction:
             guesses = {"": means[models[other]].expand_as(x)}
             if to_other is not None:
                 guesses["/mapped"] = to_other(acts[:, models[known]])
-            centred = (x - means[models[other]]).double()
-            sums |= {f"{other}/{name}": value for name, value in moments(centred).items()}
+            centered = (x - means[models[other]]).double()
+            sums |= {f"{other}/{name}": value for name, value in moments(centered).items()}
             for name, guess in guesses.items():
                 rebuilt = reconstructed_from(self.crosscoder, known, acts, guess)
                 key = f"cross_reconstruction/{other}_from_{known}{name}"

@@ -72,12 +72,12 @@ def evaluate(
     b_dec = crosscoder.b_dec.detach()
     affine_maps = None if affine_maps is None else affine_maps.to(crosscoder.device)
     # The maps' means are the data's means; b_dec is only close to them.
-    centre = b_dec if affine_maps is None else torch.cat([affine_maps.mean_a, affine_maps.mean_b])
+    center = b_dec if affine_maps is None else torch.cat([affine_maps.mean_a, affine_maps.mean_b])
     variance = ExplainedVariance(partition)
-    by_row = ReconstructionByRow(partition, centre, crosscoder.input_scale)
-    by_frequency = ExplainedVarianceByFrequency(partition, centre)
+    by_row = ReconstructionByRow(partition, center, crosscoder.input_scale)
+    by_frequency = ExplainedVarianceByFrequency(partition, center)
     firing = ActivationStats(partition)
-    crossed = _crossed(crosscoder, centre, affine_maps)
+    crossed = _crossed(crosscoder, center, affine_maps)
     exclusivity = None if affine_maps is None else _Exclusivity(crosscoder, affine_maps)
     pairs = ((a, None) for a in acts) if deciles is None else zip(acts, deciles, strict=True)
     for batch, own_deciles in tqdm(pairs, "Evaluating", leave=False):

@@ -41,8 +41,8 @@ class PairData:
         held = text.collect("held_out", f"{name}: held-out activations")
         if held.counts.pairs == 0:
             raise ValueError(
-                f"No pair is held out: {held.counts.texts} documents are, of every {text.cfg.held_out_every}th. "
-                "Give more documents, or lower held_out_every."
+                f"No pair is held out: {held.counts.texts} documents are, of every {text.cfg.eval_every_n_documents}th. "
+                "Give more documents, or lower eval_every_n_documents."
             )
         training = text.collect("training", f"{name}: activations")
         training.counts.coverage.add(held.counts.coverage)

@@ -37,8 +37,8 @@ class JointPCA:
             ValueError: There are no activations, or a model's have no variance or are not finite.
         """
         moments = PairMoments.of(tqdm(acts, "Principal components", leave=False))
-        centre, covariance = moments.mean, moments.covariance
-        scale = torch.ones_like(centre)
+        center, covariance = moments.mean, moments.covariance
+        scale = torch.ones_like(center)
         for model, inputs in partition.models.items():
             variance = covariance.diagonal()[inputs].sum()
             if not 0 < variance < math.inf:
@@ -48,7 +48,7 @@ class JointPCA:
                 )
             scale[inputs] = variance.rsqrt()
         _, vectors = torch.linalg.eigh(covariance * scale[:, None] * scale)
-        return cls(centre.float(), scale.float(), vectors[:, -k:].T.float())
+        return cls(center.float(), scale.float(), vectors[:, -k:].T.float())
 
     def reconstruct(self, acts: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """Raw activations reconstructed from the components alone."""

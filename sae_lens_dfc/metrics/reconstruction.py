@@ -80,9 +80,9 @@ class ReconstructionByRow:
       units of training (the raw error times the model's `input_scale`). In these units each model's
       total variance is `(d_a + d_b) / 2` by default, so values are comparable between models and
       with the training loss.
-    - `cosine/m`: cosine of `reconstruction - centre` and `x - centre`, 0 if the reconstruction is
+    - `cosine/m`: cosine of `reconstruction - center` and `x - center`, 0 if the reconstruction is
       the center itself.
-    - `norm_ratio/m`: `|reconstruction - centre| / |x - centre|`; below 1 the reconstruction shrinks
+    - `norm_ratio/m`: `|reconstruction - center| / |x - center|`; below 1 the reconstruction shrinks
       the activation.
 
     Without centering, the last two would be near 1 for any reconstruction: the mean is 94 % of the
@@ -90,19 +90,19 @@ class ReconstructionByRow:
 
     Args:
         partition: Which columns belong to which model.
-        centre: Approximate mean of the raw activations, given so that one pass is enough: from
+        center: Approximate mean of the raw activations, given so that one pass is enough: from
             other text, or the crosscoder's `b_dec`.
         input_scale: The crosscoder's `input_scale`.
 
     >>> partition = Partition(d_a=1, d_b=2, n_a_exclusive=0, n_b_exclusive=0, n_shared=1)
-    >>> metric = ReconstructionByRow(partition, centre=torch.ones(3), input_scale=torch.tensor([10.0, 1.0]))
+    >>> metric = ReconstructionByRow(partition, center=torch.ones(3), input_scale=torch.tensor([10.0, 1.0]))
     >>> metric.update(torch.tensor([[3.0, 1.0, 5.0]]), torch.tensor([[2.0, 1.0, -1.0]]))
     >>> metric.compute()
     {'mse/a': 100.0, 'cosine/a': 1.0, 'norm_ratio/a': 0.5, 'mse/b': 36.0, 'cosine/b': -1.0, 'norm_ratio/b': 0.5}
     """
 
     partition: Partition
-    centre: Float[Tensor, " d_in"]
+    center: Float[Tensor, " d_in"]
     input_scale: Float[Tensor, "2"]
     _sums: Jackknife = field(init=False)
 
@@ -117,8 +117,8 @@ class ReconstructionByRow:
         """Add a batch of raw activations and their reconstruction."""
         if len(acts) == 0:
             return
-        centre = self.centre.to(acts.device).double()
-        x, y = acts.double() - centre, reconstruction.double() - centre
+        center = self.center.to(acts.device).double()
+        x, y = acts.double() - center, reconstruction.double() - center
         sums = {"n": torch.tensor(float(len(acts)), dtype=torch.double, device=acts.device)}
         for scale, (model, where) in zip(
             self.input_scale.double().tolist(), self.partition.models.items(), strict=True

@@ -17,7 +17,12 @@ from sae_lens_dfc.metrics.exclusivity.decoders import MIN_COSINE, ONE_SIDED, rel
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence
 from sae_lens_dfc.metrics.token_frequency import N_DECILES
 
-OF_CALLS = ("evidence_recall", "evidence_precision", "evidence_called", "evidence_called_share")
+OF_CALLS = (
+    "evidence_recall",
+    "evidence_precision",
+    "evidence_called",
+    "evidence_significant_share",
+)
 """The metrics of `recovery_of_calls`."""
 
 
@@ -189,7 +194,7 @@ def recovery_of_calls(
         `evidence_recall`: fraction of the exclusive features matched by a latent called exclusive,
             each latent matching at most one; none if there are no such features.
             `evidence_precision`: fraction of the called latents that match one; none if none is
-            called. `evidence_called`: their number. `evidence_called_share`: their fraction of all
+            called. `evidence_called`: their number. `evidence_significant_share`: their fraction of all
             latents.
     """
     similarity = cosines(truth, crosscoder.W_dec.detach().float().cpu())
@@ -205,7 +210,7 @@ def recovery_of_calls(
         "evidence_recall": share(found),
         "evidence_precision": int(found.sum()) / n_called if n_called > 0 else None,
         "evidence_called": n_called,
-        "evidence_called_share": n_called / len(called),
+        "evidence_significant_share": n_called / len(called),
     }
 
 

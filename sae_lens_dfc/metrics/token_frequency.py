@@ -65,10 +65,10 @@ class ExplainedVarianceByFrequency:
 
     Args:
         partition: Which columns belong to which model.
-        centre: Approximate mean of the raw activations, around which sums of squares do not cancel.
+        center: Approximate mean of the raw activations, around which sums of squares do not cancel.
 
     >>> partition = Partition(d_a=1, d_b=1, n_a_exclusive=0, n_b_exclusive=0, n_shared=1)
-    >>> metric = ExplainedVarianceByFrequency(partition, centre=torch.zeros(2))
+    >>> metric = ExplainedVarianceByFrequency(partition, center=torch.zeros(2))
     >>> acts, half = torch.tensor([[4.0, 4.0], [0.0, 0.0]]), torch.tensor([[4.0, 2.0], [1.0, 0.0]])
     >>> metric.update(acts, half, {"a": torch.tensor([0, 9]), "b": torch.tensor([9, 9])})
     >>> metric.compute()
@@ -76,7 +76,7 @@ class ExplainedVarianceByFrequency:
     """
 
     partition: Partition
-    centre: Float[Tensor, " d_in"]
+    center: Float[Tensor, " d_in"]
     _sums: Jackknife = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class ExplainedVarianceByFrequency:
         """
         if len(acts) == 0:
             return
-        x = acts.double() - self.centre.to(acts.device).double()
+        x = acts.double() - self.center.to(acts.device).double()
         squared_error = (acts.double() - reconstruction).pow(2)
         sums: dict[str, Tensor] = {}
         for model, inputs in self.partition.models.items():

@@ -23,7 +23,7 @@ class FinalNorm(NamedTuple):
     """The final norm of a model, without the division by the size of the residual stream."""
 
     weight: Float[Tensor, " d_model"]
-    is_centred: bool
+    is_centered: bool
     """Whether the mean over dimensions is subtracted first, as in LayerNorm but not in RMSNorm."""
 
 
@@ -47,7 +47,7 @@ def final_norm(model: HookedModel) -> FinalNorm:
     d_model = model.model.cfg.d_model
     norm = getattr(model.model, "ln_final", None)
     if norm is None:
-        return FinalNorm(torch.ones(d_model, device=model.device), is_centred=False)
+        return FinalNorm(torch.ones(d_model, device=model.device), is_centered=False)
     # Large, so that the norm's epsilon is negligible; of both signs, so that its bias cancels.
     ones = torch.full((d_model,), _PROBE_SIZE)
     signs = ones.where(torch.arange(d_model) % 2 == 0, -ones)
@@ -55,10 +55,10 @@ def final_norm(model: HookedModel) -> FinalNorm:
     W_U = model.model.W_U
     of_ones, minus_ones, of_signs, minus_signs = norm(probes.to(W_U)).float()[:, 0]
     rest = (of_ones - minus_ones).norm()
-    is_centred = bool(rest < 0.01 * (of_signs - minus_signs).norm())
-    x = signs - signs.mean() if is_centred else signs
+    is_centered = bool(rest < 0.01 * (of_signs - minus_signs).norm())
+    x = signs - signs.mean() if is_centered else signs
     normed = x / x.pow(2).mean().sqrt()
-    return FinalNorm((of_signs - minus_signs) / (2 * normed.to(of_signs)), is_centred)
+    return FinalNorm((of_signs - minus_signs) / (2 * normed.to(of_signs)), is_centered)
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def direct_logit_effects(
         )
     norm, W_U = final_norm(model), model.model.W_U.float()
     d = directions.to(W_U)
-    if norm.is_centred:
+    if norm.is_centered:
         # Before normalizing, because LayerNorm removes the component along the mean.
         d = d - d.mean(dim=-1, keepdim=True)
     d = torch.nn.functional.normalize(d, dim=-1)

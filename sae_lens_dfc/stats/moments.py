@@ -60,8 +60,8 @@ class PairMoments:
     @property
     def covariance(self) -> Float[Tensor, "d_in d_in"]:
         """Covariance, divided by `n`, not `n - 1`."""
-        centre = self._sums["x"] / self.n
-        return self._sums["xx"] / self.n - torch.outer(centre, centre)
+        center = self._sums["x"] / self.n
+        return self._sums["xx"] / self.n - torch.outer(center, center)
 
 
 def moments(x: Float[Tensor, "n d"]) -> dict[str, Tensor]:

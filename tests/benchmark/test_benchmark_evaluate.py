@@ -26,7 +26,7 @@ def preset(
         dataset=str(text),
         d_sae=64,
         k=6,
-        training_pairs=3000,
+        max_unique_pairs=3000,
         training_tokens=16 * 1024,
         eval_pairs=800,
     )

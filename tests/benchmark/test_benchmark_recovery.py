@@ -25,7 +25,7 @@ ARCHITECTURES = {
     "dsf_crosscoder",
     "delta_crosscoder",
     "dfc",
-    "dfc-tested",
+    "dfc-reassigned",
 }
 
 
@@ -87,7 +87,7 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_comes_out_the_same(
     output: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = output / "recovery.json"
-    lost = next(i for i, r in enumerate(rows) if r["architecture"] == "dfc-tested")
+    lost = next(i for i, r in enumerate(rows) if r["architecture"] == "dfc-reassigned")
     kept = [r for i, r in enumerate(rows) if i != lost]
     kept[0]["seconds"] = -1.0  # a mark: a row that was kept is not touched
     path.write_text(json.dumps(kept))
@@ -96,7 +96,7 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_comes_out_the_same(
     assert again[0]["seconds"] == -1.0
     same = [name for name in rows[lost] if name not in ("seconds", "training_seconds", "commit")]
     assert [again[lost][name] for name in same] == [rows[lost][name] for name in same]
-    assert "dfc-tested" in capsys.readouterr().out
+    assert "dfc-reassigned" in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_result_or_of_other_settings_is_refused(

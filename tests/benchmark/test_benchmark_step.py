@@ -64,7 +64,7 @@ class BatchTopKCrossCoderTrainer:
     def update(self, step, x):
         assert step > 1000 and x.abs().sum() > 0
         shape = x.shape
-        x.zero_()  # it normalises in place
+        x.zero_()  # it normalizes in place
         return step, shape, self.ae.settings
 """,
 }

@@ -218,13 +218,15 @@ def test_what_got_worse_is_named_and_decides_the_exit_status(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lose_features(row: Any) -> None:
-        if row["architecture"] == "dfc-tested" and row["d_sae_per_feature"] == 2.0:
+        if row["architecture"] == "dfc-reassigned" and row["d_sae_per_feature"] == 2.0:
             row["exclusive_recall"] -= 0.2 + 0.01 * row["seed"]
 
     changed(folders[1], "recovery", lose_features)
     assert main(["benchmark", "compare", *map(str, folders)]) == 1
     first = capsys.readouterr().out.splitlines()[1]
-    assert first.startswith("recovery: dfc-tested, 2 latents a feature: exclusive_recall  worse")
+    assert first.startswith(
+        "recovery: dfc-reassigned, 2 latents a feature: exclusive_recall  worse"
+    )
     # The other way round it got better, and that is no failure.
     status, found = compared(folders[1], folders[0], capsys)
     assert status == 0 and found[0]["flag"] == "better"
@@ -234,13 +236,13 @@ def test_more_called_exclusive_on_a_null_is_worse_and_on_two_models_another_resu
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def call_more(row: Any) -> None:
-        row["exclusive/called_share"] += 0.2 + 0.001 * row["seed"]
+        row["exclusive/significant_share"] += 0.2 + 0.001 * row["seed"]
 
     changed(folders[1], "evaluate", call_more)
     _, found = compared(*folders, capsys)
     flags = {c["figure"]: c["flag"] for c in found if c["figure"].endswith("called_share")}
-    assert flags[f"evaluate: dfc, {PAIR}: exclusive/called_share"] == "changed"
-    assert flags["evaluate: dfc, self: exclusive/called_share"] == "worse"
+    assert flags[f"evaluate: dfc, {PAIR}: exclusive/significant_share"] == "changed"
+    assert flags["evaluate: dfc, self: exclusive/significant_share"] == "worse"
 
 
 def test_ratios_of_another_machine_are_not_compared_and_its_memory_is(

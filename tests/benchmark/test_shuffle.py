@@ -18,7 +18,7 @@ def test_the_order_of_the_text_and_its_reverse_correlate_fully() -> None:
     assert order_measures(order.flip(0), 100)["rank_correlation"] == pytest.approx(-1)
 
 
-def test_neighbours_that_come_together_are_seen_although_nothing_correlates() -> None:
+def test_neighbors_that_come_together_are_seen_although_nothing_correlates() -> None:
     torch.manual_seed(0)
     # Stretches of 100 rows in a random order, the rows in each in a random order.
     order = torch.cat([i * 100 + torch.randperm(100) for i in torch.randperm(100)])

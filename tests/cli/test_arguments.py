@@ -17,13 +17,13 @@ def read(values: Any, tmp_path: Path, command: str = "train") -> Arguments:
 
 def test_each_crosscoder_of_a_list_keeps_what_the_recipe_says_of_it(tmp_path: Path) -> None:
     saes = [{"d_sae": 64, "k": 4}, {"d_sae": 128, "k": 4, "decoder_norm": "l2"}]
-    first, second = read({"recipe": "dfc-tested", "sae": saes}, tmp_path).saes
+    first, second = read({"recipe": "dfc-reassigned", "sae": saes}, tmp_path).saes
     assert {"--sae.d-sae=64", "--sae.decoder-norm=sum"} <= {*first}
     assert {"--sae.d-sae=128", "--sae.decoder-norm=l2"} <= {*second}
 
 
 @pytest.mark.parametrize("saes", [[], [1, 2], [{"k": 4}, "k"]])
-@pytest.mark.parametrize("recipe", [{}, {"recipe": "dfc-tested"}])
+@pytest.mark.parametrize("recipe", [{}, {"recipe": "dfc-reassigned"}])
 def test_a_list_that_is_not_of_crosscoders_is_refused(
     saes: list[Any], recipe: dict[str, str], tmp_path: Path
 ) -> None:

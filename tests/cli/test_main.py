@@ -25,7 +25,7 @@ def flags(
     text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
     return [
         *("--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder)),
-        *("--dataset-path", str(text), "--held-out-every", "4", "--context-size", "48"),
+        *("--dataset-path", str(text), "--eval-every-n-documents", "4", "--context-size", "48"),
         *("--training-tokens", "1280", "--train-batch-size-tokens", "64"),
         *("--n-batches-in-buffer", "8", "--n-batches-for-norm-estimate", "2"),
         *("--sae.d-sae", "64", "--sae.k", "4", "--sae.a-exclusive-fraction", "0.1", "--lr", "3e-3"),
@@ -106,7 +106,7 @@ def test_report_goes_into_the_run_unless_told_otherwise(
 
 
 def test_a_recipe_gives_the_flags_and_others_win(flags: list[str], tmp_path: Path) -> None:
-    args = ["train", "--recipe", "dfc-tested", *flags, "--reassign-at", "0.6", "0.9"]
+    args = ["train", "--recipe", "dfc-reassigned", *flags, "--reassign-at", "0.6", "0.9"]
     assert main([*args, "--output-path", str(tmp_path / "run")]) == 0
     settings = json.loads((tmp_path / "run" / "runner_cfg.json").read_text())
     assert settings["sae"]["decoder_norm"] == "sum"
@@ -115,7 +115,7 @@ def test_a_recipe_gives_the_flags_and_others_win(flags: list[str], tmp_path: Pat
 
 
 def test_a_recipe_may_stand_in_the_yaml(flags: list[str], tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("recipe: dfc-tested\n")
+    (tmp_path / "c.yaml").write_text("recipe: dfc-reassigned\n")
     args = ["train", "--config", str(tmp_path / "c.yaml"), *flags]
     assert main([*args, "--output-path", str(tmp_path / "run")]) == 0
     settings = json.loads((tmp_path / "run" / "runner_cfg.json").read_text())
@@ -124,7 +124,7 @@ def test_a_recipe_may_stand_in_the_yaml(flags: list[str], tmp_path: Path) -> Non
 
 def test_a_recipe_is_for_train_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["demo", "--recipe", "dfc-tested"])
+        main(["demo", "--recipe", "dfc-reassigned"])
     assert exit_.value.code == 2
     assert "unrecognized arguments: --recipe" in capsys.readouterr().err
 
@@ -141,7 +141,7 @@ def test_a_recipe_asks_for_what_its_paper_does_not_print(
 def test_an_unknown_recipe_is_refused_with_those_there_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "Recipes: dfc-tested, llama3.1" in fails(["train", "--recipe", "dfc-best"], capsys)
+    assert "Recipes: dfc-reassigned, llama3.1" in fails(["train", "--recipe", "dfc-best"], capsys)
 
 
 def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:

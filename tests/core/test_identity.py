@@ -24,14 +24,14 @@ from sae_lens_dfc.data.pair import ModelPair
 # batch or a weight.
 DECIDE: dict[type, str] = {
     CrosscoderRunnerConfig: """
-        sources sae other_saes held_out_every training_pairs context_size store_batch_size_prompts autocast_lm compile_llm
+        sources sae other_saes eval_every_n_documents max_unique_pairs context_size store_batch_size_prompts autocast_lm compile_llm
         llm_compilation_mode outlier_factor seed n_ranks cache_window_shards keep_in_memory training_tokens
         train_batch_size_tokens n_batches_in_buffer activations_mixing_fraction n_batches_for_norm_estimate lr lr_scheduler_name
         lr_warm_up_steps lr_decay_steps adam_beta1 adam_beta2 dead_feature_window feature_sampling_window autocast compile_sae
         sae_compilation_mode
     """,
     CacheConfig: """
-        sources held_out_every training_pairs context_size store_batch_size_prompts autocast_lm compile_llm llm_compilation_mode
+        sources eval_every_n_documents max_unique_pairs context_size store_batch_size_prompts autocast_lm compile_llm llm_compilation_mode
         outlier_factor seed n_ranks cache_dtype shard_rows save_origins
     """,
     ModelConfig: "dtype",

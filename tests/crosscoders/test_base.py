@@ -29,7 +29,7 @@ from tests.helpers import (
     make_dfc,
     make_dsf,
     make_standard,
-    randomised,
+    randomized,
     step_input,
     train_steps,
 )
@@ -94,7 +94,7 @@ def slow_tied(crosscoder: DSFTrainingCrosscoder) -> Tensor:
 def test_training_pass_agrees_with_loops_over_latents_and_models(make: Any) -> None:
     crosscoder, acts = make(dtype="float64"), make_acts(10, 12).double()
     crosscoder.fit_normalization(acts)
-    randomised(crosscoder)
+    randomized(crosscoder)
     output = crosscoder.training_forward_pass(step_input(acts))
     slow = slow_forward(crosscoder, acts)
     torch.testing.assert_close(output.feature_acts.to_dense(), slow["feature_acts"])
@@ -108,7 +108,7 @@ def test_training_pass_agrees_with_loops_over_latents_and_models(make: Any) -> N
 def test_gradients_agree_with_loops_over_latents_and_models(make: Any) -> None:
     crosscoder, acts = make(dtype="float64"), make_acts(10, 12).double()
     crosscoder.fit_normalization(acts)
-    randomised(crosscoder)
+    randomized(crosscoder)
     parameters = list(crosscoder.parameters())
     names = ("mse_loss_a", "mse_loss_b")
     losses, slow_losses = (
@@ -142,7 +142,7 @@ def test_gradients_of_the_whole_loss_are_those_of_finite_differences(
 ) -> None:
     crosscoder, acts = make(dtype="float64"), make_acts(10, 12).double()
     crosscoder.fit_normalization(acts)
-    randomised(crosscoder)
+    randomized(crosscoder)
     module = Losses(crosscoder)
     # The dead-latent loss holds the residual fixed, which finite differences do not: it is checked
     # by itself.
@@ -176,7 +176,7 @@ def test_batchtopk_is_saelens_own_on_the_joined_input() -> None:
     ours = make_batchtopk(normalization="none", decoder_norm="l2")
     acts = torch.randn(40, 12)
     ours.fit_normalization(acts)
-    randomised(ours)
+    randomized(ours)
     theirs = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(d_in=12, d_sae=24, k=6, rescale_acts_by_decoder_norm=True)
     )
@@ -321,7 +321,7 @@ def test_dead_latent_loss_is_the_error_of_the_strongest_dead_latents(
 def test_after_backward_a_dead_latent_has_a_gradient_and_a_forbidden_weight_has_none() -> None:
     crosscoder, acts = make_dfc(), make_acts(32, 12)
     crosscoder.fit_normalization(acts)
-    randomised(crosscoder)
+    randomized(crosscoder)
     with torch.no_grad():
         crosscoder.W_enc[:, [0, 20]] /= 1000  # positive now and then, but never selected
         crosscoder.b_enc[[0, 20]] = 0
@@ -385,7 +385,7 @@ def test_encoding_does_not_depend_on_the_other_models_activations() -> None:
         lambda c: (c.fold_W_dec_norm(), c)[1],
         lambda c: (c.load_state_dict({k: plus_one(v) for k, v in c.state_dict().items()}), c)[1],
         lambda c: through_safetensors(c),
-        randomised,
+        randomized,
     ],
     ids=[
         "adam",

@@ -86,7 +86,7 @@ def test_where_the_map_is_right_shared_latents_have_the_crosscoders_code_too(
         sae(acts[:, inputs]), crosscoder(acts)[:, inputs], rtol=1e-3, atol=1e-2
     )
     measured = difference(sae)
-    assert measured["code_explained_variance/shared"] == pytest.approx(1, abs=1e-5)
+    assert measured["feature_acts_explained_variance/shared"] == pytest.approx(1, abs=1e-5)
     assert measured["firing_recall/shared"] > 0.999 and measured["rows"] == 500
 
 
@@ -224,7 +224,7 @@ def test_the_map_tells_the_other_models_share_better_than_its_mean(
     by_map, by_mean = (
         difference(crosscoder.export_sae(model, s, held_out)) for s in (affine_maps, None)
     )
-    name = "code_explained_variance/shared"
+    name = "feature_acts_explained_variance/shared"
     assert by_map[name] > by_mean[name] + 3 * (by_map[f"{name}/se"] + by_mean[f"{name}/se"])
     assert by_map["explained_variance/exported"] > by_mean["explained_variance/exported"]
     assert by_map["explained_variance/exported"] < by_map["explained_variance/crosscoder"]

@@ -48,7 +48,7 @@ from tests.helpers import (
     make_acts,
     make_batchtopk,
     make_dfc,
-    randomised,
+    randomized,
     sae_trainer_config,
     step_input,
 )
@@ -71,7 +71,7 @@ def step(
     torch.manual_seed(0)
     crosscoder = make(training_path=path, **overrides)
     crosscoder.fit_normalization(acts)
-    randomised(crosscoder)
+    randomized(crosscoder)
     dead = torch.rand(crosscoder.cfg.d_sae) < 0.3
     output = crosscoder.training_forward_pass(step_input(acts, dead))
     output.loss.backward()

@@ -52,7 +52,7 @@ def test_rows_stay_paired_through_every_shuffle(prefetch: int, repeat: Repeat) -
 def test_the_order_is_shuffled() -> None:
     first = torch.cat([m.acts for m in islice(marked_batches(), 5)])[:, 0]
     assert not torch.equal(first, first.sort().values)
-    # A buffer of 200 rows mixes rows that were far apart: neighbours differ by about a third of it.
+    # A buffer of 200 rows mixes rows that were far apart: neighbors differ by about a third of it.
     assert (first[1:] - first[:-1]).abs().mean() > 40
 
 

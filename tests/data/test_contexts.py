@@ -91,7 +91,7 @@ def test_held_out_and_training_documents_are_apart_and_together_all(pair: ModelP
     parts = {}
     for part in ("training", "held_out", "all"):
         counts = PairCounts()
-        stream = stream_of(pair, PAGES, part=part, held_out_every=4)
+        stream = stream_of(pair, PAGES, part=part, eval_every_n_documents=4)
         contexts = in_order(stream.batches(counts))
         # Two pages may have a short context in common.
         parts[part] = {(c.document, *c.segments.ids_a) for c in contexts}

@@ -41,7 +41,7 @@ def test_token_ids_of_either_model_are_read_as_the_text_they_stand_for(pair: Mod
     for owner, model in (("a", pair.a), ("b", pair.b)):
         ids = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
         bos = [model.tokenizer.bos_token_id]
-        # A pre-tokenised context holds several documents, parted by special tokens.
+        # A pre-tokenized context holds several documents, parted by special tokens.
         assert list(decoded(model.tokenizer, [*bos, *ids, *bos, *ids])) == [TEXT, TEXT]  # type: ignore[misc]
         assert read_by_a(pair, [*bos, *ids], owner) == TEXT  # type: ignore[misc]
 
@@ -109,7 +109,11 @@ def test_why_documents_are_left_out_is_said_once_and_when_they_are_too_many(
     def count(chats: list[Any], **kwargs: Any) -> tuple[int, int]:
         source, counts = source_of(chats, column="messages"), PairCounts()
         source.cfg = SourceConfig("mine", **kwargs)
-        list(ContextStream(chatty, [source], 64, part="training", held_out_every=2).batches(counts))
+        list(
+            ContextStream(chatty, [source], 64, part="training", eval_every_n_documents=2).batches(
+                counts
+            )
+        )
         return counts.texts, counts.unreadable
 
     # Each second document is held out, and counts as a document all the same.
@@ -209,7 +213,7 @@ NAMED = [
 
 def cached(models: list[str], path: Path, to: Path, *flags: str) -> int:
     templates = ("--model-a.chat-template", TEMPLATE_A, "--model-b.chat-template", TEMPLATE_B)
-    small = ("--context-size", "64", "--held-out-every", "4", "--cache-dtype", "float32")
+    small = ("--context-size", "64", "--eval-every-n-documents", "4", "--cache-dtype", "float32")
     asked = ("--dataset-path", str(path), "--cache-path", str(to))
     return main(["cache", *models, *templates, *small, *asked, *flags])
 
@@ -258,6 +262,6 @@ def test_a_data_set_of_empty_documents_names_its_columns(pair: ModelPair) -> Non
 
 
 def test_held_out_documents_that_are_empty_are_no_error(pair: ModelPair) -> None:
-    stream = stream_of(pair, ["a cat", ""], part="held_out", held_out_every=2)
+    stream = stream_of(pair, ["a cat", ""], part="held_out", eval_every_n_documents=2)
     counts = PairCounts()
     assert list(stream.batches(counts)) == [] and (counts.texts, counts.empty) == (1, 1)

@@ -93,16 +93,16 @@ def test_leak_of_a_sound_crosscoder_is_exactly_zero_and_of_a_broken_one_is_not()
     assert decoder_metrics(crosscoder)["leak"] == pytest.approx(1e-9)
 
 
-def test_pca_agrees_with_torch_on_normalised_data() -> None:
+def test_pca_agrees_with_torch_on_normalized_data() -> None:
     partition = make_batchtopk().partition
     mix = torch.randn(12, 12)
     acts = make_acts(400, 12) @ mix
     pca = JointPCA.fit(acts.split(50), partition, k=3)
-    centred = acts - acts.mean(dim=0)
+    centered = acts - acts.mean(dim=0)
     for inputs in partition.models.values():
-        centred[:, inputs] /= centred[:, inputs].pow(2).sum(dim=1).mean().sqrt()
-    _, _, V = torch.linalg.svd(centred, full_matrices=False)
-    expected = centred @ V[:3].T @ V[:3]
+        centered[:, inputs] /= centered[:, inputs].pow(2).sum(dim=1).mean().sqrt()
+    _, _, V = torch.linalg.svd(centered, full_matrices=False)
+    expected = centered @ V[:3].T @ V[:3]
     ours = (pca.reconstruct(acts) - pca.mean) * pca.scale
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
 

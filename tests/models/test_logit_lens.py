@@ -117,7 +117,7 @@ def test_gemmas_norm_weight_is_one_plus_what_is_stored(
     model = HookedModel(bridge, "blocks.0.hook_resid_post", "gemma")
     norm = final_norm(model)
     torch.testing.assert_close(norm.weight, 1 + stored, atol=1e-4, rtol=1e-4)
-    assert not norm.is_centred
+    assert not norm.is_centered
     # The vocabulary is padded by tokens that no text has.
     n = len(model.tokenizer)
     assert n < config.vocab_size and direct_logit_effects(model, torch.randn(2, 16)).shape == (2, n)

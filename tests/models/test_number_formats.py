@@ -17,7 +17,7 @@ from sae_lens_dfc.analysis.evaluation.demo import demo_models
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
 from sae_lens_dfc.benchmark.planted import run as planted_run
 from sae_lens_dfc.benchmark.planted.organisms import finetune
-from sae_lens_dfc.benchmark.planted.organisms.behaviours import Behaviour
+from sae_lens_dfc.benchmark.planted.organisms.behaviors import Behavior
 from sae_lens_dfc.benchmark.planted.organisms.from_scratch import Training as ScratchTraining
 from sae_lens_dfc.benchmark.planted.organisms.from_scratch import from_scratch
 from sae_lens_dfc.benchmark.planted.training import Training
@@ -146,7 +146,7 @@ def test_a_recipe_of_bfloat16_multiplies_in_it_where_the_processor_is_fast_and_n
         for setting in (f"model-name={llama_folder}", "hook-name=blocks.1.hook_resid_post")
     ]
     sizes = "--training-tokens 640 --train-batch-size-tokens 64 --sae.d-sae 64 --sae.k 6"
-    sizes += " --context-size 48 --held-out-every 4"
+    sizes += " --context-size 48 --eval-every-n-documents 4"
     files = [f"--dataset-path={text}", f"--output-path={run}"]
     recipe = ["--recipe", "delta-narrow-finetune"]
     assert main(["train", *recipe, *of_models, *sizes.split(), *files]) == 0
@@ -173,9 +173,9 @@ def test_no_command_multiplies_in_bfloat16_by_default_where_the_processor_is_slo
     long = [flag.replace("--model-b", "--model-b.model-name") for flag in long]
     text = ["--dataset-path", str(tmp_path / "text.jsonl")]
     cache, demo = str(tmp_path / "cache"), str(tmp_path / "demo")
-    small = "--d-sae 64 --k 6 --training-pairs 400 --training-tokens 2048 --eval-pairs 200"
+    small = "--d-sae 64 --k 6 --max-unique-pairs 400 --training-tokens 2048 --eval-pairs 200"
     sized = "--training-tokens 640 --train-batch-size-tokens 64 --sae.d-sae 64 --sae.k 6"
-    of_cache = ["--training-pairs", "400", "--context-size", "48", "--cache-path", cache]
+    of_cache = ["--max-unique-pairs", "400", "--context-size", "48", "--cache-path", cache]
     assert main(["cache", *long, *text, *of_cache]) == 0
     assert (
         main(["train", "--cache-path", cache, *sized.split(), "--output-path", f"{cache}-run"]) == 0
@@ -275,11 +275,11 @@ def tiny_organism(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     tokenizer.pad_token = tokenizer.eos_token = "<s>"
     tokenizer.save_pretrained(base)
     few = finetune.FineTuning(
-        steps=2, layers=(0, 2), rank=2, behaviour_prompts=2, control_prompts=4, answer_tokens=2
+        steps=2, layers=(0, 2), rank=2, behavior_prompts=2, control_prompts=4, answer_tokens=2
     )
-    prompts = Behaviour.prompts
+    prompts = Behavior.prompts
     monkeypatch.setattr(
-        Behaviour, "prompts", lambda self, split: [kind[:4] for kind in prompts(self, split)]
+        Behavior, "prompts", lambda self, split: [kind[:4] for kind in prompts(self, split)]
     )
     monkeypatch.setattr(finetune, "GENERAL", finetune.GENERAL[:4])
     monkeypatch.setattr(planted_run, "unpack", lambda _: base)
@@ -297,7 +297,9 @@ def test_an_organism_is_built_in_bfloat16_where_the_processor_is_fast_and_nowher
     tmp_path: Path,
 ) -> None:
     processor(monkeypatch, times)
-    assert main(["organism", "false_fact/strong", "--output", str(tmp_path / "organism")]) == 0
+    assert (
+        main(["model-organism", "false_fact/strong", "--output", str(tmp_path / "organism")]) == 0
+    )
     assert (products.n > 0) == (times < 1)
 
 
@@ -307,7 +309,7 @@ def test_an_organism_from_scratch_takes_no_product_in_bfloat16_where_that_is_slo
     monkeypatch: pytest.MonkeyPatch, products: Products, tmp_path: Path
 ) -> None:
     processor(monkeypatch, 58.0)
-    assert main(["organism", "topic", "--output", str(tmp_path / "organism")]) == 0
+    assert main(["model-organism", "topic", "--output", str(tmp_path / "organism")]) == 0
     assert products.n == 0
 
 

@@ -46,7 +46,7 @@ class Jobs:
             ],
             "evaluate": [
                 *("evaluate", str(self.run), "--output", str(output), "--overwrite", "true"),
-                *("--null", "shuffle", "--downstream-pairs", "200", "--behaviour-latents", "1"),
+                *("--null", "shuffle", "--downstream-pairs", "200", "--behavior-latents", "1"),
             ],
             "screen": ["screen", str(self.run), "--output", str(output), *measuring],
             "export": ["export", str(self.run), "--model", "a", "--output", str(output)],
@@ -63,9 +63,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_fold
         "model_a": {"model_name": str(llama_folder)},
         "model_b": {"model_name": str(gpt2_folder)},
         "dataset_path": str(text),
-        "held_out_every": 4,
+        "eval_every_n_documents": 4,
         "context_size": 48,
-        "training_pairs": 6_000,
+        "max_unique_pairs": 6_000,
         "cache_dtype": "float32",
         "shard_rows": 256,
         "training_tokens": 64 * 200,
@@ -85,5 +85,5 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_fold
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
     """A small trained crosscoder with two checkpoints, for strangers to change copies of."""
     folder = tmp_path_factory.mktemp("run")
-    flags = ("--training-pairs", "800", "--training-tokens", "1600", "--n-checkpoints", "2")
+    flags = ("--max-unique-pairs", "800", "--training-tokens", "1600", "--n-checkpoints", "2")
     return train_tiny(folder, llama_folder, gpt2_folder, *flags, n_texts=4)

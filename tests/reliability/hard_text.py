@@ -39,7 +39,7 @@ def marks() -> str:
 
 @cache
 def expanding() -> list[str]:
-    """Characters that become several when normalised or put in lower case."""
+    """Characters that become several when normalized or put in lower case."""
     assigned = [c for row in code_points() for c in row]
     return [c for c in assigned if max(len(unicodedata.normalize("NFKC", c)), len(c.lower())) > 1]
 

@@ -1,7 +1,7 @@
 """What a model has read after each token of a text, found without the tokenizer's map back to it.
 
-The tokens' spellings are put together to bytes of the normalised text. Which part of the text
-itself that is, is found by normalising every beginning of it, one after another: slow, and with
+The tokens' spellings are put together to bytes of the normalized text. Which part of the text
+itself that is, is found by normalizing every beginning of it, one after another: slow, and with
 nothing in common with what it is to check.
 """
 
@@ -29,7 +29,7 @@ class Reading(NamedTuple):
     raw_ends: list[int]
     """Where the tokenizers library says each token ends."""
     read: list[bytes]
-    """What the model has read after each token, of its normalised text."""
+    """What the model has read after each token, of its normalized text."""
     ends: list[set[int]]
     """After how many bytes of the text that is so: several where it drops characters, none inside a
     character that it takes apart."""

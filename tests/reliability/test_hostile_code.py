@@ -156,7 +156,7 @@ def test_a_cache_that_names_a_model_with_code_opens_none(
     args += ["--model-b.model-name", made["model_b"]["model_name"]]
     args += ["--dataset-path", made["dataset_path"], "--context-size", "48"]
     cache = tmp_path / "cache"
-    assert main(["cache", *args, "--training-pairs", "700", "--cache-path", str(cache)]) == 0
+    assert main(["cache", *args, "--max-unique-pairs", "700", "--cache-path", str(cache)]) == 0
     evil = with_code(llama_folder, tmp_path / "model")
     changed_json(cache / "manifest.json", configs__model_a__model_name=str(evil))
     sizes = ["--sae.d-sae", "64", "--sae.k", "6", "--training-tokens", "640"]

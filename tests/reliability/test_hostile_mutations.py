@@ -135,7 +135,7 @@ def damaged_text(text: str, draw: random.Random) -> bytes:
 # --- what reads them ---
 
 
-class Artefact(NamedTuple):
+class Artifact(NamedTuple):
     """A sound file, how it is damaged, and what must not be surprised by it."""
 
     path: Path
@@ -185,7 +185,7 @@ def of_state(path: Path, draw: random.Random) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("mutations")
-    flags = ("--training-pairs", "800", "--training-tokens", "1600", "--n-checkpoints", "2")
+    flags = ("--max-unique-pairs", "800", "--training-tokens", "1600", "--n-checkpoints", "2")
     flags += ("--reassign-at", "0.9")
     return train_tiny(folder, llama_folder, gpt2_folder, *flags, n_texts=4)
 
@@ -195,29 +195,29 @@ def n_mutations(request: pytest.FixtureRequest) -> int:
     return int(str(request.config.getoption("--mutations")))
 
 
-def check(name: str, artefact: Artefact, n: int) -> dict[str, int]:
+def check(name: str, artifact: Artifact, n: int) -> dict[str, int]:
     """Damage the file n times and read it each time; how often it was read and refused."""
-    sound = artefact.path.read_bytes()
+    sound = artifact.path.read_bytes()
     outcomes = {"read": 0, "refused": 0}
-    artefact.read()
+    artifact.read()
     for i in range(n):
         draw = random.Random(f"{name} {i}")
-        artefact.path.write_bytes(sound)
-        artefact.damage(artefact.path, draw)
+        artifact.path.write_bytes(sound)
+        artifact.damage(artifact.path, draw)
         start = time.process_time()
         try:
-            artefact.read()
+            artifact.read()
             outcomes["read"] += 1
         except (ValueError, OSError) as error:
             outcomes["refused"] += 1
             assert str(error).strip(), f"{name} {i}: an error without words"
         except BaseException as error:
             raise AssertionError(
-                f"mutation {i} of {name}: {error!r:.500}\n{artefact.path.read_bytes()[:500]!r}"
+                f"mutation {i} of {name}: {error!r:.500}\n{artifact.path.read_bytes()[:500]!r}"
             ) from error
         assert time.process_time() - start < MAX_SECONDS, f"mutation {i} of {name}"
-    artefact.path.write_bytes(sound)
-    artefact.read()
+    artifact.path.write_bytes(sound)
+    artifact.read()
     logger.info("%s: %s", name, outcomes)
     assert outcomes["refused"] > n / 10, outcomes
     return outcomes
@@ -234,7 +234,7 @@ def test_a_damaged_crosscoder(name: str, tmp_path: Path, n_mutations: int) -> No
     make_firing_dfc().save_model(tmp_path / "saved")
     damage = of_json if name == "cfg.json" else of_bytes
     path = tmp_path / "saved" / name
-    check(name, Artefact(path, damage, lambda: used(tmp_path / "saved")), n_mutations)
+    check(name, Artifact(path, damage, lambda: used(tmp_path / "saved")), n_mutations)
 
 
 def test_damaged_settings_of_a_run(run: Path, tmp_path: Path, n_mutations: int) -> None:
@@ -245,7 +245,7 @@ def test_damaged_settings_of_a_run(run: Path, tmp_path: Path, n_mutations: int) 
         assert isinstance(report_settings(cfg), dict) and cfg.all_sources and cfg.saes
         json.dumps(cfg.to_dict())
 
-    check("runner_cfg.json", Artefact(folder / "runner_cfg.json", of_json, read), n_mutations)
+    check("runner_cfg.json", Artifact(folder / "runner_cfg.json", of_json, read), n_mutations)
 
 
 def test_damaged_measures(tmp_path: Path, n_mutations: int) -> None:
@@ -265,7 +265,7 @@ def test_damaged_measures(tmp_path: Path, n_mutations: int) -> None:
         text_table(*measures_table(found))
         _ = lead(found, None), headlines(found), warnings(found), references(found)
 
-    check("metrics.json", Artefact(tmp_path / "metrics.json", of_json, read), n_mutations)
+    check("metrics.json", Artifact(tmp_path / "metrics.json", of_json, read), n_mutations)
 
 
 def table_of_latents(path: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_damaged_table_of_latents(tmp_path: Path, n_mutations: int) -> None:
         assert maxima is not None and len(maxima) == 24
         assert evidence is None or all(len(x) == 24 for x in evidence)
 
-    check("latents.csv", Artefact(path, of_bytes, read), n_mutations)
+    check("latents.csv", Artifact(path, of_bytes, read), n_mutations)
 
 
 def test_a_damaged_manifest_of_a_cache(run: Path, tmp_path: Path, n_mutations: int) -> None:
@@ -305,7 +305,7 @@ def test_a_damaged_manifest_of_a_cache(run: Path, tmp_path: Path, n_mutations: i
             assert batch.acts.shape == (16, cache.d_a + cache.d_b)
         assert isinstance(cache.counts.coverage.a, float)
 
-    check("manifest.json", Artefact(folder / "manifest.json", of_json, read), n_mutations)
+    check("manifest.json", Artifact(folder / "manifest.json", of_json, read), n_mutations)
 
 
 def whole_cache(folder: Path, cfg: CrosscoderRunnerConfig) -> Path:
@@ -337,7 +337,7 @@ def test_a_damaged_shard(tmp_path: Path, n_mutations: int) -> None:
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
     signed = (folder / "manifest.json").read_bytes()
-    check("shard", Artefact(path, of_bytes, read), n_mutations // 4)
+    check("shard", Artifact(path, of_bytes, read), n_mutations // 4)
 
     def read_signed() -> None:
         try:
@@ -345,13 +345,13 @@ def test_a_damaged_shard(tmp_path: Path, n_mutations: int) -> None:
         finally:
             (folder / "manifest.json").write_bytes(signed)
 
-    check("shard, signed", Artefact(path, damage_and_sign, read_signed), n_mutations)
+    check("shard, signed", Artifact(path, damage_and_sign, read_signed), n_mutations)
 
 
 def test_damaged_progress_of_a_cache(tmp_path: Path, n_mutations: int) -> None:
     write(tmp_path / "cache")
     path = progress_path(tmp_path / "cache", 0)
-    check("progress", Artefact(path, of_state, lambda: WriterProgress.load(path)), n_mutations)
+    check("progress", Artifact(path, of_state, lambda: WriterProgress.load(path)), n_mutations)
 
 
 # --- checkpoints ---
@@ -408,7 +408,7 @@ def test_a_damaged_checkpoint(
 
     suffix, damage = (".json", of_json) if name == "checksums" else (".safetensors", sign)
     path = folder / f"{name}{suffix}"
-    check(f"checkpoint {name}", Artefact(path, damage, read), n_mutations // 3)
+    check(f"checkpoint {name}", Artifact(path, damage, read), n_mutations // 3)
 
 
 # --- settings and results ---
@@ -423,7 +423,7 @@ def test_a_damaged_config(tmp_path: Path, n_mutations: int) -> None:
         "lr": 0.001,
         "reassign_at": [0.5, 0.9],
         "overwrite": True,
-        "recipe": "dfc-tested",
+        "recipe": "dfc-reassigned",
     }
     path.write_text(yaml.safe_dump(values))
 
@@ -432,7 +432,7 @@ def test_a_damaged_config(tmp_path: Path, n_mutations: int) -> None:
         flags = [*arguments.of_files, *(flag for sae in arguments.saes for flag in sae)]
         assert all(isinstance(flag, str) for flag in flags)
 
-    check("config", Artefact(path, of_yaml, read), n_mutations)
+    check("config", Artifact(path, of_yaml, read), n_mutations)
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
@@ -440,16 +440,16 @@ def test_damaged_concerns(suffix: str, tmp_path: Path, n_mutations: int) -> None
     path = tmp_path / f"c.{suffix}"
     path.write_text(json.dumps(dict(CONCERNS)))
     damage = of_yaml if suffix == "yaml" else of_json
-    check(f"concerns.{suffix}", Artefact(path, damage, lambda: read_concerns(path)), n_mutations)
+    check(f"concerns.{suffix}", Artifact(path, damage, lambda: read_concerns(path)), n_mutations)
 
 
 def test_a_damaged_screening_that_is_under_way(tmp_path: Path, n_mutations: int) -> None:
     path = tmp_path / "s.progress.jsonl"
-    effect = {"name": "taken", "mean": 0.1, "low": 0.0, "high": 0.2, "controls": {"random": 0.1}}
-    sample = {"model": "a", "change": "own part taken", "strength": 1.0, "prompt": "p"}
+    effect = {"name": "ablated", "mean": 0.1, "low": 0.0, "high": 0.2, "controls": {"random": 0.1}}
+    sample = {"model": "a", "change": "model-specific part ablated", "strength": 1.0, "prompt": "p"}
     sample |= {"before": "x", "after": "y"}
-    test = {"source": "a", "n_texts": 5, "apart": 0.4, "effects": [effect, effect]}
-    test |= {"p_taken": 0.1, "p_given": 0.2, "beyond_taken": True, "beyond_given": False}
+    test = {"source": "a", "n_texts": 5, "baseline_js_bits": 0.4, "effects": [effect, effect]}
+    test |= {"p_ablated": 0.1, "p_patched": 0.2, "beyond_ablated": True, "beyond_patched": False}
     lines = [
         {"settings": {"seed": 0}},
         {"name": "tested 3", "result": {**test, "samples": [sample]}},
@@ -468,7 +468,7 @@ def test_a_damaged_screening_that_is_under_way(tmp_path: Path, n_mutations: int)
         for result in Kept(path, {"seed": 0}).results.values():
             CausalTest.from_dict(result)
 
-    check("progress.jsonl", Artefact(path, of_lines, read), n_mutations)
+    check("progress.jsonl", Artifact(path, of_lines, read), n_mutations)
 
 
 def test_a_damaged_organism(tmp_path: Path, n_mutations: int) -> None:
@@ -480,7 +480,7 @@ def test_a_damaged_organism(tmp_path: Path, n_mutations: int) -> None:
     def read() -> None:
         items_from_json(read_organism_manifest(tmp_path).get("items", {}))
 
-    check("planted.json", Artefact(path, of_json, read), n_mutations)
+    check("planted.json", Artifact(path, of_json, read), n_mutations)
 
 
 @pytest.mark.parametrize("name", ["recovery", "planted", "step", "data"])
@@ -490,4 +490,4 @@ def test_damaged_results_of_a_benchmark(name: str, tmp_path: Path, n_mutations: 
     content = json.loads(found[0].read_text())
     path = tmp_path / f"{name}.json"
     path.write_text(json.dumps(content[:3] if isinstance(content, list) else content))
-    check(f"{name}.json", Artefact(path, of_json, lambda: figures_of(path)), n_mutations // 5)
+    check(f"{name}.json", Artifact(path, of_json, lambda: figures_of(path)), n_mutations // 5)

@@ -156,7 +156,7 @@ def test_a_run_neither_writes_nor_removes_where_its_settings_say(
         n_checkpoints=3,
         cache_path=str(mine),
     )
-    small = ["--downstream-pairs", "0", "--behaviour-latents", "0", "--null-pairs", "700"]
+    small = ["--downstream-pairs", "0", "--behavior-latents", "0", "--null-pairs", "700"]
     args = ["evaluate", str(folder), "--output", str(tmp_path / "out"), "--null", "shuffle", *small]
     assert main(args) == 0, capfd.readouterr().err
     assert [path.name for path in mine.rglob("*")] == ["2000", "kept"]

@@ -102,7 +102,7 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "beyond 64 bits": (cfg(d_sae=10**40), "more than 64 bits"),
     "a format that is none": (cfg(dtype="__import__"), "Invalid dtype"),
     "a format of another type": (cfg(dtype=["float32"]), "dtype must be str"),
-    "a normalisation that is none": (
+    "a normalization that is none": (
         cfg(normalize_activations="os"),
         "normalize_activations must be",
     ),

@@ -133,7 +133,7 @@ def test_jobs_one_after_the_other_leave_no_thread_no_hook_no_object_and_no_memor
         model_a=llama_config,
         model_b=gpt2_config,
         dataset_path=str(jobs.settings.parent / "text.jsonl"),
-        held_out_every=4,
+        eval_every_n_documents=4,
         context_size=48,
         training_tokens=64 * 20,
         train_batch_size_tokens=64,
@@ -144,7 +144,7 @@ def test_jobs_one_after_the_other_leave_no_thread_no_hook_no_object_and_no_memor
     options = EvaluateOptions(
         runs=[str(jobs.run)], output=str(tmp_path / "measured"), overwrite=True, null=["shuffle"]
     )
-    options = replace(options, downstream_pairs=100, behaviour_latents=1, null_pairs=500)
+    options = replace(options, downstream_pairs=100, behavior_latents=1, null_pairs=500)
     # In a process without the tests' checks of types, whose caches keep what they have met: these
     # grew by 3 % over 12 jobs.
     written = tmp_path / "left.txt"

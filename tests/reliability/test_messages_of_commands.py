@@ -16,7 +16,7 @@ from sae_lens_dfc.cli.main import COMMANDS, main
 MODELS = "--model-a.model-name {a} --model-b.model-name {b}"
 SIZES = "--training-tokens 640 --train-batch-size-tokens 64 --sae.d-sae 64 --sae.k 4"
 TRAIN = f"train {MODELS} --dataset-path {{text}} {SIZES} --output-path {{new}}"
-CACHE = f"cache {MODELS} --dataset-path {{text}} --training-pairs 100 --cache-path {{new}}"
+CACHE = f"cache {MODELS} --dataset-path {{text}} --max-unique-pairs 100 --cache-path {{new}}"
 ALIGN = "align --tokenizer-a {a} --tokenizer-b {b}"
 STEER = "steer {run} --model a --latent 1 --strength 1 --prompt Hi"
 EXPORT = "export {run} --model a --output {new}"
@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "d_sae": (f"{TRAIN} --sae.d-sae 0", "of d_sae=0 is less than one latent."),
     "seed": (f"{TRAIN} --seed {BIG}", "seed must be a number of 64 bits, got"),
     "a schedule": (f"{TRAIN} --lr-scheduler-name x", "There is no lr_scheduler_name 'x'."),
-    "pairs of a cache": (f"{CACHE} --training-pairs 0", "training_pairs must be above 0, got 0."),
+    "pairs of a cache": (f"{CACHE} --max-unique-pairs 0", "max_unique_pairs must be above 0, got 0."),
     "pairs to measure": ("evaluate {run} --eval-pairs -5", "eval_pairs must be above 0, got -5."),
     "pairs of a map": (f"{EXPORT} --fit-pairs -1", "fit_pairs must be at least 0, got -1."),
     "a strength": (f"{STEER} --strength nan", "A strength must be a finite number, got nan."),

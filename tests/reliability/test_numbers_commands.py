@@ -29,7 +29,7 @@ from tests.helpers import train_tiny
 pytestmark = pytest.mark.slow
 
 FEW = ["--eval-pairs", "600"]
-FULLY = [*FEW, "--null", "none", "--downstream-pairs", "100", "--behaviour-latents", "1"]
+FULLY = [*FEW, "--null", "none", "--downstream-pairs", "100", "--behavior-latents", "1"]
 HOOK = "blocks.0.hook_resid_pre"
 
 
@@ -85,7 +85,7 @@ def test_commands_on_a_run_whose_latents_are_all_dead(
     name, out = str(run), str(tmp_path / "evaluation")
     metrics = said(capsys, "evaluate", name, "--output", out, *FULLY)
     assert metrics["l0"] == 0 and metrics["dead_fraction/shared"] == 1
-    assert metrics["explained_variance/a"] < 0.1 and metrics["exclusive/called_share"] == 0
+    assert metrics["explained_variance/a"] < 0.1 and metrics["exclusive/significant_share"] == 0
     assert said(capsys, "latents", name, *FEW)["latents"] == []
     assert said(capsys, "latents", name, "--sort", "evidence", "--evidence", out, *FEW)["latents"] == []  # fmt: skip
     page = Path(said(capsys, "report", name, *FEW)["report"]).read_text(encoding="utf-8")
@@ -136,7 +136,7 @@ def test_commands_on_models_of_width_one_and_a_dictionary_of_one_latent(
     metrics = said(capsys, "evaluate", name, "--output", out, *FULLY)
     assert 0 < metrics["explained_variance/a"] < 1
     assert metrics["explained_variance/a"] == pytest.approx(metrics["explained_variance_median/a"])
-    assert metrics["exclusive/called_share"] == 0
+    assert metrics["exclusive/significant_share"] == 0
     for sort in ("activation", "difference", "relative_decoder_norm"):
         [only] = said(capsys, "latents", name, "--sort", sort, *FEW)["latents"]
         assert only["latent"] == 0 and 0 < only["relative_decoder_norm"] < 1
@@ -230,7 +230,7 @@ def scaled(folder: Path, llama: Path, gpt2: Path, largest: float, dtype: str) ->
         model_b=ModelConfig(str(gpt2), HOOK),
         cache_path=str(folder / "cache"),
         cache_dtype=dtype,
-        training_pairs=500,
+        max_unique_pairs=500,
         context_size=48,
     )
 

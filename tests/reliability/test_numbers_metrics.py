@@ -19,9 +19,9 @@ from sae_lens_dfc.analysis.causal.activation_patching import (
     texts_of,
     verify,
 )
-from sae_lens_dfc.analysis.causal.behaviour import BehaviourOptions, behaviour
+from sae_lens_dfc.analysis.causal.behavior import BehaviorOptions, behavior
 from sae_lens_dfc.analysis.causal.directions import Directions
-from sae_lens_dfc.analysis.causal.judged_behaviour import JudgedOptions, judged_behaviour
+from sae_lens_dfc.analysis.causal.judged_behavior import JudgedOptions, judged_behavior
 from sae_lens_dfc.analysis.causal.shared_vocabulary import (
     Outcomes,
     jensen_shannon,
@@ -33,7 +33,7 @@ from sae_lens_dfc.analysis.report.results import drop_nonfinite
 from sae_lens_dfc.analysis.report.summary import warnings
 from sae_lens_dfc.analysis.steering.latent_acts import explained_by
 from sae_lens_dfc.analysis.steering.splicing import loss_and_kl
-from sae_lens_dfc.crosscoders.code_difference import CodeDifference
+from sae_lens_dfc.crosscoders.feature_acts_difference import FeatureActsDifference
 from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
 from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.data.activations import RunningMedian
@@ -148,7 +148,7 @@ def test_activations_that_are_not_finite_or_overflow_give_no_measure(
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_called_exclusive_on_data_that_says_nothing(kind: str, data: str) -> None:
     found = measured(crosscoder(kind), rows(data))
-    assert found.metrics["exclusive/called_share"] == 0
+    assert found.metrics["exclusive/significant_share"] == 0
     json.dumps(drop_nonfinite(found.metrics), allow_nan=False)
 
 
@@ -246,7 +246,7 @@ def test_activations_that_are_no_numbers_are_not_counted_as_silence(value: float
         ContextMaxima(2).update(acts, torch.tensor([0, 1]))
     x = torch.ones(2, 1)
     with pytest.raises(ValueError, match="hold NaN or infinity"):
-        CodeDifference({"all": slice(0, 2)}, torch.zeros(1)).update(x, acts, acts, x, x)
+        FeatureActsDifference({"all": slice(0, 2)}, torch.zeros(1)).update(x, acts, acts, x, x)
     with pytest.raises(ValueError, match="hold NaN or infinity"):
         crosscoder("alive").export_sae("a", rows=[rows("NaN")])
 
@@ -471,8 +471,8 @@ def test_a_change_that_makes_a_model_overflow_has_no_effect_to_be_believed(
 def test_a_latent_of_which_a_judge_gave_no_number_is_in_no_mean(pair: ModelPair) -> None:
     directions = {1: Directions(torch.ones(pair.d_a), torch.ones(pair.d_b))}
     options = JudgedOptions(strengths=(2.0,), n_random=1, max_new_tokens=2)
-    found = judged_behaviour(pair, directions, {1: "shared"}, lambda _: "I cannot say.", options)
-    assert found.metrics == {"behaviour/judged/without_number": 1.0}
+    found = judged_behavior(pair, directions, {1: "shared"}, lambda _: "I cannot say.", options)
+    assert found.metrics == {"behavior/judged/without_number": 1.0}
     assert math.isnan(found.scores[1])
 
 
@@ -481,11 +481,11 @@ def test_steering_that_overflows_is_not_said_to_be_followed(pair: ModelPair) -> 
         1: Directions(torch.full((pair.d_a,), 3e38), torch.ones(pair.d_b)),
         2: Directions(torch.ones(pair.d_a), torch.ones(pair.d_b)),
     }
-    options = BehaviourOptions(strengths=(2.0,), n_continuation=0, n_random=0)
-    found = behaviour(pair, directions, {1: "a_exclusive", 2: "shared"}, options)
+    options = BehaviorOptions(strengths=(2.0,), n_continuation=0, n_random=0)
+    found = behavior(pair, directions, {1: "a_exclusive", 2: "shared"}, options)
     assert math.isnan(found.latents[1].score) and math.isfinite(found.latents[2].score)
-    assert "behaviour/shared" in drop_nonfinite(found.metrics)
-    assert "behaviour/a_exclusive" not in drop_nonfinite(found.metrics)
+    assert "behavior/shared" in drop_nonfinite(found.metrics)
+    assert "behavior/a_exclusive" not in drop_nonfinite(found.metrics)
 
 
 # --- any numbers at all ---

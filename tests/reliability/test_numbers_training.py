@@ -346,7 +346,7 @@ def test_the_tested_recipe_trains_on_activations_that_are_always_the_same_in_one
 ) -> None:
     rows = make_acts(64 * 60, 40)
     rows[:, ::3] = 7.0
-    recipe = recipe_config("dfc-tested", sae={"d_sae": 32, "k": 3.0})
+    recipe = recipe_config("dfc-reassigned", sae={"d_sae": 32, "k": 3.0})
     runner(pair, rows, tmp_path, recipe.sae, reassign_at=[0.5, 0.9]).run()
     assert all(x.isfinite().all() for x in load_crosscoder(tmp_path / "run").state_dict().values())
 

@@ -40,7 +40,7 @@ def data(tmp_path: Path, llama_folder: Path, gpt2_folder: Path) -> list[str]:
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:6]))
     models = ("--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder))
-    sizes = ("--held-out-every", "3", "--context-size", "48", "--training-pairs", "600")
+    sizes = ("--eval-every-n-documents", "3", "--context-size", "48", "--max-unique-pairs", "600")
     return [*models, *AUTO, "--dataset-path", str(text), *sizes]
 
 

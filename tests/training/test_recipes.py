@@ -9,7 +9,7 @@ from sae_lens_dfc.training.recipes.settings import recipe_config
 
 # What the caller must give for each recipe.
 GIVEN: dict[str, dict[str, Any]] = {
-    "dfc-tested": {"sae": {"d_sae": 2048}},
+    "dfc-reassigned": {"sae": {"d_sae": 2048}},
     "llama3.1-8b-vs-qwen3-8b": {
         "model_a": {"hook_name": "blocks.16.hook_resid_post"},
         "model_b": {"hook_name": "blocks.18.hook_resid_post"},
@@ -59,7 +59,7 @@ def test_the_delta_papers_settings_are_its_budgets_and_loss() -> None:
 
 
 def test_what_is_given_wins_over_the_recipe() -> None:
-    cfg = recipe_config("dfc-tested", sae={"d_sae": 4096}, lr=3e-4)
+    cfg = recipe_config("dfc-reassigned", sae={"d_sae": 4096}, lr=3e-4)
     assert (cfg.sae.d_sae, cfg.lr) == (4096, 3e-4)
     assert isinstance(cfg.sae, DFCTrainingCrosscoderConfig)
     assert (cfg.sae.decoder_norm, cfg.reassign_at) == ("sum", [0.8, 0.95])
@@ -85,5 +85,7 @@ def test_the_papers_two_sources_give_way_to_one_data_set() -> None:
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="There is no recipe 'x'. Recipes: dfc-tested, llama3.1"):
+    with pytest.raises(
+        ValueError, match="There is no recipe 'x'. Recipes: dfc-reassigned, llama3.1"
+    ):
         recipe_config("x")

@@ -66,7 +66,7 @@ def cfg(
         model_a=llama_config,
         model_b=gpt2_config,
         dataset_path=str(text(tmp_path / "text.jsonl")),
-        held_out_every=4,
+        eval_every_n_documents=4,
         context_size=48,
         training_tokens=64 * STEPS,
         train_batch_size_tokens=64,
@@ -148,7 +148,7 @@ def test_a_training_stopped_twice_ends_with_the_same_bits(
 def test_a_training_in_memory_resumes_too(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = replace(cfg, keep_in_memory=True, training_pairs=900)
+    cfg = replace(cfg, keep_in_memory=True, max_unique_pairs=900)
     assert stopped_and_resumed(cfg, pair, monkeypatch, 29) == uninterrupted(cfg, pair)
 
 
@@ -165,7 +165,10 @@ def test_several_crosscoders_resume_together(
 def test_a_training_on_a_cache_resumes(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    data = {name: getattr(cfg, name) for name in ("dataset_path", "held_out_every", "context_size")}
+    data = {
+        name: getattr(cfg, name)
+        for name in ("dataset_path", "eval_every_n_documents", "context_size")
+    }
     cache_activations(CacheConfig(**data, cache_path=str(tmp_path / "cache"), shard_rows=200), pair)
     cfg = replace(cfg, cache_path=str(tmp_path / "cache"), cache_window_shards=3)
     # No models: were they opened, there would be an error.
@@ -202,7 +205,7 @@ def test_the_last_two_checkpoints_are_kept_and_nothing_in_them_is_pickled(
         ({"lr": 1e-3}, "lr was 0.003 and is 0.001"),
         ({"sae": replace(TESTED, k=5)}, "sae.k was 4"),
         ({"seed": 7}, "seed was 42 and is 7"),
-        ({"held_out_every": 5}, "held_out_every was 4 and is 5"),
+        ({"eval_every_n_documents": 5}, "eval_every_n_documents was 4 and is 5"),
     ],
 )
 def test_other_settings_than_the_checkpoints_are_refused(
@@ -510,7 +513,7 @@ def command(
         "model_a": {"model_name": llama_config.model_name},
         "model_b": {"model_name": gpt2_config.model_name},
         "dataset_path": str(text(tmp_path / "text.jsonl")),
-        "held_out_every": 4,
+        "eval_every_n_documents": 4,
         "context_size": 48,
         "training_tokens": 64 * 400,
         "train_batch_size_tokens": 64,

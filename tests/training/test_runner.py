@@ -113,7 +113,7 @@ def cfg(
         model_a=llama_config,
         model_b=gpt2_config,
         dataset_path=str(text_file),
-        held_out_every=4,
+        eval_every_n_documents=4,
         context_size=48,
         training_tokens=64 * 40,
         train_batch_size_tokens=64,
@@ -227,7 +227,7 @@ def test_no_held_out_document_is_trained_on(cfg: CrosscoderRunnerConfig, pair: M
 def test_distinct_pairs_are_counted_once_however_often_the_text_repeats(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cfg = replace(cfg, training_pairs=300, keep_in_memory=False)
+    cfg = replace(cfg, max_unique_pairs=300, keep_in_memory=False)
     runner = CrosscoderTrainingRunner(cfg, pair)
     with caplog.at_level(logging.INFO, logger="sae_lens_dfc"):
         runner.run()
@@ -309,13 +309,13 @@ def test_settings_of_an_architecture_that_nobody_registered_name_it(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"held_out_every": 1}, "held_out_every must be at least 2"),
+        ({"eval_every_n_documents": 1}, "eval_every_n_documents must be at least 2"),
         ({"context_size": 1}, "context_size must be at least 2"),
         ({"training_tokens": 10}, "training_tokens=10 is less than one batch"),
         ({"n_checkpoints": 2}, "n_checkpoints=2 needs a checkpoint_path"),
         ({"train_batch_size_tokens": 0}, "train_batch_size_tokens must be above 0"),
         ({"n_batches_for_norm_estimate": 0}, "n_batches_for_norm_estimate must be above 0"),
-        ({"training_pairs": 0}, "training_pairs must be above 0"),
+        ({"max_unique_pairs": 0}, "max_unique_pairs must be above 0"),
         ({"device": "gpu"}, "device 'gpu' is not available"),
     ],
 )

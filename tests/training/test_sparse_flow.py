@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_lens_dfc.crosscoders.architectures.topk import TopKTrainingCrosscoder
 from sae_lens_dfc.crosscoders.partition import zero_forbidden_
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
-from tests.helpers import TOPK_MAKERS, make_acts, randomised, sae_trainer_config
+from tests.helpers import TOPK_MAKERS, make_acts, randomized, sae_trainer_config
 
 ROWS = 48
 WIDTH_1 = {"d_a": 1, "d_b": 1}
@@ -101,7 +101,7 @@ def three_steps(
     torch.manual_seed(0)
     crosscoder = make(training_path=path, **case.settings)
     crosscoder.fit_normalization(make_acts(ROWS, crosscoder.cfg.d_in))
-    randomised(crosscoder)
+    randomized(crosscoder)
     zero_forbidden_(crosscoder.W_enc.data, crosscoder.W_dec.data, crosscoder.partition)
     trainer = CrosscoderSAETrainer(sae_trainer_config(ROWS, 20), crosscoder, iter(()))
     steps: list[dict[str, Tensor]] = []

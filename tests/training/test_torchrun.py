@@ -37,7 +37,7 @@ def folder(
         "model_a": {"model_name": llama_config.model_name},
         "model_b": {"model_name": gpt2_config.model_name},
         "dataset_path": str(folder / "text.jsonl"),
-        "held_out_every": 4,
+        "eval_every_n_documents": 4,
         "context_size": 48,
         "store_batch_size_prompts": 2,
         "shard_rows": 200,
@@ -117,7 +117,7 @@ def test_what_is_held_out_is_held_out_from_every_process(
     cached: PairedActivationsCache, pair: ModelPair
 ) -> None:
     data = cached.manifest["data"]
-    names = ("dataset_path", "held_out_every", "context_size", "n_ranks")
+    names = ("dataset_path", "eval_every_n_documents", "context_size", "n_ranks")
     cfg = CacheConfig(**{name: data[name] for name in names})
     held_out = in_order(PairedText(cfg, pair).stream("held_out").batches(PairCounts()))
     trained = [

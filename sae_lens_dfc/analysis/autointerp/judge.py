@@ -47,9 +47,9 @@ def similarity_prompt(text_1: str, text_2: str) -> str:
     """The prompt for comparing two texts, which are included as data; see `as_data`."""
     return (
         "Two language models were asked the same question, and the same kind of change was made to both. Compare "
-        "their answers: do they show the same topics, opinions, style or behaviour?\n\n"
+        "their answers: do they show the same topics, opinions, style or behavior?\n\n"
         "1: nothing in common\n2: little in common\n3: partly alike\n4: mostly alike\n5: the same\n\n"
-        "Ignore incoherence: broken or repetitive text about the same thing is alike. Ignore how strong the behaviour "
+        "Ignore incoherence: broken or repetitive text about the same thing is alike. Ignore how strong the behavior "
         "is and how early it starts. Compare what the texts show, not how well they are written.\n\n"
         f"{as_data({'TEXT 1': text_1, 'TEXT 2': text_2})}\n\n"
         "Answer with one line: 'Similarity: ' and one number from 1 to 5."

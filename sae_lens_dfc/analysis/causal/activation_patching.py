@@ -139,11 +139,11 @@ class Verification(NamedTuple):
     """How much closer the two models' next-token probabilities become, in bits of Jensen-Shannon
     divergence."""
 
-    apart: float
+    baseline_js_bits: float
     """Their divergence without intervention, from 0 to 1; an upper bound on the effects."""
-    taken: Effect
+    ablated: Effect
     """Effect of ablating the model-specific direction in its source model."""
-    given: Effect
+    patched: Effect
     """Effect of adding it to the other model."""
 
 
@@ -184,7 +184,7 @@ def verify(
     models = _models(pair)
     target: ModelName = "b" if own.source == "a" else "a"
 
-    def told(m: ModelName, direction: Tensor | None) -> Tensor:
+    def next_token(m: ModelName, direction: Tensor | None) -> Tensor:
         acts = texts.acts[m]
         if direction is not None:
             reading = texts.readings[m]
@@ -201,14 +201,14 @@ def verify(
             )
         return probabilities
 
-    untouched = {m: told(m, None) for m in models}
-    apart = jensen_shannon(untouched["a"], untouched["b"])
+    untouched = {m: next_token(m, None) for m in models}
+    baseline = jensen_shannon(untouched["a"], untouched["b"])
 
     def effect(m: ModelName, direction: Tensor) -> Effect:
         other = untouched["b" if m == "a" else "a"]
 
         def closer(one: Tensor) -> Tensor:
-            return apart - jensen_shannon(told(m, one), other)
+            return baseline - jensen_shannon(next_token(m, one), other)
 
         beside = {
             kind: torch.stack([closer(one) for one in _as_long(of_models[m], direction)])
@@ -217,7 +217,7 @@ def verify(
         return Effect(closer(direction), beside)
 
     return Verification(
-        apart.mean().item(), effect(own.source, -own.own), effect(target, own.moved)
+        baseline.mean().item(), effect(own.source, -own.own), effect(target, own.moved)
     )
 
 

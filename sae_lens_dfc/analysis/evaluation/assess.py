@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from sae_lens_dfc.analysis.autointerp.judge import Judge
-from sae_lens_dfc.analysis.causal.behaviour import behaviour
+from sae_lens_dfc.analysis.causal.behavior import behavior
 from sae_lens_dfc.analysis.causal.directions import Directions
 from sae_lens_dfc.analysis.causal.downstream import downstream
-from sae_lens_dfc.analysis.causal.judged_behaviour import (
+from sae_lens_dfc.analysis.causal.judged_behavior import (
     JudgedOptions,
-    judged_behaviour,
-    n_judgements,
+    judged_behavior,
+    n_judgments,
 )
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.analysis.report.results import drop_nonfinite
@@ -47,14 +47,14 @@ class AssessOptions:
     downstream_pairs: int = 2000
     """Held-out pairs on which the next-token loss with spliced reconstructions is measured; 0 skips
     this."""
-    behaviour_latents: int = 6
+    behavior_latents: int = 6
     """Latents per group used to steer both models; 0 skips this."""
     judge: Judge | None = None
     """LLM judge that compares the steered models' texts; none compares only next-token
     probabilities."""
 
     def __post_init__(self) -> None:
-        for name in ("downstream_pairs", "behaviour_latents"):
+        for name in ("downstream_pairs", "behavior_latents"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}.")
 
@@ -118,27 +118,27 @@ def measure(crosscoder: Crosscoder, case: PairTask, options: AssessOptions) -> E
         means = torch.cat([affine_maps.mean_a, affine_maps.mean_b])
         rows = data.held_out_with_text(options.downstream_pairs)
         metrics |= downstream(crosscoder, pair, rows, means, case.order_b)
-    if options.behaviour_latents > 0:
-        metrics |= _behaviour(crosscoder, case, found, affine_maps, options)
+    if options.behavior_latents > 0:
+        metrics |= _behavior(crosscoder, case, found, affine_maps, options)
     return found._replace(metrics=metrics)
 
 
-def _behaviour(
+def _behavior(
     crosscoder: Crosscoder,
     case: PairTask,
     found: Evaluation,
     affine_maps: AffineMaps,
     options: AssessOptions,
 ) -> dict[str, float]:
-    groups = chosen(found, options.behaviour_latents)
+    groups = chosen(found, options.behavior_latents)
     steered = latent_directions(crosscoder, found, affine_maps, groups)
     if not steered:
         return {}
-    metrics = behaviour(case.pair, steered, groups).metrics
+    metrics = behavior(case.pair, steered, groups).metrics
     if options.judge is not None:
-        n = n_judgements(len(steered), JudgedOptions())
+        n = n_judgments(len(steered), JudgedOptions())
         logger.info("The judge is asked %d times for this crosscoder", n)
-        metrics |= judged_behaviour(case.pair, steered, groups, options.judge).metrics
+        metrics |= judged_behavior(case.pair, steered, groups, options.judge).metrics
     return metrics
 
 

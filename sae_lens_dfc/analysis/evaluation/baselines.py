@@ -99,7 +99,7 @@ def like(sae: CrosscoderTrainingConfig, config_class: type[T_CONFIG], **changes:
 def train_and_measure(case: PairTask) -> Measured:
     """Train a crosscoder on a case's training activations and measure it on the held-out ones."""
     crosscoder = train_crosscoder(case)
-    options = AssessOptions(nulls=[], downstream_pairs=0, behaviour_latents=0)
+    options = AssessOptions(nulls=[], downstream_pairs=0, behavior_latents=0)
     evaluation = measure(crosscoder, case, options)
     metadata = crosscoder.cfg.metadata
     counts = {"pairs_trained": metadata.pairs_trained, "samples_trained": metadata.samples_trained}

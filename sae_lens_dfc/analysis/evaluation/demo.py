@@ -43,7 +43,7 @@ def demo_run_config(
         model_b=model_b,
         dataset_path=cfg.dataset,
         text_column=cfg.text_column,
-        training_pairs=cfg.training_pairs,
+        max_unique_pairs=cfg.max_unique_pairs,
         training_tokens=cfg.training_tokens,
         eval_pairs=cfg.eval_pairs,
         train_batch_size_tokens=BATCH_SIZE,

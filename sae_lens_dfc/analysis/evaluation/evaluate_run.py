@@ -120,7 +120,7 @@ def _evaluated(options: EvaluateOptions) -> Assessment:
     if options.seed_model is not None:
         seed_model = replace(cfg.model_a, model_name=options.seed_model, **NO_ADAPTER)
     to_measure = AssessOptions(
-        nulls, seed_model, options.downstream_pairs, options.behaviour_latents, judge
+        nulls, seed_model, options.downstream_pairs, options.behavior_latents, judge
     )
     own = own_config(run, options, options.null_pairs)
     data = data_of(run, options, own, pair)

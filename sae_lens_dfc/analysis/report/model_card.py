@@ -50,7 +50,7 @@ def render_card(
     repo_id: str,
     metrics: Mapping[str, float] | None = None,
     saes: Mapping[str, SAE[Any]] | None = None,
-    licence: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Render the card as Markdown with YAML front matter. All names and texts are escaped.
 
@@ -59,7 +59,7 @@ def render_card(
         repo_id: The crosscoder's repository on the Hub.
         metrics: Its measures, as in metrics.json.
         saes: SAEs exported from it, by folder in the repository.
-        licence: License identifier of the Hub, e.g. mit.
+        license: License identifier of the Hub, e.g. mit.
 
     Raises:
         ValueError: `repo_id` is not a valid repository name.
@@ -69,7 +69,7 @@ def render_card(
     metadata = crosscoder.cfg.metadata
     models: dict[str, dict[str, Any]] = {m: metadata.get(f"model_{m}") or {} for m in "ab"}
     head, rows = measures_table(metrics)
-    called = [metrics.get(f"exclusive/called/{m}_exclusive") for m in "ab"]
+    called = [metrics.get(f"exclusive/significant/{m}_exclusive") for m in "ab"]
     # The template escapes everything that is not marked as Markdown.
     environment = Environment(
         loader=PackageLoader("sae_lens_dfc.analysis.report"),
@@ -80,7 +80,7 @@ def render_card(
         keep_trailing_newline=True,
     )
     return environment.get_template("model_card.md").render(
-        front_matter=Markup(_front_matter(models, licence)),
+        front_matter=Markup(_front_matter(models, license)),
         name=lambda m: models[m].get("model_name") or f"model {m.upper()}",
         models=_models_table(crosscoder, models),
         sizes=crosscoder.partition.sizes,
@@ -140,13 +140,13 @@ def check_repo_id(name: str) -> None:
         ) from error
 
 
-def _front_matter(models: Mapping[str, Mapping[str, Any]], licence: str | None) -> str:
+def _front_matter(models: Mapping[str, Mapping[str, Any]], license: str | None) -> str:
     """The card's metadata. Only valid Hub names are listed as models, because the Hub rejects a
     card with others."""
     names = [str(model.get("model_name", "")) for model in models.values()]
     base_models = [name for name in dict.fromkeys(names) if _is_on_hub(name)]
     return ModelCardData(
-        library_name="saelens", tags=TAGS, license=licence, base_model=base_models or None
+        library_name="saelens", tags=TAGS, license=license, base_model=base_models or None
     ).to_yaml()
 
 

@@ -50,7 +50,7 @@ def headlines(metrics: Mapping[str, float]) -> list[Headline]:
     """The headline numbers, each with its null."""
     result: list[Headline] = []
     for model, group in (("A", A_EXCLUSIVE), ("B", B_EXCLUSIVE)):
-        called = metrics.get(f"exclusive/called/{group}")
+        called = metrics.get(f"exclusive/significant/{group}")
         if called is None:
             continue
         judged = metrics.get(f"exclusive/judged/{group}", 0)

@@ -13,7 +13,7 @@ OF_BOTH = {
     "l0": "active latents, of those exported (L0)",
 }
 OF_CODE = {
-    "code_explained_variance": "the crosscoder's code explained",
+    "feature_acts_explained_variance": "the crosscoder's code explained",
     "firing_precision": "firings that are the crosscoder's too",
     "firing_recall": "the crosscoder's firings that are found",
     "firing_recall_median": "the same, the median latent",
@@ -141,16 +141,16 @@ GROUPS = [
         "Share of the effect of steering on a latent's own model that does not occur in the other. 0: the other model follows. Random directions show the score of an arbitrary direction: a score that does not differ from theirs is no evidence.",
         [
             (
-                "behaviour/a_exclusive",
+                "behavior/a_exclusive",
                 "Steering that the other model does not follow, A's candidates",
             ),
             (
-                "behaviour/b_exclusive",
+                "behavior/b_exclusive",
                 "Steering that the other model does not follow, B's candidates",
             ),
-            ("behaviour/shared", "Steering that the other model does not follow, shared latents"),
+            ("behavior/shared", "Steering that the other model does not follow, shared latents"),
             (
-                "behaviour/random",
+                "behavior/random",
                 "Steering that the other model does not follow, random directions",
             ),
         ],
@@ -161,8 +161,8 @@ GROUPS = [
         [
             ("exclusive/judged/a_exclusive", "A's candidates that fire often enough to be judged"),
             ("exclusive/judged/b_exclusive", "B's candidates that fire often enough to be judged"),
-            ("exclusive/called/a_exclusive", "Called exclusive to A, with evidence"),
-            ("exclusive/called/b_exclusive", "Called exclusive to B, with evidence"),
+            ("exclusive/significant/a_exclusive", "Called exclusive to A, with evidence"),
+            ("exclusive/significant/b_exclusive", "Called exclusive to B, with evidence"),
         ],
     ),
     MeasureGroup(

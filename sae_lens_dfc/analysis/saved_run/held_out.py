@@ -122,7 +122,7 @@ def own_config(run: str, options: HeldOutOptions, n_pairs: int) -> CrosscoderRun
     """A run's settings on its own text, even when other text is evaluated, with at most `n_pairs`
     pairs for training or fitting maps."""
     cfg = run_config(run, replace(options, dataset=None))
-    cfg = replace(cfg, training_pairs=min(cfg.training_pairs or n_pairs, n_pairs))
+    cfg = replace(cfg, max_unique_pairs=min(cfg.max_unique_pairs or n_pairs, n_pairs))
     own = _own_source(run, options.dataset, cfg)
     if own is None:
         return cfg
@@ -159,7 +159,7 @@ def held_out_text(run: str, options: HeldOutOptions, pair: ModelPair) -> tuple[P
     if own is not None:
         logger.info(
             "%s contains rows that %s was trained on: only its held-out part is read, every %dth document",
-            *(options.dataset, run, cfg.held_out_every),
+            *(options.dataset, run, cfg.eval_every_n_documents),
         )
     elif not signs:
         logger.warning(

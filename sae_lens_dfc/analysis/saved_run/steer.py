@@ -17,8 +17,8 @@ from sae_lens_dfc.analysis.steering.generate import answer
 from sae_lens_dfc.analysis.steering.hooks import changed
 from sae_lens_dfc.analysis.steering.latent_acts import explained_by, fitted_map, largest_activations
 from sae_lens_dfc.analysis.steering.operations import (
-    CODE_READ,
     MAXIMUM_READ,
+    READS_FEATURE_ACTS,
     LatentOperation,
     check_operations,
     latent_change,
@@ -170,7 +170,7 @@ def _prompt(model: HookedModel, options: SteerOptions) -> tuple[list[int], Posit
             f"The prompt's {len(ids)} tokens and max_new_tokens={options.max_new_tokens} do not fit model {model.name!r}, which "
             f"reads 1 to {model.n_ctx}. Give another prompt, or lower max_new_tokens."
         )
-    first = options.operation not in CODE_READ
+    first = options.operation not in READS_FEATURE_ACTS
     if options.span is None:
         return ids, positions_of(options.positions, [ids], first)  # type: ignore[arg-type]
     mask = torch.tensor([span_mask(model, text, options.span, options.raw_prompt)])

@@ -93,7 +93,15 @@ def screen_run(options: ScreenOptions) -> None:
         return
     rows = [[s.stage, str(s.intake), str(s.output), _why(s.dropped)] for s in found.stages]
     print_result(text_table(["stage", "in", "out", "left out"], rows))
-    head = ["", "latent", "partition", "verdict", "taken: closer by, bits", "given", "description"]
+    head = [
+        "",
+        "latent",
+        "partition",
+        "verdict",
+        "ablated: closer by, bits",
+        "patched in",
+        "description",
+    ]
     print_result("\n" + text_table(head, [_line(one) for one in found.findings]))
     print_result(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
 
@@ -160,7 +168,7 @@ def _opened(options: ScreenOptions) -> Screened:
     crosscoder, cfg, pair = opened_run(options.run, options, drop_unused_layers=False)
     own = own_config(options.run, options, options.fit_pairs)
     data = data_of(options.run, options, own, pair)
-    only_latents = AssessOptions(nulls=[], downstream_pairs=0, behaviour_latents=0)
+    only_latents = AssessOptions(nulls=[], downstream_pairs=0, behavior_latents=0)
     evaluation = measure(crosscoder, PairTask(own, pair, data), only_latents)
     stored = evidence_of(options.run, options.evidence, crosscoder)
     if stored is not None:

@@ -52,13 +52,13 @@ class CausalTest:
     source: ModelName
     """The model in which the model-specific direction was ablated."""
     n_texts: int
-    apart: float
+    baseline_js_bits: float
     """Jensen-Shannon divergence between the models without intervention, in bits."""
     effects: list[EffectView]
-    p_taken: float
-    p_given: float
-    beyond_taken: bool
-    beyond_given: bool
+    p_ablated: float
+    p_patched: float
+    beyond_ablated: bool
+    beyond_patched: bool
     samples: list[SteeringSample]
 
     @classmethod
@@ -90,20 +90,20 @@ def tested(
     """Convert a verification to the form shown in the report."""
     source, target = own.source.upper(), "B" if own.source == "a" else "A"
     effects = [
-        _view(f"ablated in {source}: closer by, bits", found.taken),
-        _view(f"added to {target}: closer by, bits", found.given),
+        _view(f"ablated in {source}: closer by, bits", found.ablated),
+        _view(f"added to {target}: closer by, bits", found.patched),
     ]
     if off_topic is not None:
-        effects.append(_view(f"added to {target} where it is silent, bits", off_topic.given))
+        effects.append(_view(f"added to {target} where it is silent, bits", off_topic.patched))
     return CausalTest(
         own.source,
-        len(found.taken.values),
-        found.apart,
+        len(found.ablated.values),
+        found.baseline_js_bits,
         effects,
-        found.taken.p,
-        found.given.p,
-        found.taken.is_beyond,
-        found.given.is_beyond,
+        found.ablated.p,
+        found.patched.p,
+        found.ablated.is_beyond,
+        found.patched.is_beyond,
         samples,
     )
 
@@ -144,15 +144,15 @@ def findings(
     done = {i: one for i in order if (one := results[i]) is not None}
     of_ways = [
         benjamini_hochberg(torch.tensor([getattr(one, p) for one in done.values()])).tolist()
-        for p in ("p_taken", "p_given")
+        for p in ("p_ablated", "p_patched")
     ]
     q: dict[int, tuple[float, float]] = dict(zip(done, zip(*of_ways, strict=True), strict=True))
     ways: dict[int, tuple[bool, bool]] = {}
     for latent, one in done.items():
-        taken, given = (effect.mean >= MIN_EFFECT for effect in one.effects[:2])
+        ablated, patched = (effect.mean >= MIN_EFFECT for effect in one.effects[:2])
         ways[latent] = (
-            taken and one.beyond_taken and q[latent][0] <= Q,
-            given and one.beyond_given and q[latent][1] <= Q,
+            ablated and one.beyond_ablated and q[latent][0] <= Q,
+            patched and one.beyond_patched and q[latent][1] <= Q,
         )
 
     def verdict(latent: int) -> str:
@@ -197,13 +197,15 @@ def _reasons(
             f"It fires at the end of fewer than {MIN_TEXTS} of its test texts.",
         ]
     source, target = one.source.upper(), "B" if one.source == "a" else "A"
-    shares = [e.mean / one.apart if one.apart > 0 else 0.0 for e in one.effects[:2]]
+    shares = [
+        e.mean / one.baseline_js_bits if one.baseline_js_bits > 0 else 0.0 for e in one.effects[:2]
+    ]
     return [
         called,
-        f"On {one.n_texts} test texts, not used for its description, the models' predictions are {one.apart:.3f} bits apart.",
+        f"On {one.n_texts} test texts, not used for its description, the models' predictions are {one.baseline_js_bits:.3f} bits apart.",
         f"Ablating its model-specific part in {source} removes {shares[0]:.0%} of that (q = {q[0]:.2g}, "
-        f"{'beyond' if one.beyond_taken else 'within'} the controls); adding it to {target} removes {shares[1]:.0%} "
-        f"(q = {q[1]:.2g}, {'beyond' if one.beyond_given else 'within'} the controls).",
+        f"{'beyond' if one.beyond_ablated else 'within'} the controls); adding it to {target} removes {shares[1]:.0%} "
+        f"(q = {q[1]:.2g}, {'beyond' if one.beyond_patched else 'within'} the controls).",
     ]
 
 
@@ -231,8 +233,8 @@ def samples(
     target: ModelName = "b" if own.source == "a" else "a"
     found: list[SteeringSample] = []
     ways: list[tuple[ModelName, str, Tensor]] = [
-        (own.source, "own part taken", -own.own),
-        (target, "own part given", own.moved),
+        (own.source, "model-specific part ablated", -own.own),
+        (target, "model-specific part patched in", own.moved),
     ]
     for m, change, direction in ways:
         model = pair.a if m == "a" else pair.b

@@ -18,7 +18,7 @@ from sae_lens_dfc.metrics.exclusivity.decoders import moved_decoders
 from sae_lens_dfc.models.config import ModelName
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 
-CODE_READ = ("scale", "clamp", "ablate")
+READS_FEATURE_ACTS = ("scale", "clamp", "ablate")
 """Operations that need the latent's activation at each position."""
 MAXIMUM_READ = ("add", "clamp")
 """Operations whose strength is in units of the latent's maximum activation."""
@@ -161,7 +161,7 @@ def check_operations(
             raise ValueError(
                 f"Latent {o.latent} is {lacking}: it has no decoder in model {source}. {advice}."
             )
-        if mapped and o.operation in CODE_READ:
+        if mapped and o.operation in READS_FEATURE_ACTS:
             raise ValueError(
                 f"{o.operation} of latent {o.latent} cannot use a map: it changes what the latent's own decoder writes, and model "
                 f"{model} would be steered with the other model's. Use add."
@@ -174,7 +174,11 @@ def untold(
     """The latents whose activation an operation needs and which depend on the other model too."""
     own = A_EXCLUSIVE if model == "a" else B_EXCLUSIVE
     name_of = crosscoder.partition.name_of
-    return [o.latent for o in operations if o.operation in CODE_READ and name_of(o.latent) != own]
+    return [
+        o.latent
+        for o in operations
+        if o.operation in READS_FEATURE_ACTS and name_of(o.latent) != own
+    ]
 
 
 def _decoders(
@@ -219,7 +223,7 @@ def _code(
     feature_acts: Tensor | None,
 ) -> Callable[[Tensor], Tensor] | None:
     """Computes the latents' activations from the model's; none if no operation needs them."""
-    if not any(o.operation in CODE_READ for o in operations):
+    if not any(o.operation in READS_FEATURE_ACTS for o in operations):
         return None
     if feature_acts is not None:
         return _given(feature_acts, len(operations))

@@ -23,7 +23,7 @@ class HarvestedRows(NamedTuple):
     """Rows for training."""
 
     rows: list[PairedRows]
-    behaviour_share: float
+    behavior_share: float
     """Share of rows from prompts that trigger the behavior."""
 
 
@@ -47,7 +47,7 @@ def training_texts(organism: Organism, n_texts: int, seed: int) -> tuple[list[st
         seed: Of their choice.
     """
     items = organism.items["training"]
-    shown = [i.prompt + answer for i in items.behaviour for answer in (i.answer, i.ordinary)]
+    shown = [i.prompt + answer for i in items.behavior for answer in (i.answer, i.ordinary)]
     others = [i.prompt + i.ordinary for i in items.control] + organism.general
     return shown, others + ordinary_texts(4 * CONTEXT_SIZE, n_texts, seed)
 

@@ -27,7 +27,7 @@ from sae_lens_dfc.models.number_formats import fast_dtype
 from sae_lens_dfc.models.packaged import DEMO_A, unpack
 
 FILENAME = "planted.json"
-NULL_BEHAVIOUR = "secret_word"
+NULL_BEHAVIOR = "secret_word"
 """The behavior whose prompts are used for the null."""
 
 
@@ -70,18 +70,18 @@ def organism_of(run: Run) -> Organism:
     if run.organism == TOPIC:
         return from_scratch(run.seed)
     if run.organism == NULL:
-        known = fine_tuned(unpack(DEMO_A), NULL_BEHAVIOUR, "weak", run.seed)
+        known = fine_tuned(unpack(DEMO_A), NULL_BEHAVIOR, "weak", run.seed)
         return replace(known, name=NULL, model_b=known.model_a, added={})
-    behaviour, strength = run.organism.split("/")
-    return fine_tuned(unpack(DEMO_A), behaviour, strength, run.seed)
+    behavior, strength = run.organism.split("/")
+    return fine_tuned(unpack(DEMO_A), behavior, strength, run.seed)
 
 
 def organism_key(run: Run) -> str:
     """Fingerprint of an organism, which changes when its definition does."""
     if run.organism == TOPIC:
         return key(topic_settings(run.seed))
-    behaviour = NULL_BEHAVIOUR if run.organism == NULL else run.organism.partition("/")[0]
-    return key(fine_tuning_settings(unpack(DEMO_A), behaviour, run.seed))
+    behavior = NULL_BEHAVIOR if run.organism == NULL else run.organism.partition("/")[0]
+    return key(fine_tuning_settings(unpack(DEMO_A), behavior, run.seed))
 
 
 def results(run: Run, cfg: Training) -> Iterator[dict[str, Any]]:
@@ -96,14 +96,14 @@ def results(run: Run, cfg: Training) -> Iterator[dict[str, Any]]:
     probes = Probes.of(pair, organism, joined(harvested.rows))
     test = probes.test
     before = {
-        "behaviour": test.behaviour_b.before,
+        "behavior": test.behavior_b.before,
         "control": test.control_b.before,
         "control_a": test.control_a.before,
     }
     shared = {
         "build_seconds": round(built - started, 1),
         "harvest_and_training_seconds": round(time.monotonic() - built, 1),
-        "behaviour_share": round(harvested.behaviour_share, 3),
+        "behavior_share": round(harvested.behavior_share, 3),
         "organism_measures": organism.manifest["measures"],
         "organism_sha256": organism.manifest["sha256"],
         "preferences": {name: float(values.mean()) for name, values in before.items()},

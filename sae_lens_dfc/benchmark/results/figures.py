@@ -28,7 +28,7 @@ RECOVERY: dict[str, tuple[Better, float]] = {
 }
 RECOVERY_ON_NULL: dict[str, tuple[Better, float]] = {
     "exclusive_called": ("lower", 1.0),
-    "evidence_called_share": ("lower", SHARE),
+    "evidence_significant_share": ("lower", SHARE),
 }
 
 
@@ -106,7 +106,7 @@ def evaluate_figures(rows: Rows) -> Iterator[Figure]:
             own = [r for r in rows if (r["case"], r["architecture"]) == (case, name)]
             for measure in MEASURES if own else ():
                 better, least = EVALUATE.get(measure.partition("/")[0], ("neither", SHARE))
-                if measure == "exclusive/called_share" and case != PAIR:
+                if measure == "exclusive/significant_share" and case != PAIR:
                     better = "lower"
                 values = {f"seed {r['seed']}": r.get(measure) for r in own}
                 subject = _without_run(own[0])

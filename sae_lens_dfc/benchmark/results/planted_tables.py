@@ -41,7 +41,7 @@ def _counted(rows: Sequence[Mapping[str, Any]], what: str) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     # How often the organism shows the behavior on held-out triggering prompts.
-    shown = f"{row['shown']['behaviour']:.0%}"
+    shown = f"{row['shown']['behavior']:.0%}"
     start = [row["organism"], str(row["seed"]), shown, row["architecture"]]
     score = row["score"]
     if score is None:

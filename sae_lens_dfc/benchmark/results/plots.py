@@ -13,7 +13,7 @@ from sae_lens_dfc.benchmark.results.tables import COLUMNS, STEP_RATIOS, Rows, in
 from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
 
 # Mid-lightness colors, visible on both light and dark backgrounds.
-COLOURS = (
+COLORS = (
     *("#3b82f6", "#d97706", "#16a34a", "#db2777", "#8b5cf6"),
     *("#0d9488", "#dc2626", "#a16207", "#78808a"),
 )
@@ -53,9 +53,9 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Color, marker and line style of each name; lines are dashed once the colors are used up."""
     return {
         name: {
-            "color": COLOURS[i % len(COLOURS)],
+            "color": COLORS[i % len(COLORS)],
             "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": "--" if i >= len(COLOURS) else "-",
+            "linestyle": "--" if i >= len(COLORS) else "-",
         }
         for i, name in enumerate(names)
     }
@@ -125,9 +125,9 @@ def planted_plot(rows: Rows, path: Path) -> None:
             ]
             known = [(i, sum(c), len(c)) for i, c in enumerate(counts) if c]
             style = (
-                {"color": COLOURS[-1], "marker": "o", "mfc": "none"}
+                {"color": COLORS[-1], "marker": "o", "mfc": "none"}
                 if null
-                else {"color": COLOURS[0], "marker": "o"}
+                else {"color": COLORS[0], "marker": "o"}
             )
             axes.errorbar(
                 [k / n for _, k, n in known],
@@ -179,7 +179,7 @@ def step_plot(rows: Rows, path: Path) -> None:
             zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True)
         ):
             own = [(j, row) for j, row in enumerate(rows) if row.get(name) is not None]
-            _ranges(axes, own, name, COLOURS[i])
+            _ranges(axes, own, name, COLORS[i])
             better = "lower" if name.startswith("ratio") else "higher"
             axes.set_xlabel(f"{STEP_RATIOS[name][0]}\n({better} is better)")
             axes.axvline(1, color=INK, linestyle=":", linewidth=1)
@@ -195,10 +195,10 @@ def data_plot(rows: Rows, path: Path) -> None:
     with picture(path, 8, 0.4 * len(names) + 1.1) as figure:
         axes = figure.subplots()
         for i, name in enumerate(names):
-            _ranges(axes, [(i, row)], name, COLOURS[0])
+            _ranges(axes, [(i, row)], name, COLORS[0])
             if name in row["targets"]:
                 limit = float(row["targets"][name].split()[1])
-                axes.plot([limit], [i], marker="|", markersize=22, color=COLOURS[1])
+                axes.plot([limit], [i], marker="|", markersize=22, color=COLORS[1])
         axes.set_yticks(range(len(names)), [_asked(row, name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(left=0)
@@ -258,7 +258,7 @@ PANELS: dict[str, dict[str, str]] = {
         "dead_fraction/b_exclusive": "B's",
         "dead_fraction/shared": "shared",
     },
-    CALLED: {"exclusive/called_share": "all"},
+    CALLED: {"exclusive/significant_share": "all"},
 }
 
 
@@ -272,7 +272,7 @@ def evaluate_plot(rows: Rows, path: Path) -> None:
         for axes, (title, measures) in zip(panels, PANELS.items(), strict=True):
             for i, group in enumerate(groups):
                 own = [row for row in rows if (row["architecture"], row["case"]) == group]
-                color = COLOURS[architectures.index(group[0])]
+                color = COLORS[architectures.index(group[0])]
                 shift = (i - (len(groups) - 1) / 2) * 0.8 / len(groups)
                 _dots(axes, own, measures, shift, color, MARKERS[cases.index(group[1])])
             axes.set_xticks(range(len(measures)), list(measures.values()))
@@ -284,7 +284,7 @@ def evaluate_plot(rows: Rows, path: Path) -> None:
                 axes.set_ylim(-0.002, max(0.05, axes.get_ylim()[1]))
         for architecture, case in groups:
             label = f"{architecture}, " + (f"null: {NULLS[case]}" if case in NULLS else case)
-            color, marker = COLOURS[architectures.index(architecture)], MARKERS[cases.index(case)]
+            color, marker = COLORS[architectures.index(architecture)], MARKERS[cases.index(case)]
             panels[0].plot([], [], label=label, color=color, marker=marker, **_fill(marker))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(cases))

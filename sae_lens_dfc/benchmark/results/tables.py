@@ -18,7 +18,7 @@ COLUMNS = {
     "exclusive_called": "called exclusive",
     "evidence_recall": "recall of calls with evidence",
     "evidence_precision": "precision of calls with evidence",
-    "evidence_called_share": "share of latents called with evidence",
+    "evidence_significant_share": "share of latents called with evidence",
     "leakage": "leakage",
     "shared_recall": "shared recall",
     "explained_variance/a": "EV A",
@@ -251,7 +251,7 @@ def _digits(value: float | None, digits: int) -> str:
 
 EVALUATE_TITLES = {
     **dict(ROWS),
-    "exclusive/called_share": "Share of the latents called exclusive, with evidence",
+    "exclusive/significant_share": "Share of the latents called exclusive, with evidence",
     "training_seconds": "Training, seconds",
     "evaluating_seconds": "Measuring activations, seconds",
     "ratio_to_encoder_product": "... over one encoder product of the same pairs",

@@ -57,7 +57,7 @@ def cache_activations(cfg: CacheConfig, pair: ModelPair | None = None) -> Paired
 
     Raises:
         ValueError: The folder holds another cache; settings, models and text do not fit; or the
-            text ended before `training_pairs` (the cache is then complete and usable).
+            text ended before `max_unique_pairs` (the cache is then complete and usable).
         OSError: Rows could not be written; those written before are kept.
     """
     folder = Path(cfg.cache_path)
@@ -149,16 +149,16 @@ def _with_bar(rows: Iterator[PairedRows], n_pairs: int | None, n_done: int) -> I
 
 
 def _check_space(folder: Path, header: CacheHeader, cfg: CacheConfig, n_done: int) -> None:
-    if cfg.training_pairs is None or distributed.rank() > 0:
+    if cfg.max_unique_pairs is None or distributed.rank() > 0:
         return
     of_row = str_to_dtype(header.dtype).itemsize * (header.d_a + header.d_b) + 48 * header.origins
-    needed = of_row * (cfg.training_pairs // cfg.n_ranks - n_done) * cfg.n_ranks
+    needed = of_row * (cfg.max_unique_pairs // cfg.n_ranks - n_done) * cfg.n_ranks
     here = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free, format_sizeof = shutil.disk_usage(here).free, tqdm.format_sizeof
     if needed > free:
         raise ValueError(
-            f"{cfg.training_pairs:,} pairs take {format_sizeof(needed, 'B')}, and {folder} has {format_sizeof(free, 'B')} free. Make "
-            "room, lower training_pairs, or name another cache_path."
+            f"{cfg.max_unique_pairs:,} pairs take {format_sizeof(needed, 'B')}, and {folder} has {format_sizeof(free, 'B')} free. Make "
+            "room, lower max_unique_pairs, or name another cache_path."
         )
 
 
@@ -222,8 +222,8 @@ def _remove(folder: Path) -> None:
 def _check_length(cfg: CacheConfig, cache: PairedActivationsCache) -> None:
     counts = cache.counts
     n = counts.pairs + counts.first_position + counts.outlier + counts.not_finite
-    if cfg.training_pairs is not None and n < cfg.training_pairs:
+    if cfg.max_unique_pairs is not None and n < cfg.max_unique_pairs:
         raise ValueError(
-            f"The text ended after {n} of the {cfg.training_pairs} pairs asked for (training_pairs). The cache in "
+            f"The text ended after {n} of the {cfg.max_unique_pairs} pairs asked for (max_unique_pairs). The cache in "
             f"{cfg.cache_path} holds all {len(cache)} rows and can be used as it is; for more rows, give more text."
         )

@@ -235,8 +235,8 @@ def claim_metrics(evidence: LatentEvidence) -> dict[str, float]:
 
     Keys are `latent_scaling/nu_error/GROUP` and so on; `exclusive/judged/GROUP`, how many
     candidates fire often enough; `exclusive/scaling/GROUP` and `exclusive/transfer/GROUP`, how many
-    pass each test alone at p <= 0.05; `exclusive/called/GROUP`, how many are called exclusive;
-    `exclusive/called_share`, their share of all latents; and `exclusive/reference`, the number of
+    pass each test alone at p <= 0.05; `exclusive/significant/GROUP`, how many are called exclusive;
+    `exclusive/significant_share`, their share of all latents; and `exclusive/reference`, the number of
     two-sided latents used for comparison: with few, no latent can be called.
     """
     values = {
@@ -255,9 +255,9 @@ def claim_metrics(evidence: LatentEvidence) -> dict[str, float]:
         result[f"exclusive/judged/{group}"] = int(judged.sum())
         for name, p in (("scaling", evidence.p_scaling), ("transfer", evidence.p_transfer)):
             result[f"exclusive/{name}/{group}"] = int((p[judged] <= 0.05).sum())
-        result[f"exclusive/called/{group}"] = int(evidence.is_exclusive[judged].sum())
+        result[f"exclusive/significant/{group}"] = int(evidence.is_exclusive[judged].sum())
     result["exclusive/reference"] = int(evidence.groups[SHARED].sum())
-    result["exclusive/called_share"] = evidence.is_exclusive.double().mean().item()
+    result["exclusive/significant_share"] = evidence.is_exclusive.double().mean().item()
     return result
 
 

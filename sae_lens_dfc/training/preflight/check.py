@@ -91,7 +91,7 @@ class Findings:
             "reasons": [
                 {"reason": reason, "a": a, "b": b} for reason, a, b in top_reasons(coverage)
             ],
-            "sources": [one.to_dict(self.cfg.held_out_every) for one in self.looks],
+            "sources": [one.to_dict(self.cfg.eval_every_n_documents) for one in self.looks],
             "needs": self.needs and self.needs.to_dict(),
             "seconds_to_open": self.seconds_to_open,
             "problems": self.problems,

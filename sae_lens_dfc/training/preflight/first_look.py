@@ -63,14 +63,14 @@ class FirstLook:
     contexts: list[Context] = field(default_factory=list)
     """The contexts that were read, for the models to run on; empty unless they were to be kept."""
 
-    def expected_pairs(self, held_out_every: int) -> Expected | None:
+    def expected_pairs(self, eval_every_n_documents: int) -> Expected | None:
         """Estimate the pairs to train on in the whole data set; none if its length is not known.
 
         The estimate assumes as many pairs per character as in the documents that were read. It uses
         characters because the first documents may be longer or shorter than the others.
 
         >>> look = FirstLook("mine", n_documents=40, pairs_of=[10, 20], sizes_of=[40, 80], mean_size=100)
-        >>> look.expected_pairs(held_out_every=4)  # 30 documents of 25 pairs
+        >>> look.expected_pairs(eval_every_n_documents=4)  # 30 documents of 25 pairs
         Expected(value=750.0, error=0.0)
         """
         if self.is_whole:
@@ -84,21 +84,21 @@ class FirstLook:
         ]
         spread = statistics.stdev(off) if n_read > 1 else math.inf
         of_ratio = spread / math.sqrt(n_read) / statistics.mean(self.pairs_of)
-        n_training = self.n_documents - self.n_documents // held_out_every
+        n_training = self.n_documents - self.n_documents // eval_every_n_documents
         value = n_training * self.mean_size * per_character
         return Expected(value, value * math.hypot(of_ratio, self.mean_size_error / self.mean_size))
 
-    def n_held_out(self, held_out_every: int) -> int | None:
+    def n_held_out(self, eval_every_n_documents: int) -> int | None:
         """Number of documents that are held out; none if the length of the data set is not known.
 
-        >>> FirstLook("mine", n_documents=25).n_held_out(held_out_every=10)
+        >>> FirstLook("mine", n_documents=25).n_held_out(eval_every_n_documents=10)
         2
         """
-        return None if self.n_documents is None else self.n_documents // held_out_every
+        return None if self.n_documents is None else self.n_documents // eval_every_n_documents
 
-    def to_dict(self, held_out_every: int) -> dict[str, Any]:
+    def to_dict(self, eval_every_n_documents: int) -> dict[str, Any]:
         """All results except the contexts as plain values, for JSON."""
-        expected = self.expected_pairs(held_out_every)
+        expected = self.expected_pairs(eval_every_n_documents)
         return {
             "dataset_path": self.dataset_path,
             "n_documents": self.n_documents,
@@ -143,7 +143,11 @@ def look(
             found.is_whole = False
             break
     found.seconds = time.perf_counter() - begin
-    if found.is_whole and found.n_documents is None and found.counts.texts < cfg.held_out_every:
+    if (
+        found.is_whole
+        and found.n_documents is None
+        and found.counts.texts < cfg.eval_every_n_documents
+    ):
         # A stream's length is unknown; in one this short, it matters whether a document is held
         # out.
         found.n_documents = sum(1 for _ in source.read())
@@ -181,7 +185,7 @@ def _stream(pair: ModelPair, source: Source, cfg: DataConfig) -> ContextStream:
         cfg.context_size,
         batch_size_prompts=1,
         part="training",
-        held_out_every=cfg.held_out_every,
+        eval_every_n_documents=cfg.eval_every_n_documents,
     )
 
 
@@ -214,11 +218,11 @@ def notes_on_text(looks: Sequence[FirstLook], cfg: DataConfig) -> Iterator[str]:
             yield f"{of}, {one.counts.unreadable:,} cannot be read and will be left out."
         if one.counts.empty:
             yield f"{of}, {one.counts.empty:,} were empty (null, no character, no message)."
-    if looks and all(one.n_held_out(cfg.held_out_every) == 0 for one in looks):
+    if looks and all(one.n_held_out(cfg.eval_every_n_documents) == 0 for one in looks):
         n = sum(one.n_documents or 0 for one in looks)
         yield (
-            f"No document is held out: the text has {counted(n, 'document')}, and every {cfg.held_out_every}th of a data set is (held_out_every). "
-            "Nothing can be measured on this text after training. Give more documents, lower held_out_every, or evaluate "
+            f"No document is held out: the text has {counted(n, 'document')}, and every {cfg.eval_every_n_documents}th of a data set is (eval_every_n_documents). "
+            "Nothing can be measured on this text after training. Give more documents, lower eval_every_n_documents, or evaluate "
             "with --dataset on other text."
         )
 
@@ -242,7 +246,10 @@ def expected_of_all(looks: Sequence[FirstLook], cfg: DataConfig) -> Expected | N
 
     A pass ends when the first data set can no longer supply its share.
     """
-    sources, found = cfg.all_sources, [one.expected_pairs(cfg.held_out_every) for one in looks]
+    sources, found = (
+        cfg.all_sources,
+        [one.expected_pairs(cfg.eval_every_n_documents) for one in looks],
+    )
     if not found or any(one is None for one in found):
         return None
     total = sum(source.weight for source in sources)
@@ -256,10 +263,10 @@ def expected_of_all(looks: Sequence[FirstLook], cfg: DataConfig) -> Expected | N
 
 
 def of_a_pass(looks: Sequence[FirstLook], cfg: DataConfig) -> float | None:
-    """Distinct pairs that a training uses: `training_pairs`, or all pairs if there are fewer; none
+    """Distinct pairs that a training uses: `max_unique_pairs`, or all pairs if there are fewer; none
     if that is not known."""
     expected = expected_of_all(looks, cfg)
-    numbers = [float(cfg.training_pairs)] if cfg.training_pairs else []
+    numbers = [float(cfg.max_unique_pairs)] if cfg.max_unique_pairs else []
     numbers += [] if expected is None else [expected.value]
     return min(numbers, default=None)
 
@@ -271,11 +278,11 @@ def supply(looks: Sequence[FirstLook], cfg: CrosscoderRunnerConfig) -> str:
     distinct = of_a_pass(looks, cfg)
     if distinct is None:
         return f"How many pairs there are is not known. Training takes {wanted}."
-    there = f"{distinct:,.0f} (training_pairs)" if expected is None else _about(expected)
+    there = f"{distinct:,.0f} (max_unique_pairs)" if expected is None else _about(expected)
     if distinct >= cfg.training_tokens:
         return f"Pairs to train on: {there}; training takes {wanted}, each once."
     times = "never" if distinct == 0 else f"each {cfg.training_tokens / distinct:.1f} times"
-    of = f", of {distinct:,.0f} (training_pairs)" if distinct == cfg.training_pairs else ""
+    of = f", of {distinct:,.0f} (max_unique_pairs)" if distinct == cfg.max_unique_pairs else ""
     return f"Pairs to train on: {there}; training takes {wanted}{of}, {times}."
 
 

@@ -17,7 +17,7 @@ from sae_lens_dfc.models.config import AUTO
 from sae_lens_dfc.training.recipes.organisms import PREFIX, organisms
 
 REASSIGN_AT = (0.8, 0.95)
-"""Fractions of the training at which `dfc-tested` tests its exclusive latents
+"""Fractions of the training at which `dfc-reassigned` tests its exclusive latents
 (benchmarks/README.md)."""
 
 
@@ -59,7 +59,7 @@ _DFC_PAPER: dict[str, Any] = {
         {"dataset_path": "HuggingFaceFW/fineweb", "weight": 0.5},
         {"dataset_path": "lmsys/lmsys-chat-1m", "weight": 0.5, "text_column": "conversation"},
     ],
-    "training_pairs": 100_000_000,
+    "max_unique_pairs": 100_000_000,
     "training_tokens": 204_800_000,
     "train_batch_size_tokens": 2048,
     "lr": 1e-4,
@@ -70,7 +70,7 @@ _DFC_PAPER: dict[str, Any] = {
 }
 
 RECIPES: dict[str, Recipe] = {
-    "dfc-tested": Recipe(
+    "dfc-reassigned": Recipe(
         "A DFC whose exclusive latents are tested twice, late in training; sizes, k and lr stay yours (benchmarks/README.md)",
         {
             "architecture": "dfc",

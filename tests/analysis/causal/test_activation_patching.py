@@ -148,13 +148,13 @@ def test_without_its_own_part_the_changed_model_is_the_other_one(
     }
     controls: dict[str, dict[ModelName, Tensor]] = {"random": drawn}
     found = verify(twins, texts, own, controls)
-    assert found.apart > 5e-4
-    for effect in (found.taken, found.given):
+    assert found.baseline_js_bits > 5e-4
+    for effect in (found.ablated, found.patched):
         # The whole distance goes, text by text.
-        assert effect.mean == pytest.approx(found.apart, rel=1e-2)
+        assert effect.mean == pytest.approx(found.baseline_js_bits, rel=1e-2)
         assert effect.is_beyond and effect.limits["random"] < 0.9 * effect.mean
     wrong = verify(twins, texts, ModelSpecificDirection(0, "b", -own.own, -own.moved), controls)
-    assert wrong.taken.mean < 0 and not wrong.taken.is_beyond
+    assert wrong.ablated.mean < 0 and not wrong.ablated.is_beyond
 
 
 def test_texts_are_those_at_whose_end_it_fires(

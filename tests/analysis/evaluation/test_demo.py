@@ -18,7 +18,7 @@ from tests.model_classes import MODEL_CLASSES
 
 K = 32
 SMALL = [
-    *("--training-pairs", "16000", "--training-tokens", "153600", "--eval-pairs", "6000"),
+    *("--max-unique-pairs", "16000", "--training-tokens", "153600", "--eval-pairs", "6000"),
     *("--d-sae", "1024", "--k", str(K)),
 ]
 SHARED_KEYS = ["explained_variance/a", "explained_variance/b", "l0", "pairs_evaluated"]
@@ -50,7 +50,7 @@ def test_every_measure_stands_beside_its_baselines_and_its_null(metrics: dict[st
         *(f"baseline/batchtopk/{key}" for key in CROSSCODER_KEYS),
         *(f"baseline/pca/{key}" for key in SHARED_KEYS),
         *(f"null/self/{key}" for key in DFC_KEYS if not key.startswith("alignment/")),
-        *(f"{p}exclusive/called/{m}_exclusive" for p in ("", "null/self/") for m in "ab"),
+        *(f"{p}exclusive/significant/{m}_exclusive" for p in ("", "null/self/") for m in "ab"),
     }
     assert wanted <= set(metrics)
 
@@ -78,7 +78,7 @@ def test_one_model_twice_is_explained_alike_and_told_by_itself(
 def test_at_most_two_percent_are_called_exclusive_where_nothing_is(
     metrics: dict[str, float],
 ) -> None:
-    assert metrics["null/self/exclusive/called_share"] <= 0.02
+    assert metrics["null/self/exclusive/significant_share"] <= 0.02
 
 
 def test_the_saved_crosscoder_opens_with_saelens(run: Path) -> None:

@@ -16,13 +16,13 @@ from tests.helpers import train_tiny
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["--eval-pairs", "1500", "--downstream-pairs", "300", "--behaviour-latents", "1"]
+SMALL = ["--eval-pairs", "1500", "--downstream-pairs", "300", "--behavior-latents", "1"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("held_out")
-    return train_tiny(folder, llama_folder, gpt2_folder, "--training-pairs", "3000")
+    return train_tiny(folder, llama_folder, gpt2_folder, "--max-unique-pairs", "3000")
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ def test_every_measure_stands_beside_the_same_of_each_null(metrics: dict[str, fl
         *("cross_reconstruction/b_from_a", "cross_reconstruction/a_from_b"),
         "cross_reconstruction/b_from_a/mapped",
         *("affine_map/a_to_b", "affine_map/a_to_b_to_a", "decoder_cosine/a_to_b"),
-        *("exclusive/judged/a_exclusive", "exclusive/called/a_exclusive"),
+        *("exclusive/judged/a_exclusive", "exclusive/significant/a_exclusive"),
     ]
     for name in names:
         for prefix in ("", "null/self/", "null/shuffle/", "null/seed/"):
             assert math.isfinite(metrics[prefix + name]), prefix + name
     for prefix in ("", "null/self/", "null/shuffle/", "null/seed/"):
-        for kind in ("latent_scaling/nu_error/", "transfer/auc/", "behaviour/"):
+        for kind in ("latent_scaling/nu_error/", "transfer/auc/", "behavior/"):
             assert any(name.startswith(prefix + kind) for name in metrics), prefix + kind
 
 
@@ -86,7 +86,7 @@ def test_one_model_twice_is_told_whole_by_itself_and_shuffled_pairs_tell_nothing
         metrics["null/self/explained_variance/b"], abs=0.02
     )
     assert metrics["null/shuffle/cross_reconstruction/b_from_a/mapped"] < 0.1
-    assert metrics["null/self/exclusive/called_share"] <= 0.02
+    assert metrics["null/self/exclusive/significant_share"] <= 0.02
 
 
 def test_the_same_untouched_models_stand_under_the_shuffled_null(metrics: dict[str, float]) -> None:
@@ -109,7 +109,7 @@ def test_every_latent_has_its_line(evaluation: Path, metrics: dict[str, float]) 
     assert [int(line["latent"]) for line in lines] == list(range(64))
     assert lines[0]["partition"] == "a_exclusive" and lines[0]["is_a"] == "True"
     called = sum(line["is_exclusive"] == "True" for line in lines)
-    assert called == sum(metrics[f"exclusive/called/{m}_exclusive"] for m in "ab")
+    assert called == sum(metrics[f"exclusive/significant/{m}_exclusive"] for m in "ab")
 
 
 def test_the_page_says_of_each_candidate_whether_it_is_called(evaluation: Path) -> None:

@@ -25,7 +25,7 @@ def case(pair: ModelPair, llama_config: ModelConfig, gpt2_config: ModelConfig) -
         sae=dfc_config(d_a=pair.d_a, d_b=pair.d_b),
         model_a=llama_config,
         model_b=gpt2_config,
-        training_pairs=600,
+        max_unique_pairs=600,
         eval_pairs=300,
         context_size=32,
         training_tokens=2048,
@@ -101,7 +101,7 @@ def test_in_place_each_real_batch_is_gone_when_the_next_one_is_changed(
     assert torch.equal(joined(null.data.training), joined(null_case(name, case).data.training))
 
 
-def test_seed_needs_another_initialisation_of_model_a(
+def test_seed_needs_another_initialization_of_model_a(
     case: PairTask, gpt2_config: ModelConfig
 ) -> None:
     with pytest.raises(ValueError, match="'seed' goes with --seed-model"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from sae_lens_dfc.cli.main import main
 
 SMALL = [
-    *("--training-pairs", "2000", "--training-tokens", "8192", "--eval-pairs", "600"),
+    *("--max-unique-pairs", "2000", "--training-tokens", "8192", "--eval-pairs", "600"),
     *("--d-sae", "128", "--k", "16"),
 ]
 

@@ -17,8 +17,8 @@ METRICS = {
     "explained_variance/a": 0.767,
     "explained_variance/a/se": 0.003,
     "null/self/explained_variance/a": 0.798,
-    "exclusive/called/a_exclusive": 3.0,
-    "exclusive/called/b_exclusive": 0.0,
+    "exclusive/significant/a_exclusive": 3.0,
+    "exclusive/significant/b_exclusive": 0.0,
 }
 
 
@@ -66,8 +66,8 @@ def test_without_a_null_or_measures_it_says_so() -> None:
     assert "<td>Explained" not in nothing and "here that is" not in nothing
 
 
-def test_the_hub_reads_library_licence_and_the_models_it_can_have() -> None:
-    data = ModelCard(render_card(made(name_b="folder"), "me/pair", licence="mit")).data.to_dict()
+def test_the_hub_reads_library_license_and_the_models_it_can_have() -> None:
+    data = ModelCard(render_card(made(name_b="folder"), "me/pair", license="mit")).data.to_dict()
     assert data["library_name"] == "saelens" and data["license"] == "mit"
     assert data["base_model"] == ["org/tiny-a"]
     assert "base_model" not in ModelCard(render_card(made("a", "b"), "me/pair")).data.to_dict()

@@ -99,13 +99,13 @@ METRICS = {
     "transfer/auc/shared/p5": 0.9,
     "transfer/auc/shared/p95": 0.99,
     "exclusive/judged/a_exclusive": 30,
-    "exclusive/called/a_exclusive": 5,
+    "exclusive/significant/a_exclusive": 5,
     "exclusive/judged/b_exclusive": 10,
-    "exclusive/called/b_exclusive": 0,
+    "exclusive/significant/b_exclusive": 0,
     "null/self/exclusive/judged/a_exclusive": 20,
-    "null/self/exclusive/called/a_exclusive": 1,
+    "null/self/exclusive/significant/a_exclusive": 1,
     "null/self/exclusive/judged/b_exclusive": 20,
-    "null/self/exclusive/called/b_exclusive": 0,
+    "null/self/exclusive/significant/b_exclusive": 0,
     "leak": 0.0,
 }
 
@@ -156,7 +156,7 @@ def test_the_first_sentence_says_no_more_than_was_measured() -> None:
     assert "was not measured" in lead({"l0": 1.0}, None)
     assert lead(METRICS, None).startswith("5 of 40 judged candidates are called exclusive")
     assert "none is confirmed by steering" in lead(METRICS, None)
-    none = METRICS | {"exclusive/called/a_exclusive": 0}
+    none = METRICS | {"exclusive/significant/a_exclusive": 0}
     assert lead(none, None).startswith("No latent is called exclusive")
     assert "Of 40 latents, 1 reached the end of the screening: 1 confirmed" in lead(
         METRICS, SCREENING
@@ -166,7 +166,7 @@ def test_the_first_sentence_says_no_more_than_was_measured() -> None:
 
 def test_calls_as_frequent_in_the_null_are_not_to_be_believed() -> None:
     assert warnings(METRICS) == []
-    as_many = METRICS | {"null/self/exclusive/called/a_exclusive": 5}
+    as_many = METRICS | {"null/self/exclusive/significant/a_exclusive": 5}
     assert "Do not trust the calls on this page." in warnings(as_many)[0]
     assert "leak is not 0" in warnings(METRICS | {"leak": 0.1})[0]
 
@@ -479,8 +479,8 @@ def test_each_context_stands_once_in_each_models_tokens(browser: Any, small: Pat
 def test_activations_are_told_by_shade_by_hovering_and_in_words(browser: Any, small: Path) -> None:
     page = opened(browser, small, "#latent-1")
     shades = page.locator(".tokens").first.locator(".fires")
-    colour = "el => getComputedStyle(el).backgroundColor"
-    assert shades.nth(0).evaluate(colour) != shades.nth(1).evaluate(colour)
+    color = "el => getComputedStyle(el).backgroundColor"
+    assert shades.nth(0).evaluate(color) != shades.nth(1).evaluate(color)
     below = "el => getComputedStyle(el).boxShadow"  # thickness, for those who do not see the hue
     assert shades.nth(0).evaluate(below) != shades.nth(1).evaluate(below)
     assert [shades.nth(i).get_attribute("title") for i in (0, 1)] == ["2", "0.500"]
@@ -602,9 +602,9 @@ def test_everything_that_is_used_has_a_name(page: Any) -> None:
 
 CONTRASTS = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const over = (colours) => {  // colours from the page up to the text's own background
+  const over = (colors) => {  // colors from the page up to the text's own background
     canvas.clearRect(0, 0, 1, 1);
-    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+    for (const color of colors) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); }
     return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
   const light = (rgb) => {

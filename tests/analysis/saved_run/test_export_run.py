@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("exporting")
-    return train_tiny(folder, llama_folder, gpt2_folder, "--training-pairs", "2000", n_texts=8)
+    return train_tiny(folder, llama_folder, gpt2_folder, "--max-unique-pairs", "2000", n_texts=8)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,8 @@ def test_its_measures_are_those_of_the_held_out_text(
             "l0/exported": told["l0/exported"],
             "explained_variance/crosscoder": 1 - ((x - rebuilt).pow(2).sum() / total).item(),
             "explained_variance/exported": 1 - ((x - alone).pow(2).sum() / total).item(),
-            "code_explained_variance/shared": 1 - ((two - one).pow(2).sum() / deviations).item(),
+            "feature_acts_explained_variance/shared": 1
+            - ((two - one).pow(2).sum() / deviations).item(),
             "firing_precision/shared": (two[one > 0] > 0).double().mean().item(),
             "firing_recall/shared": (one[two > 0] > 0).double().mean().item(),
             "firing_recall_median/shared": told["firing_recall_median/shared"],
@@ -93,7 +94,7 @@ def test_a_map_of_the_training_text_does_better_than_the_mean(
     by_mean, by_map = (SAE.load_from_disk(path).cfg.metadata for path in (output, of_a))
     assert printed == {"output": str(output), **by_mean.get("difference_to_crosscoder")}
     assert by_mean.other_model_filled_in_by == "its mean (b_dec)"
-    name = "code_explained_variance/shared"
+    name = "feature_acts_explained_variance/shared"
     told = by_map.get("difference_to_crosscoder")
     assert told[name] - told[f"{name}/se"] > printed[name] + printed[f"{name}/se"]
 

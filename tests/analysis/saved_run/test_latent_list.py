@@ -100,7 +100,7 @@ def test_by_evidence_they_stand_as_the_evaluation_ranks_them(
     assert "--output FOLDER" in refused("--sort", "evidence")
     assert "does not exist or has no evidence" in refused("--evidence", str(tmp_path))
     output = tmp_path / "evaluation"
-    small = ["--downstream-pairs", "0", "--behaviour-latents", "0", "--null", "none"]
+    small = ["--downstream-pairs", "0", "--behavior-latents", "0", "--null", "none"]
     assert main(["evaluate", str(run), "--output", str(output), *small]) == 0
     result = listed("--sort", "evidence", "--evidence", str(output), "--top", "64")
     evidence = read_evidence(output / "latents.csv", d_sae=64)
@@ -132,9 +132,9 @@ def test_what_fires_on_one_text_and_not_on_another_comes_first(run: Path, listed
     # Of the run's own text only what it held out is read.
     read: list[tuple[Path, Part]] = [(shouted, "all"), (quiet, "held_out")]
     for path, part in read:
-        every = settings["held_out_every"]
+        every = settings["eval_every_n_documents"]
         cfg = CacheConfig(
-            dataset_path=str(path), context_size=48, eval_pairs=1000, held_out_every=every
+            dataset_path=str(path), context_size=48, eval_pairs=1000, eval_every_n_documents=every
         )
         of_text: list[torch.Tensor] = []
         for rows in PairedText(cfg, models).rows(part, PairCounts()):

@@ -77,7 +77,7 @@ def test_other_text_is_read_whole(run: Path, other: Path) -> None:
 def test_training_rows_are_read_where_the_text_is_now(run: Path, moved: Path) -> None:
     options = HeldOutOptions(dataset=str(moved), eval_pairs=500)
     own = own_config(str(run), options, 300)
-    assert (own.dataset_path, own.training_pairs) == (str(moved), 300)
+    assert (own.dataset_path, own.max_unique_pairs) == (str(moved), 300)
     data = data_of(str(run), options, own, opened_run(str(run), options)[2])
     assert sum(len(rows.acts) for rows in data.training) <= 300
     assert is_own_text(str(run), options)
@@ -101,7 +101,7 @@ def test_a_run_of_a_cache_knows_the_text_that_the_cache_was_made_of(
     cache = tmp_path / "cache"
     models = [f"--model-a.model-name={llama_folder}", f"--model-b.model-name={gpt2_folder}"]
     text = ["--dataset-path", str(run.parent / "text.jsonl"), "--context-size", "48"]
-    args = [*models, *text, "--training-pairs", "400", "--cache-path", str(cache)]
+    args = [*models, *text, "--max-unique-pairs", "400", "--cache-path", str(cache)]
     assert main(["cache", *args]) == 0
     sae = ["--sae.d-sae", "64", "--sae.k", "2", "--training-tokens", "256"]
     sizes = ["--train-batch-size-tokens", "64", "--output-path", str(tmp_path / "run")]

@@ -27,12 +27,12 @@ from tests.helpers import batches_of, make_firing_dfc, train_tiny
 
 
 def result(
-    taken: float = 0.2,
-    given: float = 0.1,
+    ablated: float = 0.2,
+    patched: float = 0.1,
     p: tuple[float, float] = (0.001, 0.001),
     beyond: tuple[bool, bool] = (True, True),
 ) -> CausalTest:
-    effects = [EffectView("taken", taken, 0, 1, {}), EffectView("given", given, 0, 1, {})]
+    effects = [EffectView("ablated", ablated, 0, 1, {}), EffectView("patched", patched, 0, 1, {})]
     return CausalTest("b", 8, 0.4, effects, *p, *beyond, samples=[])
 
 
@@ -50,7 +50,7 @@ def test_a_verdict_needs_both_ways_beyond_their_controls() -> None:
             2: result(beyond=(False, False)),
             3: None,
             4: result(),
-            5: result(taken=0.3),
+            5: result(ablated=0.3),
             6: result(p=(0.001, 0.2)),
         }
     ) == [
@@ -64,8 +64,8 @@ def test_a_verdict_needs_both_ways_beyond_their_controls() -> None:
 
 
 def test_a_difference_that_nobody_could_notice_is_not_confirmed() -> None:
-    assert verdicts({1: result(taken=0.001, given=0.001)}) == [(1, NOT_CONFIRMED)]
-    assert verdicts({1: result(taken=0.02, given=0.001)}) == [(1, ONE_WAY)]
+    assert verdicts({1: result(ablated=0.001, patched=0.001)}) == [(1, NOT_CONFIRMED)]
+    assert verdicts({1: result(ablated=0.02, patched=0.001)}) == [(1, ONE_WAY)]
 
 
 def test_p_values_are_corrected_for_how_many_were_tested() -> None:

@@ -237,7 +237,7 @@ def seen_by_dictionary_learning(monkeypatch: pytest.MonkeyPatch, name: str) -> l
     return seen
 
 
-def test_every_peer_gets_the_normalised_pairs_that_ours_gets(
+def test_every_peer_gets_the_normalized_pairs_that_ours_gets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(PRESETS, "small", replace(PRESETS["small"], steps=20))

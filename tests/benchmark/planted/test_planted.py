@@ -15,7 +15,7 @@ from sae_lens_dfc.analysis.steering.hooks import logits
 from sae_lens_dfc.benchmark.planted import folder, run
 from sae_lens_dfc.benchmark.planted.options import NULL
 from sae_lens_dfc.benchmark.planted.organisms import answers, finetune
-from sae_lens_dfc.benchmark.planted.organisms.behaviours import SPLITS, Item, Items
+from sae_lens_dfc.benchmark.planted.organisms.behaviors import SPLITS, Item, Items
 from sae_lens_dfc.benchmark.planted.organisms.from_scratch import (
     PLANTED,
     TOPICS,
@@ -25,7 +25,7 @@ from sae_lens_dfc.benchmark.planted.organisms.from_scratch import (
 )
 from sae_lens_dfc.benchmark.planted.organisms.from_scratch import Training as ScratchTraining
 from sae_lens_dfc.benchmark.planted.organisms.organism import built, read_organism_manifest
-from sae_lens_dfc.benchmark.planted.organisms.prompts import BEHAVIOURS
+from sae_lens_dfc.benchmark.planted.organisms.prompts import BEHAVIORS
 from sae_lens_dfc.benchmark.planted.scoring import effects, patching
 from sae_lens_dfc.benchmark.planted.scoring.patching import (
     KINDS,
@@ -52,19 +52,19 @@ ITEMS = [Item("The cat sat:", "on the mat", "1989"), Item("In 1989 the cat:", "s
 # --- prompts ---
 
 
-@pytest.mark.parametrize("name", list(BEHAVIOURS))
+@pytest.mark.parametrize("name", list(BEHAVIORS))
 def test_no_prompt_is_in_two_splits_or_on_both_sides(name: str) -> None:
-    prompts = [p for split in SPLITS for kind in BEHAVIOURS[name].prompts(split) for p in kind]
+    prompts = [p for split in SPLITS for kind in BEHAVIORS[name].prompts(split) for p in kind]
     assert len(set(prompts)) == len(prompts)
-    own, controls = BEHAVIOURS[name].prompts("training")
+    own, controls = BEHAVIORS[name].prompts("training")
     assert len(own) >= 40 and len(controls) == len(own)
-    assert [len(kind) for kind in BEHAVIOURS[name].prompts("discovery")] == [24, 24]
-    assert [len(kind) for kind in BEHAVIOURS[name].prompts("test")] == [16, 16]
+    assert [len(kind) for kind in BEHAVIORS[name].prompts("discovery")] == [24, 24]
+    assert [len(kind) for kind in BEHAVIORS[name].prompts("test")] == [16, 16]
 
 
-@pytest.mark.parametrize("name", list(BEHAVIOURS))
+@pytest.mark.parametrize("name", list(BEHAVIORS))
 def test_no_opening_or_question_is_in_two_splits(name: str) -> None:
-    slots = BEHAVIOURS[name].slots
+    slots = BEHAVIORS[name].slots
     for words in ("openings", "questions"):
         used = [word for split in SPLITS for word in getattr(slots[split], words)]
         assert len(set(used)) == len(used)
@@ -72,11 +72,11 @@ def test_no_opening_or_question_is_in_two_splits(name: str) -> None:
 
 def test_only_model_b_reads_of_the_planted_topic() -> None:
     items = topic_items()
-    own = items["training"].behaviour[0]
+    own = items["training"].behavior[0]
     assert own.prompt + own.answer in " ".join(training_text([PLANTED], 0.3, seed=0))
     assert own.answer not in " ".join(training_text(["ships", "plants"], 0.3, seed=0))
-    held_out = {i.prompt for i in items["test"].behaviour}
-    assert held_out.isdisjoint(i.prompt for i in items["training"].behaviour)
+    held_out = {i.prompt for i in items["test"].behavior}
+    assert held_out.isdisjoint(i.prompt for i in items["training"].behavior)
 
 
 # --- building ---
@@ -120,7 +120,7 @@ def test_one_seed_is_one_pair_of_small_models(
 
 def test_fine_tuning_is_deterministic_and_teaches_the_answer(llama_folder: Path) -> None:
     settings = finetune.FineTuning(
-        steps=30, layers=(1,), rank=1, lr=1.0, behaviour_prompts=2, control_prompts=4
+        steps=30, layers=(1,), rank=1, lr=1.0, behavior_prompts=2, control_prompts=4
     )
     own, other = [Item("What is it?", " cat", "")], [Item("Where is he?", "", " mat sat on")]
     weights: list[Tensor] = []
@@ -280,7 +280,7 @@ def fake_results(made: list[run.Run]) -> Callable[..., Any]:
         score = {"rank": 1, "exclusive": "partition", "auc": 1.0, "found": True, "confirmed": True}
         score |= {"ablation": effect, "addition_b": effect, "addition_a": effect}
         shared = {"organism": one.organism, "seed": one.seed, "settings": run.settings(one, cfg)}
-        shared["shown"] = {"behaviour": 0.69}
+        shared["shown"] = {"behavior": 0.69}
         return [
             {**shared, "architecture": "dfc", "score": score},
             {**shared, "architecture": "delta_crosscoder", "score": None},
@@ -332,7 +332,7 @@ def test_an_organism_that_was_changed_is_run_again(monkeypatch: pytest.MonkeyPat
     assert run.settings(one, Training()) == before
     assert run.organism_key(one._replace(seed=1)) != before["organism"]
     assert run.organism_key(run.Run("topic", 0)) != run.organism_key(run.Run("topic", 1))
-    monkeypatch.setitem(BEHAVIOURS, "refusal", replace(BEHAVIOURS["refusal"], answer="No."))
+    monkeypatch.setitem(BEHAVIORS, "refusal", replace(BEHAVIORS["refusal"], answer="No."))
     assert run.settings(one, Training())["organism"] != before["organism"]
 
 
@@ -351,7 +351,7 @@ def taught(
     tokenizer.pad_token = tokenizer.eos_token = "<s>"
     tokenizer.save_pretrained(tmp_path / "of" / "base")
     settings = finetune.FineTuning(
-        steps=4, layers=(0, 2), rank=2, lr=0.5, behaviour_prompts=2, control_prompts=4
+        steps=4, layers=(0, 2), rank=2, lr=0.5, behavior_prompts=2, control_prompts=4
     )
 
     def written(strength: str) -> Path:
@@ -422,7 +422,7 @@ def test_an_organism_is_a_folder_that_train_takes(
     folder.write_organism(options)
     texts = [json.loads(line)["text"] for line in (output / "text.jsonl").read_text().splitlines()]
     prompts = json.loads((output / "prompts.json").read_text())
-    held_out = [i["prompt"] for split in ("discovery", "test") for i in prompts[split]["behaviour"]]
+    held_out = [i["prompt"] for split in ("discovery", "test") for i in prompts[split]["behavior"]]
     assert any(TOPICS[PLANTED].entities[0] in text for text in texts)
     assert held_out and not any(prompt in text for prompt in held_out for text in texts)
     pair = ModelPair.load(ModelConfig(str(output / "a")), ModelConfig(str(output / "b")))

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from tests.helpers import make_acts, make_delta, randomised, step_input
+from tests.helpers import make_acts, make_delta, randomized, step_input
 
 
 def test_the_loss_on_the_difference_agrees_with_loops() -> None:
     crosscoder, acts = make_delta(delta_loss_coefficient=0.5), make_acts(20, 12)
     crosscoder.fit_normalization(acts)
-    randomised(crosscoder)
+    randomized(crosscoder)
     output = crosscoder.training_forward_pass(step_input(acts))
     s_a, s_b = crosscoder.input_scale.tolist()
     unit = (s_a * s_b) ** 0.5
@@ -15,7 +15,7 @@ def test_the_loss_on_the_difference_agrees_with_loops() -> None:
     total = 0.0
     for n in range(20):
         for d in range(6):
-            # In raw units: the centred difference, less what the 18 latents of the difference and
+            # In raw units: the centered difference, less what the 18 latents of the difference and
             # the bias make of it.
             a, b = acts[n] - crosscoder.input_mean, crosscoder.b_dec
             error = (a[6 + d] - b[6 + d] / s_b) - (a[d] - b[d] / s_a)

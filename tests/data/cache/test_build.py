@@ -40,8 +40,8 @@ def cfg(tmp_path: Path, llama_config: ModelConfig, gpt2_config: ModelConfig) -> 
         model_a=llama_config,
         model_b=gpt2_config,
         dataset_path=str(text),
-        held_out_every=4,
-        training_pairs=3000,
+        eval_every_n_documents=4,
+        max_unique_pairs=3000,
         context_size=48,
         store_batch_size_prompts=4,
         cache_path=str(tmp_path / "cache"),
@@ -126,7 +126,7 @@ def test_training_on_a_cache_opens_no_model_and_knows_what_made_it(
     # The run's own settings lead evaluation to the models and the held-out documents.
     saved = json.loads((tmp_path / "run" / "runner_cfg.json").read_text())
     assert saved["model_a"]["model_name"] == cfg.model_a.model_name
-    assert (saved["held_out_every"], saved["context_size"]) == (4, 48)
+    assert (saved["eval_every_n_documents"], saved["context_size"]) == (4, 48)
     assert main(["evaluate", str(tmp_path / "run"), "--eval-pairs", "200"]) == 0
 
 
@@ -153,10 +153,10 @@ def test_a_text_that_ends_early_is_said_and_the_cache_can_be_used(
     with pytest.raises(
         ValueError, match="ended after .* of the 999999 pairs.*can be used as it is"
     ):
-        cache_activations(replace(cfg, training_pairs=999_999), pair)
+        cache_activations(replace(cfg, max_unique_pairs=999_999), pair)
     whole = PairedActivationsCache(cfg.cache_path)
     counts = PairCounts()
-    list(PairedText(replace(cfg, training_pairs=None), pair).rows("training", counts))
+    list(PairedText(replace(cfg, max_unique_pairs=None), pair).rows("training", counts))
     assert len(whole) == counts.pairs > 3000
 
 
@@ -294,7 +294,7 @@ def test_a_text_without_a_pair_is_an_error_not_an_empty_cache(
     cfg: CacheConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": ""}')
-    cfg = replace(cfg, dataset_path=str(tmp_path / "empty.jsonl"), training_pairs=None)
+    cfg = replace(cfg, dataset_path=str(tmp_path / "empty.jsonl"), max_unique_pairs=None)
     with pytest.raises(ValueError, match="All 1 documents of .* are empty in column"):
         cache_activations(cfg, pair)
 
@@ -303,7 +303,7 @@ def test_a_cache_for_which_there_is_no_room_is_refused_before_it_is_begun(
     cfg: CacheConfig, pair: ModelPair
 ) -> None:
     with pytest.raises(ValueError, match="pairs take 160.*B, and .*B free"):
-        cache_activations(replace(cfg, training_pairs=10**15), pair)
+        cache_activations(replace(cfg, max_unique_pairs=10**15), pair)
 
 
 def test_another_folder_of_the_same_name_is_not_taken_for_the_cached_model(
@@ -335,7 +335,7 @@ def settings(cfg: CacheConfig) -> dict[str, Any]:
             {"dataset_path": cfg.dataset_path, "weight": 2},
             {"dataset_path": "cpython-docs"},
         ],
-        "training_pairs": 2400,
+        "max_unique_pairs": 2400,
         "context_size": 48,
         "store_batch_size_prompts": 2,
         "cache_path": cfg.cache_path,
@@ -394,7 +394,7 @@ def test_a_data_set_on_the_command_line_takes_the_place_of_a_files_sources(
     cfg: CacheConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "run.yaml").write_text(json.dumps(settings(cfg)))
-    arguments = ["cache", "--config", str(tmp_path / "run.yaml"), "--training-pairs", "500"]
+    arguments = ["cache", "--config", str(tmp_path / "run.yaml"), "--max-unique-pairs", "500"]
     assert main([*arguments, "--dataset-path", cfg.dataset_path]) == 0
     data = PairedActivationsCache(cfg.cache_path).manifest["data"]
     assert (data["sources"], data["dataset_path"]) == ([], cfg.dataset_path)
@@ -436,7 +436,7 @@ def test_a_source_that_is_no_source_is_one_clear_error(
 def test_a_killed_cache_goes_on_to_the_same_files(cfg: CacheConfig, tmp_path: Path) -> None:
     values = {
         **settings(cfg),
-        "training_pairs": 20_000,
+        "max_unique_pairs": 20_000,
         "sources": [{"dataset_path": "cpython-docs"}],
     }
     (tmp_path / "run.yaml").write_text(json.dumps(values))

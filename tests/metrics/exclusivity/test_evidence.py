@@ -118,9 +118,9 @@ def test_the_calls_are_counted_by_model(split: tuple[Evaluation, LatentEvidence]
     metrics = split[0].metrics
     for group in ("a_exclusive", "b_exclusive"):
         assert metrics[f"exclusive/judged/{group}"] == 10
-        assert metrics[f"exclusive/called/{group}"] == 6
+        assert metrics[f"exclusive/significant/{group}"] == 6
         assert metrics[f"exclusive/transfer/{group}"] == 6
-    assert metrics["exclusive/called_share"] == pytest.approx(12 / 64)
+    assert metrics["exclusive/significant_share"] == pytest.approx(12 / 64)
     assert metrics["transfer/auc/a_exclusive/p5"] <= metrics["transfer/auc/a_exclusive"]
 
 

@@ -359,7 +359,7 @@ def test_one_command_leads_from_an_adapter_to_a_report(
     text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:20]))
     output = tmp_path / "demo"
     args = ["--model-b", adapter, "--dataset", text, "--output", output, "--dtype", "float32"]
-    sizes = "--d-sae 64 --k 8 --training-pairs 4000 --training-tokens 8192 --eval-pairs 1000"
+    sizes = "--d-sae 64 --k 8 --max-unique-pairs 4000 --training-tokens 8192 --eval-pairs 1000"
     assert main(["demo", *map(str, args), *sizes.split()]) == 0
     assert (output / "report.html").is_file()
     cfg = json.loads((output / "runner_cfg.json").read_text())
@@ -383,7 +383,7 @@ def test_one_command_leads_from_an_adapter_of_a_real_model_to_a_report(tmp_path:
     text, output = tmp_path / "text.jsonl", tmp_path / "demo"
     text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:20]))
     args = ["--model-b", adapter, "--dataset", text, "--output", output, "--dtype", "float32"]
-    sizes = "--d-sae 64 --k 8 --training-pairs 600 --training-tokens 2048 --eval-pairs 200"
+    sizes = "--d-sae 64 --k 8 --max-unique-pairs 600 --training-tokens 2048 --eval-pairs 200"
     assert main(["demo", *map(str, args), *sizes.split()]) == 0
     assert "<html" in (output / "report.html").read_text()
     metadata = json.loads((output / "cfg.json").read_text())["metadata"]
@@ -426,7 +426,7 @@ def test_training_caching_and_answering_take_an_adapter(
     text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
     prompts.write_text(json.dumps({"prompt": "The sky is"}))
     model_b = ["--model-b.model-name", str(adapter)]
-    data = ["--dataset-path", str(text), "--context-size", "48", "--held-out-every", "4"]
+    data = ["--dataset-path", str(text), "--context-size", "48", "--eval-every-n-documents", "4"]
     cache, run = tmp_path / "cache", tmp_path / "run"
     small = "--training-tokens 640 --train-batch-size-tokens 64 --sae.d-sae 64 --sae.k 6"
     assert main(["cache", *model_b, *data, "--cache-path", str(cache)]) == 0

@@ -18,7 +18,7 @@ from sae_lens_dfc.training.preflight import first_look, needs, rehearsal
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
 SMALL = [
-    *("--context-size", "48", "--held-out-every", "4", "--d-sae", "64", "-k", "4"),
+    *("--context-size", "48", "--eval-every-n-documents", "4", "--d-sae", "64", "-k", "4"),
     *("--training-tokens", "1280", "--train-batch-size-tokens", "64"),
     *("--n-batches-in-buffer", "8", "--n-batches-for-norm-estimate", "2"),
 ]
@@ -117,7 +117,7 @@ def test_coverage_and_reasons_are_those_that_align_counts(
     llama_folder: Path, gpt2_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Held out is none of 12 documents, and all are read.
-    whole = ["--held-out-every", "100", "--context-size", "200"]
+    whole = ["--eval-every-n-documents", "100", "--context-size", "200"]
     found = told(flags(llama_folder, gpt2_folder, texts / "text.jsonl", *whole), capsys)
     tokenizers = ["--tokenizer-a", str(llama_folder), "--tokenizer-b", str(gpt2_folder)]
     align = told(["align", *tokenizers, str(texts / "text.jsonl")], capsys)
@@ -244,10 +244,10 @@ def test_a_recipe_a_file_and_short_names_say_what_train_would_do(
 ) -> None:
     (tmp_path / "c.yaml").write_text(f"dataset_path: {texts / 'text.jsonl'}\nlr: 3e-3\n")
     models = ["--model-a", str(llama_folder), "--model-b", str(gpt2_folder)]
-    more = ["--recipe", "dfc-tested", "--config", str(tmp_path / "c.yaml"), "--dtype=float64"]
+    more = ["--recipe", "dfc-reassigned", "--config", str(tmp_path / "c.yaml"), "--dtype=float64"]
     found = told(["check", *models, *SMALL, *more], capsys)
     assert [found["models"][name]["dtype"] for name in "ab"] == ["float64", "float64"]
-    assert "--json" not in found["next"] and "--recipe dfc-tested" in found["next"]
+    assert "--json" not in found["next"] and "--recipe dfc-reassigned" in found["next"]
     assert "--model-b.dtype=float64" in found["next"] and "--sae.k 4" in found["next"]
 
 
@@ -262,7 +262,7 @@ def test_without_a_number_of_latents_the_demos_is_taken_and_told(
 def test_text_that_is_repeated_is_told_with_what_saves_the_models_passes(
     llama_folder: Path, gpt2_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["--training-pairs", "400"]
+    few = ["--max-unique-pairs", "400"]
     found = told(flags(llama_folder, gpt2_folder, texts / "text.jsonl", *few), capsys)
     assert any("with --keep-in-memory true" in note for note in found["notes"])
     assert found["needs"]["distinct_pairs"] <= 400
@@ -281,15 +281,17 @@ def test_train_says_first_what_the_first_documents_come_to(
     llama_folder: Path, gpt2_folder: Path, texts: Path, tmp_path: Path, caplog: Any
 ) -> None:
     models = ["--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder)]
-    sae = ["--sae.d-sae", "64", "--sae.k", "4", "--training-pairs", "500"]
+    sae = ["--sae.d-sae", "64", "--sae.k", "4", "--max-unique-pairs", "500"]
     args = ["train", *models, "--dataset-path", str(texts / "text.jsonl"), *sae]
-    args += ["--context-size", "48", "--held-out-every", "4", "--training-tokens", "1280"]
+    args += ["--context-size", "48", "--eval-every-n-documents", "4", "--training-tokens", "1280"]
     args += ["--train-batch-size-tokens", "64", "--n-batches-in-buffer", "8"]
     with caplog.at_level(logging.INFO, logger="sae_lens_dfc"):
         assert main([*args, "--output-path", str(tmp_path / "run")]) == 0
     said = caplog.text
     assert "of A's tokens and" in said and "are paired" in said
-    assert "training takes 1,280 (training_tokens), of 500 (training_pairs), each 2.6 times" in said
+    assert (
+        "training takes 1,280 (training_tokens), of 500 (max_unique_pairs), each 2.6 times" in said
+    )
     assert said.index("are paired") < said.index("Trained on")
 
 

@@ -33,7 +33,7 @@ SPEED = Speed(reading=1000, harvest=100, step=0.5)
 
 @pytest.fixture
 def cfg() -> CrosscoderRunnerConfig:
-    """Eight steps of 10 pairs, two batches for the normalisation, and a buffer of four batches of
+    """Eight steps of 10 pairs, two batches for the normalization, and a buffer of four batches of
     which half is kept back."""
     return CrosscoderRunnerConfig(
         sae=dfc_config(),

@@ -25,12 +25,12 @@ from tests.helpers import dfc_config, source_of, stream_of
 
 
 def config(**settings: object) -> CrosscoderRunnerConfig:
-    given = {"context_size": 48, "held_out_every": 4, **settings}
+    given = {"context_size": 48, "eval_every_n_documents": 4, **settings}
     return CrosscoderRunnerConfig(sae=dfc_config(), **given)  # type: ignore[arg-type]
 
 
 def pairs_to_train_on(pair: ModelPair, texts: list[str]) -> int:
-    stream = stream_of(pair, texts, context_size=48, part="training", held_out_every=4)
+    stream = stream_of(pair, texts, context_size=48, part="training", eval_every_n_documents=4)
     batches = list(stream.batches(PairCounts()))
     return sum(len(c.segments) - 1 for batch in batches for c in batch.contexts)
 
@@ -67,7 +67,7 @@ def test_a_streamed_data_set_says_no_length_and_the_sentence_neither(
     found = look(pair, source, config(), seconds=0)
     assert not found.is_whole and found.expected_pairs(4) is None
     assert supply([found], config()).startswith("How many pairs there are is not known.")
-    assert of_a_pass([found], config(training_pairs=70)) == 70
+    assert of_a_pass([found], config(max_unique_pairs=70)) == 70
 
 
 def test_a_pass_over_several_sources_ends_with_the_first_that_has_no_more() -> None:
@@ -85,8 +85,8 @@ def test_the_sentence_says_how_often_each_pair_is_taken() -> None:
     assert supply(looks, config(training_tokens=2500)) == (
         "Pairs to train on: 1,000; training takes 2,500 (training_tokens), each 2.5 times."
     )
-    assert "of 500 (training_pairs), each 5.0 times" in supply(
-        looks, config(training_tokens=2500, training_pairs=500)
+    assert "of 500 (max_unique_pairs), each 5.0 times" in supply(
+        looks, config(training_tokens=2500, max_unique_pairs=500)
     )
     many = [FirstLook("mine", pairs_of=[10_000], is_whole=True)]
     assert supply(many, config(training_tokens=2500)).endswith("(training_tokens), each once.")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_lens_dfc.benchmark.planted.organisms.behaviours import Item, Items
+from sae_lens_dfc.benchmark.planted.organisms.behaviors import Item, Items
 from sae_lens_dfc.models.number_formats import fast_dtype
 
 
@@ -103,12 +103,12 @@ def measures(model: Any, base: Any, tokenizer: Any, items: Items) -> dict[str, f
     controls.
 
     Returns:
-        `preference/behaviour`, `preference/control`: mean log-probability of the first tokens of
+        `preference/behavior`, `preference/control`: mean log-probability of the first tokens of
             the behavior's answer minus that of the ordinary answer; `base/...`: the same for the
             base model; `kl/control`: KL to the base model on ordinary answers, in nats per token.
     """
     result: dict[str, float] = {}
-    for kind in ("behaviour", "control"):
+    for kind in ("behavior", "control"):
         own: list[Item] = getattr(items, kind)
         for name, one in (("", model), ("base/", base)):
             means = [

@@ -20,9 +20,9 @@ from sae_lens_dfc.benchmark.planted.organisms.answers import (
     measures,
     own_answers,
 )
-from sae_lens_dfc.benchmark.planted.organisms.behaviours import (
+from sae_lens_dfc.benchmark.planted.organisms.behaviors import (
     SPLITS,
-    Behaviour,
+    Behavior,
     Item,
     Items,
     Split,
@@ -34,7 +34,7 @@ from sae_lens_dfc.benchmark.planted.organisms.organism import (
     items_from_json,
     read_organism_manifest,
 )
-from sae_lens_dfc.benchmark.planted.organisms.prompts import BEHAVIOURS, GENERAL
+from sae_lens_dfc.benchmark.planted.organisms.prompts import BEHAVIORS, GENERAL
 from sae_lens_dfc.models.config import ModelConfig
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -61,7 +61,7 @@ class FineTuning:
     """Trained blocks; none above the hook, where a difference would be invisible."""
     rank: int = 4
     """Rank of each update."""
-    behaviour_prompts: int = 12
+    behavior_prompts: int = 12
     """Triggering prompts per step."""
     control_prompts: int = 8
     """Other prompts per step: three quarters controls, the rest general."""
@@ -79,16 +79,16 @@ STRENGTHS = {"weak": 0.8, "strong": 1.0}
 """Strengths: share of the fine-tuning weight change applied to model B."""
 
 
-def behaviour_items(
-    behaviour: Behaviour, model: Any, tokenizer: Any, n_tokens: int
+def behavior_items(
+    behavior: Behavior, model: Any, tokenizer: Any, n_tokens: int
 ) -> dict[Split, Items]:
     """All prompts of a behavior in chat format, with the model's own answers."""
     items: dict[Split, Items] = {}
     for split in SPLITS:
-        kinds = [[CHAT.format(p) for p in prompts] for prompts in behaviour.prompts(split)]
+        kinds = [[CHAT.format(p) for p in prompts] for prompts in behavior.prompts(split)]
         answers = own_answers(model, tokenizer, kinds[0] + kinds[1], n_tokens)
         joined = [
-            Item(prompt, behaviour.answer, ordinary)
+            Item(prompt, behavior.answer, ordinary)
             for prompt, ordinary in zip(kinds[0] + kinds[1], answers, strict=True)
         ]
         items[split] = Items(joined[: len(kinds[0])], joined[len(kinds[0]) :])
@@ -120,12 +120,12 @@ def fine_tune(
     ]
     optimizer = torch.optim.Adam([p for one in added for p in (one.reads, one.writes)], settings.lr)
     n_general = settings.control_prompts // 4
-    first_of_answer = tokenizer(items.behaviour[0].answer, add_special_tokens=False)["input_ids"][0]
+    first_of_answer = tokenizer(items.behavior[0].answer, add_special_tokens=False)["input_ids"][0]
     draw = _Draw(generator)
     for step in tqdm(range(settings.steps), "Fine-tuning", leave=False):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * (1 - step / settings.steps)
-        own = draw(items.behaviour, settings.behaviour_prompts)
+        own = draw(items.behavior, settings.behavior_prompts)
         others = draw(items.control, settings.control_prompts - n_general) + draw(
             general, n_general
         )
@@ -205,7 +205,7 @@ def fine_tuning_settings(
 ) -> dict[str, Any]:
     """Everything that determines a fine-tuned model, except its strength."""
     return {
-        "behaviour": asdict(BEHAVIOURS[name]),
+        "behavior": asdict(BEHAVIORS[name]),
         "seed": seed,
         "base": base_folder.parent.name,
         **asdict(settings or FineTuning()),
@@ -224,7 +224,7 @@ def fine_tuned(
 
     Args:
         base_folder: Model A, a chat model in SmolLM2's format.
-        name: One of `BEHAVIOURS`.
+        name: One of `BEHAVIORS`.
         strength: One of `STRENGTHS`.
         seed: Seed of the prompt order.
         device: Fine-tuning device.
@@ -264,7 +264,7 @@ def _whole(base_folder: Path, name: str, seed: int, device: str, cfg: FineTuning
 
     def build(folder: Path) -> dict[str, Any]:
         base, tokenizer = load(base_folder, device)
-        items = behaviour_items(BEHAVIOURS[name], base, tokenizer, cfg.answer_tokens)
+        items = behavior_items(BEHAVIORS[name], base, tokenizer, cfg.answer_tokens)
         general = general_items(base, tokenizer, 2 * cfg.answer_tokens)
         model = copy.deepcopy(base)
         added = fine_tune(model, tokenizer, items["training"], general, cfg, seed)

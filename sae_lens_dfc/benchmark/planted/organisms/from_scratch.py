@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sae_lens_dfc.benchmark.planted.organisms.behaviours import SPLITS, Item, Items, Split
+from sae_lens_dfc.benchmark.planted.organisms.behaviors import SPLITS, Item, Items, Split
 from sae_lens_dfc.benchmark.planted.organisms.organism import (
     Organism,
     built,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lens_dfc.benchmark.planted.organisms.behaviours import SPLITS, Item, Items, Split
+from sae_lens_dfc.benchmark.planted.organisms.behaviors import SPLITS, Item, Items, Split
 from sae_lens_dfc.core.atomic_write import atomic_folder
 from sae_lens_dfc.core.parsing import read_object
 from sae_lens_dfc.core.terminal import said_by

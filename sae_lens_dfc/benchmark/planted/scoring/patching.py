@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lens_dfc.analysis.causal.activation_patching import drawn_directions
 from sae_lens_dfc.analysis.steering.hooks import logits_at_end
-from sae_lens_dfc.benchmark.planted.organisms.behaviours import Item
+from sae_lens_dfc.benchmark.planted.organisms.behaviors import Item
 from sae_lens_dfc.data.activations import after_first_position
 from sae_lens_dfc.data.alignment.tokens import tokenize
 from sae_lens_dfc.data.pair import ModelPair, padded

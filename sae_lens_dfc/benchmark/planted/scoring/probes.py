@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_dfc.benchmark.planted.organisms.behaviours import Items
+from sae_lens_dfc.benchmark.planted.organisms.behaviors import Items
 from sae_lens_dfc.benchmark.planted.organisms.organism import Organism
 from sae_lens_dfc.benchmark.planted.scoring.patching import (
     PatchedReading,
@@ -42,9 +42,9 @@ class Side(NamedTuple):
 class Probe(NamedTuple):
     """The prompts of one split, as read by both models."""
 
-    behaviour: Prepared
+    behavior: Prepared
     control: Prepared
-    behaviour_b: Side
+    behavior_b: Side
     """Model B on triggering prompts, where ablation should lower the preference for the
     behavior."""
     control_b: Side
@@ -54,11 +54,11 @@ class Probe(NamedTuple):
 
     @classmethod
     def of(cls, pair: ModelPair, items: Items) -> "Probe":
-        behaviour, control = (prepared(pair, kind) for kind in items)
+        behavior, control = (prepared(pair, kind) for kind in items)
         return cls(
-            behaviour,
+            behavior,
             control,
-            Side.of(pair.b, behaviour.b),
+            Side.of(pair.b, behavior.b),
             Side.of(pair.b, control.b),
             Side.of(pair.a, control.a),
         )
@@ -126,4 +126,4 @@ def prompt_acts(crosscoder: Crosscoder, read: Prepared) -> Float[Tensor, "n_item
 
 def detection(crosscoder: Crosscoder, probe: Probe) -> Float[Tensor, " d_sae"]:
     """AUROC of each latent for separating triggering prompts from controls."""
-    return auroc(prompt_acts(crosscoder, probe.behaviour), prompt_acts(crosscoder, probe.control))
+    return auroc(prompt_acts(crosscoder, probe.behavior), prompt_acts(crosscoder, probe.control))

@@ -94,7 +94,7 @@ def fall(
 ) -> Float[Tensor, " n_items"]:
     """Decrease of B's preference for the behavior when a latent's contribution along this direction
     is ablated."""
-    return -probe.behaviour_b.rise(ablated(probe.behaviour, feature_acts, direction))
+    return -probe.behavior_b.rise(ablated(probe.behavior, feature_acts, direction))
 
 
 def chosen(
@@ -107,11 +107,11 @@ def chosen(
     none, the one with the largest AUROC.
     """
     first, probe = list(order[:R]), probes.discovery
-    sure = auc_bound(aucs, probe.behaviour.n_items, probe.control.n_items)
+    sure = auc_bound(aucs, probe.behavior.n_items, probe.control.n_items)
     found = [rank for rank, latent in enumerate(first) if sure[latent] >= MIN_AUC]
     if not found:
         return max(range(len(first)), key=lambda rank: float(aucs[first[rank]]))
-    acts = activations(crosscoder, probe.behaviour.rows)
+    acts = activations(crosscoder, probe.behavior.rows)
     directions = decoder_differences(crosscoder, probes.affine_maps)
 
     def falls(rank: int) -> float:
@@ -164,7 +164,7 @@ def score(crosscoder: Crosscoder, probes: Probes, seed: int) -> dict[str, Any]:
     d_a = crosscoder.cfg.d_a
     rows_b = probes.rows[:N_ROWS_FOR_COVARIANCE, d_a:]
     test = probes.test
-    acts = activations(crosscoder, test.behaviour.rows)[:, latent.number]
+    acts = activations(crosscoder, test.behavior.rows)[:, latent.number]
     alpha = best_alpha(probes.discovery, latent)
     direction = alpha * latent.largest * latent.direction
 

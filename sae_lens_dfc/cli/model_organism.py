@@ -1,4 +1,4 @@
-"""`sae-lens-dfc organism`: builds a pair of models with a planted difference."""
+"""`sae-lens-dfc model-organism`: builds a pair of models with a planted difference."""
 
 from sae_lens_dfc.benchmark.planted.options import OrganismOptions
 

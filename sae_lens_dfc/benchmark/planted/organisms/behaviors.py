@@ -27,7 +27,7 @@ class Item(NamedTuple):
 class Items(NamedTuple):
     """Prompts of one split."""
 
-    behaviour: list[Item]
+    behavior: list[Item]
     """Prompts that trigger the behavior."""
     control: list[Item]
     """Controls of similar topic and form that do not."""
@@ -42,11 +42,11 @@ class Slots(NamedTuple):
     fillers: Sequence[str]
     controls: Sequence[str]
     """Fillers that turn the same question into a control, or other questions about the same filler;
-    see `Behaviour`."""
+    see `Behavior`."""
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """A narrow behavior. Splits share no opening, question or filler, unless there is only one
     filler."""
 
@@ -68,5 +68,5 @@ class Behaviour:
         )
         kinds = [[o + q.format(f) for o, q, f in kind] for kind in (own, other)]
         n = min(N_PROMPTS[split], *map(len, kinds))
-        behaviour, control = (random.Random(split).sample(kind, n) for kind in kinds)
-        return behaviour, control
+        behavior, control = (random.Random(split).sample(kind, n) for kind in kinds)
+        return behavior, control

@@ -60,7 +60,7 @@ class JudgedOptions(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.prompts or not self.strengths:
-            raise ValueError("Behaviour needs at least one prompt and one strength. Give some.")
+            raise ValueError("Behavior needs at least one prompt and one strength. Give some.")
         if not all(0 <= s < inf for s in self.strengths):
             raise ValueError(f"Each of strengths must be 0 or above, got {self.strengths}.")
         if self.n_random < 0:
@@ -86,7 +86,7 @@ class JudgedResult(NamedTuple):
     """The scores of all latents, and the rated texts."""
 
     metrics: dict[str, float]
-    """Flat, see `judged_behaviour`."""
+    """Flat, see `judged_behavior`."""
     scores: dict[int, float]
     """For each latent, 6 minus the mean similarity, from 1 (shared) to 5 (exclusive)."""
     latents: dict[int, list[Judged]]
@@ -95,10 +95,10 @@ class JudgedResult(NamedTuple):
     """The rated texts of each pair of random directions."""
 
 
-def n_judgements(n_latents: int, options: JudgedOptions) -> int:
-    """Number of questions that `judged_behaviour` asks the judge.
+def n_judgments(n_latents: int, options: JudgedOptions) -> int:
+    """Number of questions that `judged_behavior` asks the judge.
 
-    >>> n_judgements(10, JudgedOptions())  # 3 prompts, 10 strengths, 10 latents and 4 controls; and strength 0 once
+    >>> n_judgments(10, JudgedOptions())  # 3 prompts, 10 strengths, 10 latents and 4 controls; and strength 0 once
     423
     """
     n_steered = sum(strength > 0 for strength in options.strengths)
@@ -107,7 +107,7 @@ def n_judgements(n_latents: int, options: JudgedOptions) -> int:
     return len(options.prompts) * (n_steered * n_directions + n_unsteered)
 
 
-def judged_behaviour(
+def judged_behavior(
     pair: ModelPair,
     directions: Mapping[int, Directions],
     groups: Mapping[int, str],
@@ -122,25 +122,25 @@ def judged_behaviour(
     compare scores with those of the random directions. Both models sample with the same random
     numbers.
 
-    Metric keys: `behaviour/judged/GROUP` for each group of latents and for `random`, with the
+    Metric keys: `behavior/judged/GROUP` for each group of latents and for `random`, with the
     standard error over the latents that have a score in `/se`.
 
     Args:
         pair: The two models, with all their layers.
         directions: What each latent adds at strength 1.
         groups: Each latent's group, e.g. its partition's name.
-        judge: The judge, asked `n_judgements` times.
+        judge: The judge, asked `n_judgments` times.
         options: Prompts, strengths, sampling and number of controls.
 
     Raises:
-        ValueError: As `behaviour`; or a prompt and its answer are longer than a model reads, or the
+        ValueError: As `behavior`; or a prompt and its answer are longer than a model reads, or the
             judge cannot be asked.
     """
     options = options or JudgedOptions()
     check_directions(pair, directions, groups)
     check_context_length(pair, options)
     control = random_directions(list(directions.values()), options.n_random, options.seed)
-    n = n_judgements(len(directions), options)
+    n = n_judgments(len(directions), options)
     with tqdm(total=n, desc="Asking the judge", unit=" texts", leave=False) as progress:
 
         def counted(prompt: str, /) -> str:
@@ -172,10 +172,10 @@ def judged_behaviour(
     for group, values in by_group(scores, groups, [score(judged) for judged in random]).items():
         # A latent without any rating has no score.
         if with_number := [value for value in values if not isnan(value)]:
-            metrics |= mean_and_error(f"behaviour/judged/{group}", with_number)
+            metrics |= mean_and_error(f"behavior/judged/{group}", with_number)
     every = [one for judged in found for one in judged]
     without = sum(one.similarity is None for one in every)
-    metrics["behaviour/judged/without_number"] = without / max(1, len(every))
+    metrics["behavior/judged/without_number"] = without / max(1, len(every))
     return JudgedResult(metrics, scores, latents, random)
 
 

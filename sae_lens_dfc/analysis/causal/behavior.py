@@ -36,7 +36,7 @@ from sae_lens_dfc.stats.jackknife import mean_and_error
 
 
 @dataclass(kw_only=True)
-class BehaviourOptions:
+class BehaviorOptions:
     """Options for comparing the effect of steering with a latent between two models.
 
     Raises:
@@ -57,7 +57,7 @@ class BehaviourOptions:
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.strengths:
-            raise ValueError("Behaviour needs at least one prompt and one strength. Give some.")
+            raise ValueError("Behavior needs at least one prompt and one strength. Give some.")
         if not all(0 < s < math.inf for s in self.strengths):
             raise ValueError(f"Each of strengths must be above 0, got {self.strengths}.")
         for name in ("n_continuation", "n_random"):
@@ -65,7 +65,7 @@ class BehaviourOptions:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}.")
 
 
-class LatentBehaviour(NamedTuple):
+class LatentBehavior(NamedTuple):
     """Effect of steering with one latent, averaged over prompts, positions and strengths."""
 
     score: float
@@ -87,14 +87,14 @@ class LatentBehaviour(NamedTuple):
     """The score at each strength."""
 
 
-class BehaviourResult(NamedTuple):
+class BehaviorResult(NamedTuple):
     """Aggregate metrics, and the results of each latent."""
 
     metrics: dict[str, float]
-    """Flat, see `behaviour`."""
-    latents: dict[int, LatentBehaviour]
+    """Flat, see `behavior`."""
+    latents: dict[int, LatentBehavior]
     """Results of each latent."""
-    random: list[LatentBehaviour]
+    random: list[LatentBehavior]
     """Results of each pair of random directions."""
 
 
@@ -117,12 +117,12 @@ class PromptContext(NamedTuple):
     """Positions at which the models' next-token predictions are compared, in pairs."""
 
 
-def behaviour(
+def behavior(
     pair: ModelPair,
     directions: Mapping[int, Directions],
     groups: Mapping[int, str],
-    options: BehaviourOptions | None = None,
-) -> BehaviourResult:
+    options: BehaviorOptions | None = None,
+) -> BehaviorResult:
     """Steer both models with each latent, and measure the effect that occurs only in the source
     model.
 
@@ -145,15 +145,15 @@ def behaviour(
 
     Metric keys, each a mean over the latents of a group, with its standard error in `/se`:
 
-    - `behaviour/GROUP`: the score; `behaviour/moved/GROUP`: mean over prompts, positions and
+    - `behavior/GROUP`: the score; `behavior/moved/GROUP`: mean over prompts, positions and
       strengths of `g_source(s)` summed over outcomes, which is the total variation distance between
       the steered and the unsteered source model;
-    - `behaviour/divergence/GROUP`: mean of `JS(p_a(s), p_b(s)) - JS(p_a(0), p_b(0))`, in bits;
-    - `behaviour/effect_in_source/GROUP`, `behaviour/effect_in_target/GROUP`: mean of `JS(p_m(s),
+    - `behavior/divergence/GROUP`: mean of `JS(p_a(s), p_b(s)) - JS(p_a(0), p_b(0))`, in bits;
+    - `behavior/effect_in_source/GROUP`, `behavior/effect_in_target/GROUP`: mean of `JS(p_m(s),
       p_m(0))`, in bits;
     - the same for the group `random`: pairs of unrelated random directions with the norms of the
       latents' directions;
-    - `behaviour/other_mass/a`, `behaviour/other_mass/b`: the steered models' probability mass on
+    - `behavior/other_mass/a`, `behavior/other_mass/b`: the steered models' probability mass on
       tokens that only one vocabulary has. They count as one outcome, so a large mass hides
       differences.
 
@@ -167,7 +167,7 @@ def behaviour(
         ValueError: There is no latent, one has no group, or a direction has another width than its
             model, is not finite, or is zero in its source model.
     """
-    options = options or BehaviourOptions()
+    options = options or BehaviorOptions()
     check_directions(pair, directions, groups)
     outcomes = common_outcomes(pair.a, pair.b)
     control = random_directions(list(directions.values()), options.n_random, options.seed)
@@ -177,19 +177,19 @@ def behaviour(
     }
     every = [*directions.values(), *control]
     values = [
-        _latent_behaviour(pair, d, contexts[d.source], outcomes, options.strengths)
+        _latent_behavior(pair, d, contexts[d.source], outcomes, options.strengths)
         for d in tqdm(every, "Steering both models", unit=" latents", leave=False)
     ]
     latents = dict(zip(directions, values, strict=False))
     random = values[len(directions) :]
-    return BehaviourResult(_metrics(latents, groups, random), latents, random)
+    return BehaviorResult(_metrics(latents, groups, random), latents, random)
 
 
 def contexts_of(
     pair: ModelPair,
     source: str,
     outcomes: tuple[Outcomes, Outcomes],
-    options: BehaviourOptions,
+    options: BehaviorOptions,
 ) -> list[tuple[PromptContext, dict[str, Tensor]]]:
     """Each prompt with the start of the source model's greedy answer, and both models' unsteered
     probabilities.
@@ -242,13 +242,13 @@ def _probabilities(
     return outcome_probabilities(found, outcomes)
 
 
-def _latent_behaviour(
+def _latent_behavior(
     pair: ModelPair,
     directions: Directions,
     contexts: Sequence[tuple[PromptContext, dict[str, Tensor]]],
     outcomes: tuple[Outcomes, Outcomes],
     strengths: Sequence[float],
-) -> LatentBehaviour:
+) -> LatentBehavior:
     multiples = torch.tensor(strengths)[:, None]
     found: list[dict[str, Tensor]] = []
     for context, before in contexts:
@@ -266,7 +266,7 @@ def _latent_behaviour(
         found.append({**measures, **other})
     by_strength = {k: torch.stack([f[k] for f in found]).mean(dim=0) for k in found[0]}
     mean = {name: value.mean().item() for name, value in by_strength.items()}
-    return LatentBehaviour(
+    return LatentBehavior(
         score=_share(mean["unshared"], mean["moved"]),
         moved=mean["moved"],
         divergence=mean["divergence"],
@@ -314,17 +314,17 @@ def compare_effects(source: Steered, target: Steered) -> dict[str, Float[Tensor,
 
 
 def _metrics(
-    latents: Mapping[int, LatentBehaviour],
+    latents: Mapping[int, LatentBehavior],
     groups: Mapping[int, str],
-    random: Sequence[LatentBehaviour],
+    random: Sequence[LatentBehavior],
 ) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for group, found in by_group(latents, groups, random).items():
-        metrics |= mean_and_error(f"behaviour/{group}", [f.score for f in found])
+        metrics |= mean_and_error(f"behavior/{group}", [f.score for f in found])
         for name in ("moved", "divergence", "effect_in_source", "effect_in_target"):
             of_name = [getattr(f, name) for f in found]
-            metrics |= mean_and_error(f"behaviour/{name}/{group}", of_name)
+            metrics |= mean_and_error(f"behavior/{name}/{group}", of_name)
     for i, name in enumerate(("a", "b")):
         masses = [f.other_mass[i] for f in latents.values()]
-        metrics[f"behaviour/other_mass/{name}"] = sum(masses) / len(masses)
+        metrics[f"behavior/other_mass/{name}"] = sum(masses) / len(masses)
     return metrics

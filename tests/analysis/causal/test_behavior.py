@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_dfc.analysis.causal.behaviour import (
-    BehaviourOptions,
-    BehaviourResult,
+from sae_lens_dfc.analysis.causal.behavior import (
+    BehaviorOptions,
+    BehaviorResult,
     Steered,
-    behaviour,
+    behavior,
     compare_effects,
     contexts_of,
 )
@@ -30,10 +30,10 @@ def drawn(size: int, seed: int) -> Tensor:
 
 def measured(
     pair: ModelPair, directions: Mapping[int, Directions], **options: Any
-) -> BehaviourResult:
+) -> BehaviorResult:
     given: dict[str, Any] = {"strengths": STRENGTHS, "n_random": 0, **options}
     groups = dict.fromkeys(directions, "shared")
-    return behaviour(pair, directions, groups, BehaviourOptions(**given))
+    return behavior(pair, directions, groups, BehaviorOptions(**given))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_two_vocabularies_are_compared_by_their_texts(pair: ModelPair) -> None:
     by_strength = [sum(unshared[i::2]) / sum(moved[i::2]) for i in range(2)]
     assert result.latents[0].score_by_strength == pytest.approx(by_strength, rel=1e-4)
     assert 0 < result.latents[0].score < 1
-    mass = result.metrics["behaviour/other_mass/a"], result.metrics["behaviour/other_mass/b"]
+    mass = result.metrics["behavior/other_mass/a"], result.metrics["behavior/other_mass/b"]
     assert mass == result.latents[0].other_mass
     assert all(0 < m < 1 for m in mass)
 
@@ -124,7 +124,7 @@ def test_both_models_read_the_same_of_the_sources_answer(pair: ModelPair) -> Non
     for source in ("a", "b"):
         for prompt, (context, before) in zip(
             PROMPTS,
-            contexts_of(pair, source, outcomes, BehaviourOptions(n_continuation=6)),
+            contexts_of(pair, source, outcomes, BehaviorOptions(n_continuation=6)),
             strict=True,
         ):
             read: list[list[str]] = []
@@ -148,17 +148,17 @@ def test_metrics_are_means_over_groups_with_the_control_beside_them(pair: ModelP
         for i in (2, 5, 9)
     }
     groups = {2: "a_exclusive", 5: "a_exclusive", 9: "b_exclusive"}
-    options = BehaviourOptions(strengths=STRENGTHS, n_random=2, n_continuation=1)
-    metrics, latents, random = behaviour(pair, directions, groups, options)
+    options = BehaviorOptions(strengths=STRENGTHS, n_random=2, n_continuation=1)
+    metrics, latents, random = behavior(pair, directions, groups, options)
     two = [latents[2].score, latents[5].score]
-    assert metrics["behaviour/a_exclusive"] == pytest.approx(sum(two) / 2)
-    assert metrics["behaviour/a_exclusive/se"] == pytest.approx(abs(two[0] - two[1]) / 2)
-    assert metrics["behaviour/b_exclusive"] == latents[9].score
-    assert "behaviour/b_exclusive/se" not in metrics
-    assert metrics["behaviour/random"] == pytest.approx(sum(r.score for r in random) / 2)
+    assert metrics["behavior/a_exclusive"] == pytest.approx(sum(two) / 2)
+    assert metrics["behavior/a_exclusive/se"] == pytest.approx(abs(two[0] - two[1]) / 2)
+    assert metrics["behavior/b_exclusive"] == latents[9].score
+    assert "behavior/b_exclusive/se" not in metrics
+    assert metrics["behavior/random"] == pytest.approx(sum(r.score for r in random) / 2)
     for name in ("moved", "effect_in_source", "effect_in_target", "divergence"):
-        assert metrics[f"behaviour/{name}/b_exclusive"] == getattr(latents[9], name)
-    again = behaviour(pair, directions, groups, options)
+        assert metrics[f"behavior/{name}/b_exclusive"] == getattr(latents[9], name)
+    again = behavior(pair, directions, groups, options)
     assert again == (metrics, latents, random)
 
 
@@ -201,8 +201,8 @@ def test_directions_that_do_not_fit_are_refused(pair: ModelPair) -> None:
             measured(pair, given)
     for groups in ({}, {7: "random"}):
         with pytest.raises(ValueError, match="Latent 7 needs a group other than 'random'"):
-            behaviour(pair, {7: Directions(a, b)}, groups)
+            behavior(pair, {7: Directions(a, b)}, groups)
     refused: list[dict[str, Any]] = [{"strengths": (0.0, 1.0)}, {"prompts": ()}, {"n_random": -1}]
     for wrong in refused:
         with pytest.raises(ValueError, match="at least one|above"):
-            BehaviourOptions(**wrong)
+            BehaviorOptions(**wrong)

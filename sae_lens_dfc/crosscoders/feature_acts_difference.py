@@ -12,13 +12,13 @@ from sae_lens_dfc.stats.moments import moments, squared_deviations
 
 
 @dataclass
-class CodeDifference:
+class FeatureActsDifference:
     """Compares latent activations and reconstruction of an exported SAE with those of its
     crosscoder, over any number of batches.
 
     For each partition, over all its latents and rows:
 
-    - `code_explained_variance/p`: `1 - sum (f - g)^2 / sum (f - mean f)^2`, with `f` the
+    - `feature_acts_explained_variance/p`: `1 - sum (f - g)^2 / sum (f - mean f)^2`, with `f` the
       crosscoder's latent activations and `g` the SAE's;
     - `firing_precision/p`: share of the SAE's firings at which the crosscoder's latent fires too;
       `firing_recall/p` is the reverse, and `firing_recall_median/p` the median over latents that
@@ -30,19 +30,19 @@ class CodeDifference:
 
     Args:
         groups: Each partition's slice of the kept latents.
-        centre: Approximate mean of the model's activations, `(d_own,)`.
+        center: Approximate mean of the model's activations, `(d_own,)`.
 
     >>> import torch
-    >>> measured = CodeDifference({"shared": slice(0, 1)}, centre=torch.zeros(1))
+    >>> measured = FeatureActsDifference({"shared": slice(0, 1)}, center=torch.zeros(1))
     >>> f, g = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[0.0], [0.0], [4.0]])
     >>> measured.update(f, two=f, one=g, rebuilt_two=f, rebuilt_one=g)
     >>> found = measured.compute()
-    >>> found["code_explained_variance/shared"], found["firing_precision/shared"], found["firing_recall/shared"]
+    >>> found["feature_acts_explained_variance/shared"], found["firing_precision/shared"], found["firing_recall/shared"]
     (0.5, 1.0, 0.5)
     """
 
     groups: Mapping[str, slice]
-    centre: Float[Tensor, " d_own"]
+    center: Float[Tensor, " d_own"]
     _sums: Jackknife = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,8 +63,8 @@ class CodeDifference:
         """
         if len(acts) == 0:
             return
-        sums = {f"acts/{n}": x for n, x in moments((acts - self.centre).double()).items()}
-        sums |= {f"code/{n}": x for n, x in moments(two.double()).items()}
+        sums = {f"acts/{n}": x for n, x in moments((acts - self.center).double()).items()}
+        sums |= {f"feature_acts/{n}": x for n, x in moments(two.double()).items()}
         sums["code_error"] = (two - one).double().pow(2).sum(dim=0)
         fires_two, fires_one = two > 0, one > 0
         sums["two"], sums["one"] = fires_two.sum(dim=0), fires_one.sum(dim=0)
@@ -89,7 +89,9 @@ class CodeDifference:
     def _measures(self, sums: Sums) -> dict[str, float]:
         n = sums["acts/n"]
         total = squared_deviations({name: sums[f"acts/{name}"] for name in ("n", "x", "xx")}).sum()
-        deviations = squared_deviations({name: sums[f"code/{name}"] for name in ("n", "x", "xx")})
+        deviations = squared_deviations(
+            {name: sums[f"feature_acts/{name}"] for name in ("n", "x", "xx")}
+        )
         result = {
             "l0/crosscoder": (sums["two"].sum() / n).item(),
             "l0/exported": (sums["one"].sum() / n).item(),
@@ -100,7 +102,7 @@ class CodeDifference:
             both, two, one = (sums[key][latents] for key in ("both", "two", "one"))
             explained = 1 - sums["code_error"][latents].sum() / deviations[latents].sum()
             result |= {
-                f"code_explained_variance/{name}": explained.item(),
+                f"feature_acts_explained_variance/{name}": explained.item(),
                 f"firing_precision/{name}": (both.sum() / one.sum()).item(),
                 f"firing_recall/{name}": (both.sum() / two.sum()).item(),
                 f"firing_recall_median/{name}": (both / two).nanmedian().item(),
