@@ -17,7 +17,7 @@ from sae_lens_dfc.core.terminal import said_by
 from sae_lens_dfc.data.alignment.align import Coverage, pack
 from sae_lens_dfc.data.alignment.segments import Segments
 from sae_lens_dfc.data.pair import ModelPair
-from sae_lens_dfc.data.sources import Source, aligned_pieces, is_empty
+from sae_lens_dfc.data.sources import AlignedDocument, Source
 from sae_lens_dfc.data.text.datasets import RowsState
 
 logger = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ class _SourceReading:
             self.n_empty = place.get("n_empty", 0)  # checkpoints of earlier versions have none
             self.coverage_before = Coverage.from_dict(place["coverage_before"])
             self.coverage = Coverage.from_dict(place["coverage_before"])
-        self.rows = source.read(self.before)
+        self.documents = source.read_aligned(stream.pair, self.before)
         self.n_documents = self.n_before
         self.contexts: Iterator[Segments] = iter(())
         self.ahead: Segments | None = None
@@ -305,31 +305,29 @@ class _SourceReading:
 
     def open_next(self) -> bool:
         """Open the next document of the part, if there is one."""
-        for document, after in self.rows:
+        for document in self.documents:
             self.n_documents += 1
             if self.stream.is_read(self.n_documents - 1):
                 self.n_read += 1
-                self.contexts = self.contexts_of(document, after)
+                self.contexts = self.contexts_of(document)
                 return True
-            self.before, self.n_before = after, self.n_documents
+            self.before, self.n_before = document.after, self.n_documents
         self.has_ended = True
         if self.stream.part != "held_out":
             self.source.check_empty(self.n_empty, self.n_read)
         return False
 
-    def contexts_of(self, document: Any, after: RowsState) -> Iterator[Segments]:
-        stream = self.stream
-        self.n_empty += is_empty(document)
-        pieces = aligned_pieces(stream.pair, document, self.source.cfg.tokenizer)
+    def contexts_of(self, document: AlignedDocument) -> Iterator[Segments]:
+        self.n_empty += document.is_empty
         try:
-            for segments, coverage in pieces:
+            for segments, coverage in document.pieces:
                 self.coverage.add(coverage)
-                yield from pack(segments, stream.context_size - 1, self.coverage)
+                yield from pack(segments, self.stream.context_size - 1, self.coverage)
         except ValueError as error:
             self.n_unreadable += 1
             number = self.n_documents - 1
             self.source.check_unreadable(self.n_unreadable, self.n_read, number, error)
-        self.before, self.n_before, self.n_taken = after, self.n_documents, 0
+        self.before, self.n_before, self.n_taken = document.after, self.n_documents, 0
         self.coverage_before = deepcopy(self.coverage)
 
     def has_context(self) -> bool:

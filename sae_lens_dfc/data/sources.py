@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +35,16 @@ TOKEN_COLUMNS = ("input_ids", "tokens")
 OTHER_CHAT_COLUMNS = ("conversations", "conversation")
 """The names of ShareGPT and LMSYS-Chat-1M."""
 CONTRASTIVE_COLUMNS = {"prompt", "completion_a", "completion_b"}
+
+
+class AlignedDocument(NamedTuple):
+    """A document of a source, which is tokenized and aligned only as its pieces are read."""
+
+    pieces: Iterator[tuple[Segments, Coverage]]
+    is_empty: bool
+    """Whether it is null, or without any character, message or token id."""
+    after: RowsState
+    """Position after it."""
 
 
 class Source:
@@ -173,6 +183,14 @@ class Source:
         it."""
         for row, after in self.rows.read(place):
             yield (row if self.column is None else row[self.column]), after
+
+    def read_aligned(
+        self, pair: ModelPair, place: RowsState | None = None
+    ) -> Iterator[AlignedDocument]:
+        """Each document from a position on, aligned between the pair's tokenizers."""
+        for document, after in self.read(place):
+            pieces = aligned_pieces(pair, document, self.cfg.tokenizer)
+            yield AlignedDocument(pieces, is_empty(document), after)
 
 
 def _column(cfg: SourceConfig, columns: Sequence[str]) -> str | None:
