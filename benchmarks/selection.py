@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, ModelPair
-from sae_lens_dfc.analysis.evaluation.baselines import like, train_and_measure
+from sae_lens_dfc.analysis.evaluation.baselines import like
 from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.analysis.evaluation.measure import measure as measured
+from sae_lens_dfc.analysis.evaluation.measure import train_crosscoder
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
 from sae_lens_dfc.analysis.report.tables import spread
 from sae_lens_dfc.benchmark.provenance import provenance
@@ -69,8 +71,8 @@ def measure(
         for variant, run in configs(cfg).items():
             if only and variant not in only:
                 continue
-            measured = train_and_measure(PairTask(replace(run, seed=seed), pair, data))
-            metrics = measured.evaluation.metrics
+            case = PairTask(replace(run, seed=seed), pair, data)
+            metrics = measured(train_crosscoder(case), case).metrics
             rows.append({"pair": name, "selection": variant, "seed": seed, **source, **metrics})
     return rows
 

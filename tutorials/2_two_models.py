@@ -58,10 +58,10 @@ from sae_lens_dfc import (
     DFCTrainingCrosscoderConfig,
     ModelPair,
 )
-from sae_lens_dfc.analysis.evaluation.assess import train_crosscoder
 from sae_lens_dfc.analysis.evaluation.baselines import like
 from sae_lens_dfc.analysis.evaluation.demo import demo_models
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.analysis.evaluation.measure import train_crosscoder
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.data.alignment.align import REASONS, Coverage
 from sae_lens_dfc.data.contexts import PairCounts

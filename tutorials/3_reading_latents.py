@@ -41,10 +41,10 @@ import pandas as pd
 from IPython.display import HTML, display
 
 from sae_lens_dfc import CrosscoderTrainingRunner
-from sae_lens_dfc.analysis.evaluation.assess import train_crosscoder
 from sae_lens_dfc.analysis.evaluation.baselines import prefixed
 from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.analysis.evaluation.measure import train_crosscoder
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.analysis.latents.cards import latent_cards, strongest_latents
 from sae_lens_dfc.analysis.latents.max_activating import collect_max_activating

@@ -73,6 +73,9 @@ class EvaluateOptions(Judging):
     """Null pairs, which have no difference to find, separated by spaces: self (model A twice),
     shuffle (pairs shuffled), seed (model A and --seed-model), or none. Computes all measures, like
     --output. Default with --output: self and shuffle."""
+    baselines: bool = field(default=False, action="store_true")
+    """Also train and measure a BatchTopK crosscoder with the same settings, and measure PCA, with
+    --output or --null."""
     seed_model: str | None = None
     """For the null seed: a model that differs from model A only in its initialization."""
     null_pairs: int = 100_000

@@ -12,10 +12,10 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.analysis.causal.downstream import downstream
-from sae_lens_dfc.analysis.evaluation.assess import AssessOptions, measure, train_crosscoder
 from sae_lens_dfc.analysis.evaluation.baselines import like
 from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
+from sae_lens_dfc.analysis.evaluation.measure import measure, train_crosscoder
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.analysis.report.results import drop_nonfinite
 from sae_lens_dfc.benchmark.planted.run import resumed
@@ -30,9 +30,9 @@ from sae_lens_dfc.data.paired_text import PairedText
 from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.models.packaged import DEMO_A, DEMO_B
 from sae_lens_dfc.stats.jackknife import SE
-from sae_lens_dfc.training.checks import with_models
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.preflight.peak_memory import with_peak_memory
+from sae_lens_dfc.training.resolve import resolve
 
 FILENAME = "evaluate.json"
 PAIR = "two models"
@@ -155,7 +155,7 @@ def _two_models(preset: Preset) -> PairTask:
     models = demo_models(preset.demo)
     pair = ModelPair.load(*models)
     cfg = demo_run_config(preset.demo, *models)
-    cfg = with_models(replace(cfg, output_path=None), pair.describe())
+    cfg = resolve(replace(cfg, output_path=None), pair.describe())
     return PairTask(cfg, pair, PairData.collect(PairedText(cfg, pair), "The two models"))
 
 
@@ -174,9 +174,8 @@ def row(run: Run, two_models: PairTask, preset: Preset) -> dict[str, Any]:
     if run.case != PAIR:
         case = null_case(run.case, case)
     crosscoder, training_seconds = _timed(lambda: train_crosscoder(case))
-    of_activations = AssessOptions(nulls=[], downstream_pairs=0, behavior_latents=0)
     (found, seconds), peak = with_peak_memory(
-        lambda: _timed(lambda: measure(crosscoder, case, of_activations)), torch.device(cfg.device)
+        lambda: _timed(lambda: measure(crosscoder, case)), torch.device(cfg.device)
     )
     predicted, downstream_seconds = _timed(
         lambda: _downstream(crosscoder, case, preset.downstream_pairs)

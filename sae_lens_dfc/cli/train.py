@@ -61,7 +61,8 @@ def run(options: TrainOptions) -> None:
 
 def _log_first_look(runner: CrosscoderTrainingRunner) -> None:
     """Log a first look at the data if training starts at the beginning of a text."""
-    if runner.cache is not None or runner.cfg.resume or distributed.rank() > 0:
+    text = runner.stream.text
+    if text is None or runner.cfg.resume or distributed.rank() > 0:
         return
-    for line in first_lines(runner.pair, runner.data.sources, runner.cfg):
+    for line in first_lines(runner.pair, text.sources, runner.cfg):
         logger.info("%s", line)

@@ -1,8 +1,6 @@
 """Validates a run as its runner starts: models, activations, output folder and existing checkpoints."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +9,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens_dfc.core.identity import deciding, first_difference, same_wherever
 from sae_lens_dfc.core.parsing import read_object
 from sae_lens_dfc.core.terminal import said_by
-from sae_lens_dfc.crosscoders.architectures.dfc import (
-    DFCTrainingCrosscoderConfig,
-    exclusivity_tests,
-)
-from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
+from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.inference import check_metadata
 from sae_lens_dfc.data.activations import PairedRows
 from sae_lens_dfc.models.number_formats import warn_where_slow
@@ -152,45 +146,3 @@ def check_checkpoints(cfg: CrosscoderRunnerConfig) -> None:
             f"{cfg.checkpoint_path} holds checkpoints of a training. Pass --resume to continue it, --overwrite to "
             "start over, or name another checkpoint_path."
         )
-
-
-def with_models(
-    cfg: CrosscoderRunnerConfig, models: dict[str, dict[str, Any]]
-) -> CrosscoderRunnerConfig:
-    """The same settings, completed with the models' hooks and widths and the steps of exclusivity
-    tests.
-
-    Args:
-        cfg: Settings.
-        models: `ModelPair.describe()`, or the same from a cache.
-
-    Raises:
-        ValueError: A width is set that differs from the model's.
-    """
-    first, *others = [_with_models(sae, cfg, models) for sae in cfg.all_saes]
-    return replace(
-        cfg,
-        sae=first,
-        other_saes=others,
-        model_a=replace(cfg.model_a, hook_name=models["model_a"]["hook_name"]),
-        model_b=replace(cfg.model_b, hook_name=models["model_b"]["hook_name"]),
-    )
-
-
-def _with_models(
-    sae: CrosscoderTrainingConfig, cfg: CrosscoderRunnerConfig, models: dict[str, dict[str, Any]]
-) -> CrosscoderTrainingConfig:
-    widths: dict[str, int] = {}
-    for which in ("a", "b"):
-        said, model = getattr(sae, f"d_{which}"), models[f"model_{which}"]
-        widths[f"d_{which}"] = model["d_model"]
-        if said not in (0, model["d_model"]):
-            raise ValueError(
-                f"sae.d_{which}={said}, but hook {model['hook_name']!r} of model {model['model_name']!r} is "
-                f"{model['d_model']} wide. Set d_{which}={model['d_model']}, or leave it out."
-            )
-    is_tested = cfg.reassign_at and isinstance(sae, DFCTrainingCrosscoderConfig)
-    tests = exclusivity_tests(cfg.reassign_at, cfg.training_steps) if is_tested else {}
-    # Copied because training writes into the metadata, which two runs of one configuration must not
-    # share.
-    return replace(sae, d_in=0, metadata=deepcopy(sae.metadata), **widths, **tests)

@@ -26,10 +26,9 @@ from sae_lens_dfc.core.output_folder import check_output, file_lock, is_made
 from sae_lens_dfc.core.terminal import said_by
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
-from sae_lens_dfc.data.activations import PairedRows, StatefulBatch, StreamState
-from sae_lens_dfc.data.batches import Batches, epochs, epochs_in_memory, shuffled
+from sae_lens_dfc.data.activations import PairedRows, StreamState
+from sae_lens_dfc.data.batches import Batches
 from sae_lens_dfc.data.cache.reader import PairedActivationsCache
-from sae_lens_dfc.data.contexts import PairCounts
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.paired_text import PairedText, open_pair
 from sae_lens_dfc.metrics.evaluate import HeldOutEvaluator
@@ -46,12 +45,12 @@ from sae_lens_dfc.training.checks import (
     difference,
     is_run_of,
     warn_of_slow_formats,
-    with_models,
 )
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.data_parallel import data_parallel, for_this_rank
 from sae_lens_dfc.training.formats import with_formats_settled
-from sae_lens_dfc.training.from_cache import with_cache
+from sae_lens_dfc.training.resolve import resolve
+from sae_lens_dfc.training.stream import TrainingStream
 from sae_lens_dfc.training.trainer import CrosscoderTrainer
 
 logger = logging.getLogger(__name__)
@@ -86,39 +85,31 @@ class CrosscoderTrainingRunner:
         self.cache: PairedActivationsCache | None = None
         if cfg.cache_path is not None:
             self.cache = PairedActivationsCache(cfg.cache_path)
-        cfg = with_formats_settled(cfg, self.cache)
-        warn_of_slow_formats(cfg)
-        if self.cache is not None:
-            cfg = with_cache(cfg, self.cache)
-        elif cfg.n_ranks != distributed.world_size():
+        self._to_load = with_formats_settled(cfg, self.cache)
+        warn_of_slow_formats(self._to_load)
+        if self.cache is None and cfg.n_ranks != distributed.world_size():
             raise ValueError(
                 f"n_ranks={cfg.n_ranks}, but {distributed.world_size()} processes are running. Leave it to torchrun."
             )
-        self.cfg = cfg
         self._override_pair = override_pair
         self.models = self.cache.models if self.cache else self.pair.describe()
         """Facts about the two models."""
-        self.cfg = with_models(cfg, self.models)
-        self._rows = override_rows
+        self.cfg = resolve(self._to_load, self.models, self.cache)
+        check_rows(override_rows or ())
+        source = override_rows if self.cache is None else self.cache
+        self.stream = TrainingStream(
+            self.cfg,
+            PairedText(self.cfg, self.pair, distributed.rank()) if source is None else source,
+        )
+        """The batches to train on."""
         self.is_finished = resumes_finished and is_run_of(self.cfg, self._training)
         """Whether the training to resume is already finished, with its result in the output
         folder."""
-        if override_rows is None and self.cache is None:
-            _ = self.data  # raises if the text is unusable
-        self.counts = PairCounts()
-        """Counts of the training text's documents and pairs, over its first pass only."""
-        check_rows(override_rows or ())
-        self._is_text_counted = False
 
     @cached_property
     def pair(self) -> ModelPair:
         """The two models; not loaded when training on a cache."""
-        return self._override_pair or open_pair(self.cfg)
-
-    @cached_property
-    def data(self) -> PairedText:
-        """The text that this rank reads; not opened with precomputed activations."""
-        return PairedText(self.cfg, self.pair, distributed.rank())
+        return self._override_pair or open_pair(self._to_load)
 
     def run(self) -> TrainingCrosscoder[Any]:
         """Train, save if `output_path` is set, and return the crosscoder in eval mode.
@@ -164,15 +155,14 @@ class CrosscoderTrainingRunner:
 
     def _run_all(self, stop: GracefulShutdown) -> Crosscoders:
         cfg = self.cfg
-        self.counts, self._is_text_counted = PairCounts(), False
         crosscoders = {
             name: self._new(sae, cfg.seed + i) for i, (name, sae) in enumerate(cfg.saes.items())
         }
         # Before the batches: their thread runs the models too, and hooks are not thread-safe.
         evaluator = self._evaluator()
         checkpoint = self._checkpoint()
-        start = None if checkpoint is None else self._read_place(checkpoint)
-        batches = Batches(self._marked_batches(start, stop), cfg.prefetch_llm_batches, start, stop)
+        start, counts = (None, None) if checkpoint is None else self._read_place(checkpoint)
+        batches = self.stream.batches(stop, start, counts)
         try:
             if checkpoint is None:
                 self._fit_normalization(crosscoders, batches)
@@ -180,7 +170,7 @@ class CrosscoderTrainingRunner:
                 for_this_rank(cfg.to_sae_trainer_config()),
                 crosscoders,
                 batches,
-                lambda: {**self._training, "counts": self.counts.to_dict()},
+                lambda: {**self._training, "counts": self.stream.counts.to_dict()},
                 evaluator,
             )
             self._start_wandb()
@@ -204,16 +194,7 @@ class CrosscoderTrainingRunner:
     def _training(self) -> dict[str, Any]:
         """Identity of this training as plain values, which must match that of the checkpoint to
         resume."""
-        return {"cfg": self.cfg.to_dict(), "models": self.models, **self._made_of}
-
-    @cached_property
-    def _made_of(self) -> dict[str, Any]:
-        """Fingerprints of the cache or the text; none for precomputed activations."""
-        is_live = self._rows is None and self.cache is None
-        return {
-            "cache": self.cache.fingerprint if self.cache else None,
-            "text": self.data.fingerprint if is_live else None,
-        }
+        return {"cfg": self.cfg.to_dict(), "models": self.models, **self.stream.made_of}
 
     def _new(self, sae: CrosscoderTrainingConfig, seed: int) -> TrainingCrosscoder[Any]:
         torch.manual_seed(seed)
@@ -231,7 +212,7 @@ class CrosscoderTrainingRunner:
         # The manifest identifies the cache of a run; the fingerprints of the cache's text identify
         # the text itself.
         of_cache = {"text_of_cache": self.cache.manifest.get("text")} if self.cache else {}
-        metadata.made_of = {**self._made_of, **of_cache}
+        metadata.made_of = {**self.stream.made_of, **of_cache}
         return crosscoder
 
     def _checkpoint(self) -> Path | None:
@@ -251,7 +232,8 @@ class CrosscoderTrainingRunner:
         logger.info("Resuming training from %s", found[-1])
         return found[-1]
 
-    def _read_place(self, checkpoint: Path) -> StreamState | None:
+    def _read_place(self, checkpoint: Path) -> tuple[StreamState | None, Any]:
+        """The stream's state and counts at a checkpoint of this training."""
         place, values = load_place(checkpoint)
         now = self._training
         if not values.keys() >= {*now, "counts"} or not isinstance(values["cfg"], dict):
@@ -269,10 +251,7 @@ class CrosscoderTrainingRunner:
                 "bit-identical",
                 devices,
             )
-        self.counts.load(values["counts"])
-        rows = None if place is None else place.values.get("rows")
-        self._is_text_counted = isinstance(rows, dict) and rows.get("epoch", 0) != 0
-        return place
+        return place, values["counts"]
 
     def _fit_normalization(self, crosscoders: Crosscoders, batches: Batches) -> None:
         n_batches = self.cfg.n_batches_for_norm_estimate
@@ -286,44 +265,6 @@ class CrosscoderTrainingRunner:
             crosscoder.training_forward_pass = torch.compile(
                 crosscoder.training_forward_pass, mode=self.cfg.sae_compilation_mode
             )
-
-    # --- the data ---
-
-    def _marked_batches(
-        self, start: StreamState | None, stop: GracefulShutdown
-    ) -> Iterator[StatefulBatch]:
-        cfg = self.cfg
-        batch_size = cfg.train_batch_size_tokens // distributed.world_size()
-        if self.cache is not None:
-            return self.cache.batches(
-                batch_size,
-                cfg.seed,
-                cfg.cache_window_shards,
-                start,
-                share=(distributed.rank(), distributed.world_size()),
-            )
-        in_memory = cfg.keep_in_memory or self._rows is not None
-        repeat = epochs_in_memory if in_memory else epochs
-        return shuffled(
-            lambda place: stop.between(repeat(self.training_rows, place)),
-            batch_size,
-            cfg.n_batches_in_buffer * batch_size,
-            cfg.activations_mixing_fraction,
-            cfg.seed,
-            start,
-        )
-
-    def training_rows(self, start: StreamState | None = None) -> Iterator[PairedRows]:
-        """One pass over the training text, from the given stream state."""
-        if self._rows is not None:
-            self.counts.pairs = sum(len(rows.acts) for rows in self._rows)
-            return iter(self._rows)
-        if self._is_text_counted:
-            return self.data.rows("training", PairCounts(), start)
-        self._is_text_counted = True
-        if start is None:
-            self.counts = PairCounts()
-        return self.data.rows("training", self.counts, start)
 
     # --- logging and saving ---
 
@@ -357,14 +298,16 @@ class CrosscoderTrainingRunner:
 
     def _finish(self, crosscoders: Crosscoders, trainer: CrosscoderTrainer) -> None:
         n_samples = trainer.n_training_samples
-        n_pairs = len(self.cache) if self.cache else self._total(self.counts.pairs)
+        n_pairs = self.stream.n_pairs
+        n_pairs = n_pairs if self.cache else self._total(n_pairs)
         n_pairs = min(n_samples, n_pairs)  # a prefetched batch may be unused
         for crosscoder in crosscoders.values():
             crosscoder.eval()
             metadata = crosscoder.cfg.metadata
             metadata.samples_trained, metadata.pairs_trained = n_samples, n_pairs
         logger.info("Trained on %d samples of %d distinct pairs", n_samples, n_pairs)
-        n_texts, n_empty = self._total(self.counts.texts), self._total(self.counts.empty)
+        counts = self.stream.counts
+        n_texts, n_empty = self._total(counts.texts), self._total(counts.empty)
         if n_empty > 0:
             logger.info("%d of the %d training documents read were empty", n_empty, n_texts)
         if self.cfg.output_path is None or distributed.rank() > 0:
@@ -372,7 +315,7 @@ class CrosscoderTrainingRunner:
         with atomic_folder(self.cfg.output_path) as folder:
             several = len(crosscoders) > 1
             if several:
-                _write_cfg(self.cfg, folder)
+                write_cfg(self.cfg, folder)
             for name, crosscoder in crosscoders.items():
                 # A single crosscoder fills the folder; of several, each gets a subfolder that is a
                 # run of its own.
@@ -389,11 +332,12 @@ class CrosscoderTrainingRunner:
     ) -> None:
         crosscoder.save_inference_model(folder)
         save_file({"sparsity": log_feature_sparsity}, folder / SPARSITY_FILENAME)
-        _write_cfg(cfg, folder)
+        write_cfg(cfg, folder)
 
     def _total(self, n: int) -> int:
         return int(distributed.all_reduce_sum(torch.tensor(n, device=self.cfg.device)))
 
 
-def _write_cfg(cfg: CrosscoderRunnerConfig, folder: Path) -> None:
+def write_cfg(cfg: CrosscoderRunnerConfig, folder: Path) -> None:
+    """Write a run's settings, from which evaluation opens its models and text."""
     (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict(), indent=2) + "\n")

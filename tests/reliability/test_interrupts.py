@@ -413,7 +413,7 @@ del kept
 
 @pytest.mark.slow
 def test_python_ends_though_rows_were_left_half_read(tmp_path: Path) -> None:
-    """As in a notebook that looks at the first of `runner.training_rows()`."""
+    """As in a notebook that looks at the first of a text's rows."""
     (tmp_path / "half_read.py").write_text(HALF_READ)
     command, env = (
         [sys.executable, "-c", LEFT_OPEN],

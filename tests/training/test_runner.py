@@ -194,7 +194,8 @@ def test_training_beats_the_untrained_crosscoder(
     cfg: CrosscoderRunnerConfig, pair: ModelPair
 ) -> None:
     runner = CrosscoderTrainingRunner(cfg, pair)
-    held = [rows.acts for rows in runner.data.rows("held_out", PairCounts())]
+    assert runner.stream.text is not None
+    held = [rows.acts for rows in runner.stream.text.rows("held_out", PairCounts())]
     untrained = DFCTrainingCrosscoder(fresh(DFC))
     untrained.fit_normalization(torch.cat(held))
     before, *_ = evaluate(untrained.to_inference(), held)
@@ -216,7 +217,8 @@ def test_the_same_seed_gives_the_same_weights(
 
 
 def test_no_held_out_document_is_trained_on(cfg: CrosscoderRunnerConfig, pair: ModelPair) -> None:
-    data = CrosscoderTrainingRunner(cfg, pair).data
+    data = CrosscoderTrainingRunner(cfg, pair).stream.text
+    assert data is not None
     counts = [PairCounts(), PairCounts()]
     training = {tuple(c.segments) for c in in_order(data.stream("training").batches(counts[0]))}
     held = {tuple(c.segments) for c in in_order(data.stream("held_out").batches(counts[1]))}
@@ -231,8 +233,8 @@ def test_distinct_pairs_are_counted_once_however_often_the_text_repeats(
     runner = CrosscoderTrainingRunner(cfg, pair)
     with caplog.at_level(logging.INFO, logger="sae_lens_dfc"):
         runner.run()
-    assert 290 <= runner.counts.pairs <= 300
-    assert f"2560 samples of {runner.counts.pairs} distinct pairs" in caplog.text
+    assert 290 <= runner.stream.counts.pairs <= 300
+    assert f"2560 samples of {runner.stream.counts.pairs} distinct pairs" in caplog.text
 
 
 def test_two_runs_from_one_configuration_name_their_own_models(

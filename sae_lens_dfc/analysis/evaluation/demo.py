@@ -1,18 +1,31 @@
 """Runs the demo: chooses its models and settings, trains, evaluates and writes the report."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from sae_lens_dfc.analysis.evaluation.baselines import measured_run
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
-from sae_lens_dfc.core.output_folder import check_output
+from sae_lens_dfc.analysis.evaluation.measure import train_crosscoder
+from sae_lens_dfc.analysis.evaluation.nulls import PairTask
+from sae_lens_dfc.analysis.evaluation.with_nulls import (
+    Beside,
+    evaluate_with_nulls,
+    write_evaluation,
+)
+from sae_lens_dfc.analysis.report.build import report_settings
+from sae_lens_dfc.core.atomic_write import atomic_folder
+from sae_lens_dfc.core.output_folder import check_output, locked_output
 from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.hooked_model import check_device
 from sae_lens_dfc.models.loading import in_fast_format, or_base_of
 from sae_lens_dfc.models.packaged import DEMO_A, DEMO_B, unpack
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.training.resolve import resolve
+from sae_lens_dfc.training.runner import write_cfg
 
 BATCH_SIZE = 1024
 
@@ -70,4 +83,28 @@ def run_demo(cfg: DemoConfig) -> dict[str, float]:
     for model in (pair.a, pair.b):
         # The models are no longer run here; the report only needs the unembedding.
         model.drop_unused_layers(keep_unembedding=True)
-    return measured_run(run_cfg, pair, cfg.output, cfg.overwrite)
+    with locked_output(cfg.output, cfg.overwrite):
+        return train_and_evaluate(run_cfg, pair, cfg.output)
+
+
+def train_and_evaluate(
+    cfg: CrosscoderRunnerConfig, pair: ModelPair, output: str | Path
+) -> dict[str, float]:
+    """Train a crosscoder and evaluate it beside its baselines and the null `self`, on activations
+    that are computed once; write the run and its results.
+
+    Raises:
+        ValueError: The settings, models and text do not fit.
+    """
+    cfg = resolve(replace(cfg, output_path=None), pair.describe())
+    text = PairedText(cfg, pair)
+    case = PairTask(cfg, pair, PairData.collect(text, "The two models"))
+    crosscoder = train_crosscoder(case)
+    # Rows in memory do not record the text they come from.
+    crosscoder.cfg.metadata.made_of = {"cache": None, "text": text.fingerprint}
+    found = evaluate_with_nulls(crosscoder, case, Beside(["self"], baselines=True))
+    with atomic_folder(output) as folder:
+        crosscoder.save_model(folder)
+        write_cfg(cfg, folder)
+        write_evaluation(folder, crosscoder, found, case, report_settings(cfg))
+    return found.metrics

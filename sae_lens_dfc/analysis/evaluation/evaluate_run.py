@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_lens_dfc.analysis.autointerp.judge import Judge, judge_of, similarity
-from sae_lens_dfc.analysis.evaluation.assess import Assessment, AssessOptions, assess
+from sae_lens_dfc.analysis.evaluation.measure import CausalOptions
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
+from sae_lens_dfc.analysis.evaluation.with_nulls import (
+    Beside,
+    FullEvaluation,
+    evaluate_with_nulls,
+    write_evaluation,
+)
 from sae_lens_dfc.analysis.options import EvaluateOptions, HeldOutOptions, Judging, ReportOptions
 from sae_lens_dfc.analysis.report.build import report_data, report_settings
 from sae_lens_dfc.analysis.report.page import render_report
@@ -21,7 +27,6 @@ from sae_lens_dfc.analysis.report.results import (
     drop_nonfinite,
     read_evidence,
     read_metrics,
-    write_results,
 )
 from sae_lens_dfc.analysis.report.tables import measures_table, spread
 from sae_lens_dfc.analysis.saved_run.held_out import (
@@ -86,7 +91,7 @@ def _say_metrics(metrics: Mapping[str, float], as_json: bool) -> None:
     print_result(json.dumps(metrics) if as_json else text_table(*measures_table(metrics)))
 
 
-def evaluate_fully(options: EvaluateOptions) -> Assessment:
+def evaluate_fully(options: EvaluateOptions) -> FullEvaluation:
     """Compute all measures of one run and its nulls; write metrics.json, latents.csv and
     report.html if `output` is given.
 
@@ -109,7 +114,7 @@ def evaluate_fully(options: EvaluateOptions) -> Assessment:
     return _evaluated(options)
 
 
-def _evaluated(options: EvaluateOptions) -> Assessment:
+def _evaluated(options: EvaluateOptions) -> FullEvaluation:
     [run] = options.runs
     nulls = ["self", "shuffle"] if not options.null else [n for n in options.null if n != "none"]
     check_nulls(nulls, options.seed_model)
@@ -119,18 +124,14 @@ def _evaluated(options: EvaluateOptions) -> Assessment:
     seed_model = None
     if options.seed_model is not None:
         seed_model = replace(cfg.model_a, model_name=options.seed_model, **NO_ADAPTER)
-    to_measure = AssessOptions(
-        nulls, seed_model, options.downstream_pairs, options.behavior_latents, judge
-    )
-    own = own_config(run, options, options.null_pairs)
-    data = data_of(run, options, own, pair)
-    assessment = assess(crosscoder, PairTask(own, pair, data), to_measure)
+    causal = CausalOptions(options.downstream_pairs, options.behavior_latents, judge)
+    case = case_of(run, options, own_config(run, options, options.null_pairs), pair)
+    beside = Beside(nulls, seed_model, options.baselines)
+    found = evaluate_with_nulls(crosscoder, case, beside, causal)
     if options.output is not None:
-        measured = Measured(crosscoder, assessment.run)
-        page = report_data(measured, data, pair, report_settings(cfg))
         with atomic_folder(options.output) as folder:
-            write_results(folder, replace(page, metrics=assessment.metrics), measured)
-    return assessment
+            write_evaluation(folder, crosscoder, found, case, report_settings(cfg))
+    return found
 
 
 def judge_for(options: Judging) -> Judge | None:
@@ -145,18 +146,19 @@ def judge_for(options: Judging) -> Judge | None:
     return judge
 
 
-def data_of(
+def case_of(
     run: str, options: HeldOutOptions, own: CrosscoderRunnerConfig, pair: ModelPair
-) -> PairData:
-    """The run's training rows, as many as the nulls need, and its held-out rows, or those of other
-    text if given."""
+) -> PairTask:
+    """A run's models with its training rows, as many as `own` has, and its held-out rows, or those
+    of other text if given."""
     text, part = held_out_text(run, options, pair)
     if part == "held_out" and text.cfg.all_sources == own.all_sources:
-        return PairData.collect(PairedText(own, pair), "The two models")
+        return PairTask(own, pair, PairData.collect(text, "The two models"))
     training = PairedText(own, pair).collect("training", "The run's own text: activations")
     other = text.collect(part, "Held-out activations")
     alignment = alignment_metrics(other.counts)
-    return PairData(training.rows, regrouped(other.rows), other.contexts, alignment)
+    data = PairData(training.rows, regrouped(other.rows), other.contexts, alignment)
+    return PairTask(own, pair, data)
 
 
 def write_report(options: ReportOptions) -> None:

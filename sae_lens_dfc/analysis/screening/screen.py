@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 from sae_lens_dfc.analysis.autointerp.concerns import CONCERNS, read_concerns
 from sae_lens_dfc.analysis.causal.activation_patching import Texts, own_part, texts_of, verify
 from sae_lens_dfc.analysis.causal.shared_vocabulary import common_outcomes
-from sae_lens_dfc.analysis.evaluation.assess import AssessOptions, measure
-from sae_lens_dfc.analysis.evaluation.evaluate_run import data_of, judge_for, stored_metrics
-from sae_lens_dfc.analysis.evaluation.nulls import PairTask
+from sae_lens_dfc.analysis.evaluation.evaluate_run import case_of, judge_for, stored_metrics
+from sae_lens_dfc.analysis.evaluation.measure import measure
 from sae_lens_dfc.analysis.latents.max_activating import (
     FiringPosition,
     MaxActivatingExamples,
@@ -167,9 +166,8 @@ def _opened(options: ScreenOptions) -> Screened:
     # All layers are needed for next-token predictions.
     crosscoder, cfg, pair = opened_run(options.run, options, drop_unused_layers=False)
     own = own_config(options.run, options, options.fit_pairs)
-    data = data_of(options.run, options, own, pair)
-    only_latents = AssessOptions(nulls=[], downstream_pairs=0, behavior_latents=0)
-    evaluation = measure(crosscoder, PairTask(own, pair, data), only_latents)
+    case = case_of(options.run, options, own, pair)
+    data, evaluation = case.data, measure(crosscoder, case)
     stored = evidence_of(options.run, options.evidence, crosscoder)
     if stored is not None:
         evaluation = evaluation._replace(evidence=stored)

@@ -162,7 +162,7 @@ def _open_text(found: Findings, pair: ModelPair | None) -> PairedText | None:
     logger.info("Opening the text")
     if pair is not None:
         runner = found.attempt(partial(CrosscoderTrainingRunner, cfg, pair))
-        text = runner.data if runner else found.attempt(partial(PairedText, cfg, pair))
+        text = runner.stream.text if runner else found.attempt(partial(PairedText, cfg, pair))
         if text is not None:
             found.sources = text.sources
             return text

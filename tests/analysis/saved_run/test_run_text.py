@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from sae_lens_dfc.analysis.evaluation.evaluate_run import data_of
+from sae_lens_dfc.analysis.evaluation.evaluate_run import case_of
 from sae_lens_dfc.analysis.options import HeldOutOptions
 from sae_lens_dfc.analysis.saved_run.held_out import (
     held_out_text,
@@ -78,8 +78,8 @@ def test_training_rows_are_read_where_the_text_is_now(run: Path, moved: Path) ->
     options = HeldOutOptions(dataset=str(moved), eval_pairs=500)
     own = own_config(str(run), options, 300)
     assert (own.dataset_path, own.max_unique_pairs) == (str(moved), 300)
-    data = data_of(str(run), options, own, opened_run(str(run), options)[2])
-    assert sum(len(rows.acts) for rows in data.training) <= 300
+    case = case_of(str(run), options, own, opened_run(str(run), options)[2])
+    assert sum(len(rows.acts) for rows in case.data.training) <= 300
     assert is_own_text(str(run), options)
 
 

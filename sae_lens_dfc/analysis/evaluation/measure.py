@@ -1,10 +1,9 @@
-"""Computes all measures of a trained crosscoder, and the same measures of crosscoders trained on
-null pairs."""
+"""Trains a crosscoder on a pair's rows, and computes all measures of one on the held-out rows."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,15 +16,12 @@ from sae_lens_dfc.analysis.causal.judged_behavior import (
     judged_behavior,
     n_judgments,
 )
-from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
-from sae_lens_dfc.analysis.report.results import drop_nonfinite
+from sae_lens_dfc.analysis.evaluation.nulls import PairTask
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.evaluate import Evaluation, evaluate
-from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS, beyond_null
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, ranking
 from sae_lens_dfc.metrics.exclusivity.latent_scaling import directions
-from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
@@ -33,21 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class AssessOptions:
-    """Options for nulls and causal measures.
+class CausalOptions:
+    """Which measures to take by intervening on the models.
 
     Raises:
         ValueError: A number is negative.
     """
 
-    nulls: list[str] = field(default_factory=lambda: ["self", "shuffle"])
-    """Nulls to train on and measure: self, shuffle, seed."""
-    seed_model: ModelConfig | None = None
-    """Model for the `seed` null."""
-    downstream_pairs: int = 2000
+    downstream_pairs: int = 0
     """Held-out pairs on which the next-token loss with spliced reconstructions is measured; 0 skips
     this."""
-    behavior_latents: int = 6
+    behavior_latents: int = 0
     """Latents per group used to steer both models; 0 skips this."""
     judge: Judge | None = None
     """LLM judge that compares the steered models' texts; none compares only next-token
@@ -59,43 +51,6 @@ class AssessOptions:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}.")
 
 
-class Assessment(NamedTuple):
-    """Measures of a run and its nulls, and its latents' exclusivity evidence."""
-
-    metrics: dict[str, float]
-    run: Evaluation
-
-
-def assess(crosscoder: Crosscoder, case: PairTask, options: AssessOptions) -> Assessment:
-    """Measure a crosscoder, then train and measure one with the same settings on each null.
-
-    Args:
-        crosscoder: The saved crosscoder.
-        case: The models it was trained on, with their activations.
-        options: Which nulls and causal measures to compute.
-
-    Returns:
-        The measures. Those of a null are under `null/NAME/`, and the share of the run's candidates
-        beyond the null's 95th percentile is under `beyond_null/NAME/`.
-    """
-    logger.info("Measuring the run")
-    run = measure(crosscoder, case, options)
-    metrics = dict(run.metrics)
-    for name in options.nulls:
-        logger.info("Null %s (%s): training a crosscoder like it", name, NULLS[name])
-        null = null_case(name, case, options.seed_model)
-        trained = train_crosscoder(null)
-        logger.info("Null %s: measuring", name)
-        found = measure(trained, null, options)
-        del null  # free its rows before the next null is built
-        metrics |= {f"null/{name}/{key}": value for key, value in found.metrics.items()}
-        metrics |= {
-            f"beyond_null/{name}/{key}": value
-            for key, value in beyond_null(name, _evidence(run), _evidence(found)).items()
-        }
-    return Assessment(drop_nonfinite(metrics), run)
-
-
 def train_crosscoder(case: PairTask) -> Crosscoder:
     """Train a crosscoder with the case's settings on its rows."""
     # An auxiliary training: it writes no files and does not log to the run on W&B.
@@ -105,15 +60,19 @@ def train_crosscoder(case: PairTask) -> Crosscoder:
     return CrosscoderTrainingRunner(cfg, case.pair, case.data.training).run().to_inference()
 
 
-def measure(crosscoder: Crosscoder, case: PairTask, options: AssessOptions) -> Evaluation:
-    """All measures of one crosscoder on a case's held-out rows."""
+def measure(
+    crosscoder: Crosscoder, case: PairTask, options: CausalOptions | None = None
+) -> Evaluation:
+    """All measures of one crosscoder on a case's held-out rows; those of interventions only with
+    options that name them."""
+    options = options or CausalOptions()
     data, pair = case.data, case.pair
     affine_maps = data.affine_maps(crosscoder.cfg.d_a).to(crosscoder.device)
     acts = [rows.acts for rows in data.held_out]
     # With shuffled pairs, a row's token no longer matches B's activation.
     deciles = data.deciles(pair) if case.order_b is None else None
     found = evaluate(crosscoder, acts, affine_maps, deciles)
-    metrics = found.metrics | data.metrics
+    metrics = found.metrics | data.metrics | _of_training(crosscoder)
     if options.downstream_pairs > 0:
         means = torch.cat([affine_maps.mean_a, affine_maps.mean_b])
         rows = data.held_out_with_text(options.downstream_pairs)
@@ -123,12 +82,18 @@ def measure(crosscoder: Crosscoder, case: PairTask, options: AssessOptions) -> E
     return found._replace(metrics=metrics)
 
 
+def _of_training(crosscoder: Crosscoder) -> dict[str, float]:
+    metadata = crosscoder.cfg.metadata
+    counts = {name: getattr(metadata, name) for name in ("pairs_trained", "samples_trained")}
+    return {name: count for name, count in counts.items() if count is not None}
+
+
 def _behavior(
     crosscoder: Crosscoder,
     case: PairTask,
     found: Evaluation,
     affine_maps: AffineMaps,
-    options: AssessOptions,
+    options: CausalOptions,
 ) -> dict[str, float]:
     groups = chosen(found, options.behavior_latents)
     steered = latent_directions(crosscoder, found, affine_maps, groups)
@@ -145,7 +110,7 @@ def _behavior(
 def chosen(found: Evaluation, n: int) -> dict[int, str]:
     """The latents of each group with the most evidence of being exclusive, and as many shared ones,
     with their group."""
-    evidence = _evidence(found)
+    evidence = evidence_in(found)
     order = ranking(evidence)
     fires = found.firing.maxima.cpu() > 0
     groups = {name: latents.cpu() & fires for name, latents in evidence.groups.items()}
@@ -164,7 +129,7 @@ def latent_directions(
 ) -> dict[int, Directions]:
     """Each latent's steering vectors in both models at its maximum activation; in the target model,
     the direction mapped from the source."""
-    moved, is_a = directions(crosscoder, affine_maps), _evidence(found).is_a
+    moved, is_a = directions(crosscoder, affine_maps), evidence_in(found).is_a
     d_a = crosscoder.cfg.d_a
     scaled = {i: moved[i].detach() * found.firing.maxima[i].to(moved) for i in latents}
     return {
@@ -173,6 +138,7 @@ def latent_directions(
     }
 
 
-def _evidence(found: Evaluation) -> LatentEvidence:
-    assert found.evidence is not None  # `measure` maps the models
+def evidence_in(found: Evaluation) -> LatentEvidence:
+    """The latents' evidence, which `measure` always collects."""
+    assert found.evidence is not None
     return found.evidence
