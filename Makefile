@@ -33,7 +33,7 @@ install-newest:
 	$(MAKE) install CONSTRAINTS=/dev/null
 
 demo: install
-	$(BIN)/sae-lens-dfc demo --overwrite true $(ARGS)
+	$(BIN)/sae-lens-dfc demo --overwrite $(ARGS)
 
 tutorials: install
 	$(BIN)/python tutorials/build.py $(ARGS)

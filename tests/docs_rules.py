@@ -111,7 +111,7 @@ model, tokens = hooked.model, hooked.model.to_tokens([Path("my-text.txt").read_t
     ),
     "docs/how-to/adapters.md": Rules(
         replace={"my/adapter": "{adapter}", "my/base": "{llama}"},
-        not_run={"sae-lens-dfc train --model-b.model-name maius/": HUB},
+        not_run={"sae-lens-dfc train --model-b maius/": HUB},
     ),
     "docs/how-to/organisms.md": Rules(not_run={"sae-lens-dfc train --recipe organism-": HUB}),
     "docs/how-to/gpus.md": Rules(

@@ -131,7 +131,7 @@ def test_every_public_name_is_of_a_module_in_the_reference() -> None:
 
 def test_every_command_and_architecture_has_its_flags_in_the_reference() -> None:
     page = _read(REFERENCE / "command-line.md")
-    assert set(re.findall(r"<!-- command (\w+) -->", page)) == set(COMMANDS)
+    assert set(re.findall(r"<!-- command ([\w-]+) -->", page)) == set(COMMANDS)
     assert set(re.findall(r"<!-- architecture (\w+) -->", page)) == set(ARCHITECTURES)
 
 
@@ -151,8 +151,8 @@ def test_the_tables_of_flags_are_those_of_help(
     sae = architecture or (["dfc"] if name in ("train", "check") else [])
     table |= {flag for one in sae for flag, _, _ in reference.flags(ARCHITECTURES[one], "sae.")}
     # `--sae` is another name of `--architecture`; the other two stand in the page's text.
-    # Those of `check` have a table of their own.
-    short = set(SHORT) if name == "check" else set()
+    # Short names have a table of their own.
+    short = set(SHORT.get(name, ()))
     assert short <= said
     assert said - {"--config", "--recipe", "--sae", "--help"} - short == table
 

@@ -358,8 +358,8 @@ print("Trained on:", opened.cfg.metadata.model_name, "at", opened.cfg.metadata.h
 # ## The same from a shell
 #
 # ```
-# sae-lens-dfc train --model-a.model-name FOLDER_OR_HUB_NAME --model-b.model-name FOLDER_OR_HUB_NAME \
-#     --max-unique-pairs 48000 --training-tokens 204800 --train-batch-size-tokens 1024 --lr 1e-3 --keep-in-memory true \
+# sae-lens-dfc train --model-a FOLDER_OR_HUB_NAME --model-b FOLDER_OR_HUB_NAME \
+#     --max-unique-pairs 48000 --training-tokens 204800 --train-batch-size-tokens 1024 --lr 1e-3 --keep-in-memory \
 #     --sae.d-sae 2048 --sae.k 32 --sae.topk-threshold-lr 0.05 --output-path runs/mine
 # ```
 #

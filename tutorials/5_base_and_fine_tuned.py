@@ -278,8 +278,8 @@ verdicts(null)
 #
 # ```
 # sae-lens-dfc model-organism false_fact/weak --output runs/organism
-# sae-lens-dfc train --architecture delta_crosscoder --model-b.model-name runs/organism/adapter --model-b.prepend-bos false \
-#     --dataset-path runs/organism/text.jsonl --keep-in-memory true --training-tokens 102400 --train-batch-size-tokens 256 \
+# sae-lens-dfc train --architecture delta_crosscoder --model-b runs/organism/adapter --model-b.prepend-bos false \
+#     --dataset-path runs/organism/text.jsonl --keep-in-memory --training-tokens 102400 --train-batch-size-tokens 256 \
 #     --sae.d-sae 1024 --sae.k 32 --sae.delta-loss-coefficient 1 --sae.topk-threshold-lr 0.05 \
 #     --lr 0.01 --lr-warm-up-steps 40 --lr-decay-steps 80 --output-path runs/organism-run
 # sae-lens-dfc screen runs/organism-run --output runs/organism-screening

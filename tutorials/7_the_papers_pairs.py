@@ -311,8 +311,8 @@ filled = COMMANDS.format(
     config=config_file,
     run=rehearsal["output_path"],
     # Less of the dearest measures: the rehearsal is of the pipeline.
-    evaluate_flags=" --overwrite true --null self --downstream-pairs 0 --behavior-latents 0",
-    screen_flags=f" --overwrite true --keep 2 --texts {rehearsal_texts} --controls 2",
+    evaluate_flags=" --overwrite --null self --downstream-pairs 0 --behavior-latents 0",
+    screen_flags=f" --overwrite --keep 2 --texts {rehearsal_texts} --controls 2",
 )
 cache, train, evaluate, screen, report = filled.strip().splitlines()
 run(cache)

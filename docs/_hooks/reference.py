@@ -76,10 +76,10 @@ def recipes_table() -> str:
 
 
 def short_table() -> str:
-    """The short names of flags in `check`."""
+    """The short names of flags in `train` and its like."""
     rows = [
         f"| `{flag}` | {', '.join(f'`{name}`' for name in names)} | {text} |"
-        for flag, (names, text) in SHORT.items()
+        for flag, (names, text) in SHORT["train"].items()
     ]
     return "\n".join(["| short | flag | what it is |", "|---|---|---|", *rows])
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from simple_parsing import field
 
+from sae_lens_dfc.core.flags import switch
 from sae_lens_dfc.core.schema import check_seed
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.data.config import MAX_FIT_PAIRS
@@ -41,7 +42,7 @@ class HeldOutOptions:
     """Maximum number of token pairs. If None: the run's setting."""
     device: str | None = None
     """Device of the models and the crosscoder. If None: the run's device."""
-    json: bool = field(default=False, action="store_true")
+    json: bool = switch()
     """Print the results as JSON."""
 
 
@@ -67,13 +68,13 @@ class EvaluateOptions(Judging):
     output: str | None = None
     """Folder for all measures of one run: metrics.json, latents.csv and report.html. Runs the
     models on the training text again and trains a crosscoder on each null."""
-    overwrite: bool = False
+    overwrite: bool = switch()
     """Overwrite the output folder."""
     null: list[str] = field(default_factory=list)
     """Null pairs, which have no difference to find, separated by spaces: self (model A twice),
     shuffle (pairs shuffled), seed (model A and --seed-model), or none. Computes all measures, like
     --output. Default with --output: self and shuffle."""
-    baselines: bool = field(default=False, action="store_true")
+    baselines: bool = switch()
     """Also train and measure a BatchTopK crosscoder with the same settings, and measure PCA, with
     --output or --null."""
     seed_model: str | None = None
@@ -154,13 +155,13 @@ class SteerOptions(HeldOutOptions):
     not trained."""
     span: str | None = None
     """Steer only at the tokens of this substring of the prompt."""
-    map: bool = field(default=False, action="store_true")
+    map: bool = switch()
     """Steer with the other model's decoder direction, moved by an affine map fitted to held-out
     pairs; only for add."""
     evaluation: str | None = None
     """Folder written by `evaluate RUN --output`, for the latents' maximum activations. If None: the
     run's latents.csv if present, otherwise computed on held-out text."""
-    raw_prompt: bool = field(default=False, action="store_true")
+    raw_prompt: bool = switch()
     """Do not apply the chat template."""
     max_new_tokens: int = 64
     """Maximum length of an answer in tokens."""
@@ -183,7 +184,7 @@ class ScreenOptions(Judging):
     """Folder written by `train` or `demo`."""
     output: str
     """Output folder for report.html, screening.json, latents.csv and metrics.json."""
-    overwrite: bool = False
+    overwrite: bool = switch()
     """Overwrite the output folder."""
     evidence: str | None = None
     """Folder written by `evaluate --output` for this run, whose nulls the report shows next to the
@@ -203,7 +204,7 @@ class ScreenOptions(Judging):
     concerns: str | None = None
     """With --judge: a YAML or JSON file that maps each type of concern to what it covers. If None:
     a built-in list of twelve."""
-    flagged_only: bool = False
+    flagged_only: bool = switch()
     """With --judge: test only latents flagged with one of these types."""
 
     def __post_init__(self) -> None:
@@ -229,5 +230,5 @@ class ExportOptions(HeldOutOptions):
     fit_pairs: int = MAX_FIT_PAIRS
     """Maximum number of training pairs to fit the affine map that predicts the other model's
     activations for shared latents; 0 uses their mean instead."""
-    overwrite: bool = False
+    overwrite: bool = switch()
     """Overwrite an SAE in the output folder."""

@@ -6,6 +6,8 @@ from typing import Literal
 
 from simple_parsing import field
 
+from sae_lens_dfc.core.flags import switch
+
 NAMES = ("recovery", "planted", "step", "data", "evaluate", "all", "compare")
 PRESETS = ("small", "full")
 """Presets of every benchmark except step."""
@@ -67,5 +69,5 @@ class BenchmarkOptions(StepConfig):
     or step."""
     jobs: int = os.cpu_count() or 1
     """Crosscoders trained in parallel, one thread each; for recovery."""
-    json: bool = field(default=False, action="store_true")
+    json: bool = switch()
     """Print the results as JSON; for compare."""

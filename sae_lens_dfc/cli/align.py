@@ -6,6 +6,7 @@ from pathlib import Path
 
 from simple_parsing import field
 
+from sae_lens_dfc.core.flags import switch
 from sae_lens_dfc.core.terminal import print_result
 
 
@@ -22,7 +23,7 @@ class AlignOptions:
     """A text file, any data set that `train` accepts, or cpython-docs."""
     text_column: str = "text"
     """Column that holds the text."""
-    json: bool = field(default=False, action="store_true")
+    json: bool = switch()
     """Print the results as JSON."""
 
 

@@ -18,17 +18,26 @@ NOT_OF_A_FILE = {
 }
 """Flags not allowed in a configuration file, which may come from someone else, and the reason."""
 
-SHORT = {
+OF_MODELS = {
     "--model-a": (["--model-a.model-name"], "Hub name, folder or .gguf file of the first model."),
     "--model-b": (["--model-b.model-name"], "The second model."),
     "--hook-a": (["--model-a.hook-name"], "Hook of the first model."),
     "--hook-b": (["--model-b.hook-name"], "Hook of the second model."),
     "--dtype": (["--model-a.dtype", "--model-b.dtype"], "Number format of both models."),
-    "--dataset": (["--dataset-path"], "Hub name, file, folder, or cpython-docs."),
+}
+OF_TEXT = {"--dataset": (["--dataset-path"], "Hub name, file, folder, or cpython-docs.")}
+OF_CROSSCODER = {
     "--d-sae": (["--sae.d-sae"], "Latents of the crosscoder."),
     "--k": (["--sae.k"], "Latents active for each pair, on average."),
 }
-"""Short flags of `check`, named as in `demo`: the `train` flags they set, and their help."""
+SHORT = {
+    "check": {**OF_MODELS, **OF_TEXT, **OF_CROSSCODER},
+    "train": {**OF_MODELS, **OF_TEXT, **OF_CROSSCODER},
+    "cache": {**OF_MODELS, **OF_TEXT},
+    "generate": OF_MODELS,
+}
+"""Short flags of each command with nested ones, named as in `demo`: the flags they set, and their
+help."""
 ALSO_SHORT = {"-k": "--k"}
 D_SAE = "--sae.d-sae"
 D_SAE_OF_DEMO = "2048"
@@ -49,27 +58,31 @@ class Arguments(NamedTuple):
     """The flags of each crosscoder, if a file lists several."""
 
 
-def with_files(args: Sequence[str], fields_of: Mapping[str, Collection[str]]) -> Arguments:
+def with_files(
+    args: Sequence[str],
+    fields_of: Mapping[str, Collection[str]],
+    switches: Collection[str] = (),
+) -> Arguments:
     """Expand `--recipe NAME` and `--config FILE` in a command line.
 
     Args:
         args: The command line.
         fields_of: Settings of each command that accepts recipes. They can share one file: each
             command uses its own settings and ignores the others'.
+        switches: Settings whose flags take no value.
 
     Raises:
         ValueError: A file cannot be read, the recipe does not exist, or the recipe needs a setting
             that is not given.
     """
-    if next(iter(args), "") == "check":
-        args = with_long_names(args)
+    command = next(iter(args), "")
+    args = [command, *with_long_names(command, args[1:])] if args else []
     config = _value_of(args, "--config")
     values = {} if config is None else _read_config(Path(config))
     if isinstance(saes := values.get("sae", {}), list) and not _are_settings(saes):
         raise ValueError(
             f"If sae is a list, it must be a nonempty list of mappings of settings, got {saes!r:.80}."
         )
-    command = next(iter(args), "")
     if command in fields_of:
         recipe = _value_of(args, "--recipe") or values.pop("recipe", None)
         values.pop("recipe", None)
@@ -91,23 +104,25 @@ def with_files(args: Sequence[str], fields_of: Mapping[str, Collection[str]]) ->
     saes = values.pop("sae") if isinstance(values.get("sae"), list) else []
     given_sources = None if sources is None else [_source(source) for source in sources]
     sae_flags = [list(_sae_flags(sae)) for sae in saes]
-    of_files, given = list(_flags(values)), list(args[1:])
+    of_files = with_long_names(command, list(_flags(values, switches)))
+    given = list(args[1:])
     if command == "check":
         given += _size_if_none([*of_files, *given, *chain(*sae_flags)])
     return Arguments(list(args[:1]), of_files, given, given_sources, sae_flags)
 
 
-def with_long_names(args: Sequence[str]) -> list[str]:
-    """Translate the short flags of `check` into the flags of `train`.
+def with_long_names(command: str, args: Sequence[str]) -> list[str]:
+    """Translate a command's short flags into the flags that they set.
 
-    >>> with_long_names(["check", "--model-a", "x", "-k", "8", "--dtype=float16"])
-    ['check', '--model-a.model-name', 'x', '--sae.k', '8', '--model-a.dtype=float16', '--model-b.dtype=float16']
+    >>> with_long_names("train", ["--model-a", "x", "-k", "8", "--dtype=float16"])
+    ['--model-a.model-name', 'x', '--sae.k', '8', '--model-a.dtype=float16', '--model-b.dtype=float16']
     """
+    short = SHORT.get(command, {})
     long: list[str] = []
     rest = iter(args)
     for arg in rest:
         name, _, value = arg.partition("=")
-        names, _ = SHORT.get(ALSO_SHORT.get(name, name), ([], ""))
+        names, _ = short.get(ALSO_SHORT.get(name, name), ([], ""))
         if not names:
             long.append(arg)
         elif value:
@@ -234,10 +249,12 @@ def _value(value: Any, name: str, path: Path, is_of_list: bool = False) -> Any:
     return value
 
 
-def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
+def _flags(settings: Mapping[str, Any], switches: Collection[str] = ()) -> Iterator[str]:
     for name, value in flattened(settings).items():
         if value is True:
             yield _flag(name)
+        elif value is False and name in switches:
+            continue
         elif isinstance(value, list):
             yield from (_flag(name), *map(str, value))
         elif value is not None:

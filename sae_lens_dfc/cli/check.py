@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from simple_parsing import field
 
 from sae_lens_dfc.cli.train import TrainOptions
+from sae_lens_dfc.core.flags import switch
 from sae_lens_dfc.core.terminal import print_result, sentence
 from sae_lens_dfc.training.preflight.check import examine
 from sae_lens_dfc.training.preflight.findings_text import screen_text, train_command
@@ -16,7 +17,7 @@ class CheckOptions(TrainOptions):
     """Check two models and a text before training: what they are, whether they are compatible, and
     the time, memory and disk space that training needs."""
 
-    json: bool = field(default=False, action="store_true")
+    json: bool = switch()
     """Print the results as JSON."""
     given: list[str] = field(default_factory=list, cmd=False)
     """The training flags as given."""

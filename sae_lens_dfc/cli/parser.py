@@ -7,7 +7,14 @@ from typing import Any
 
 from simple_parsing import ArgumentGenerationMode, ArgumentParser, DashVariant, NestedMode
 
-from sae_lens_dfc.cli.arguments import ALSO_SHORT, SHORT, parsed_with_lists, with_files
+from sae_lens_dfc.cli.arguments import (
+    ALSO_SHORT,
+    OF_CROSSCODER,
+    SHORT,
+    parsed_with_lists,
+    with_files,
+)
+from sae_lens_dfc.core.flags import switches_of
 from sae_lens_dfc.training.recipes.named import RECIPES
 from sae_lens_dfc.training.recipes.organisms import PREFIX
 
@@ -40,7 +47,8 @@ def parsed(args: Sequence[str], command: str, summary: str, options: type, aroun
     """
     flags = {arg.partition("=")[0] for arg in args}
     shares_files = command in TAKE_RECIPES and not flags.isdisjoint(STAND_FOR_FLAGS)
-    arguments = with_files(args, settings_taken() if shares_files else {})
+    taken = settings_taken() if shares_files else {}
+    arguments = with_files(args, taken, set(switches_of(options)))
 
     def parse(flags: Sequence[str]) -> argparse.Namespace:
         parser, commands = around(ArgumentParser)
@@ -59,7 +67,7 @@ def settings_taken() -> dict[str, set[str]]:
     from sae_lens_dfc.cli.cache import CacheOptions
     from sae_lens_dfc.cli.train import TrainOptions
 
-    of_training = {f.name for f in fields(TrainOptions)} | {"architecture"}
+    of_training = {f.name for f in fields(TrainOptions)} | {"architecture", "d_sae", "k"}
     # `check` takes the settings of `train`.
     return {
         "check": of_training,
@@ -82,10 +90,11 @@ def _add_flags(parser: ArgumentParser, command: str, options: type) -> None:
             metavar="NAME",
             help=f"settings by name; --config and flags win. {_recipes()}",
         )
-    if command == "check":
-        for flag, (names, text) in SHORT.items():
-            short = [one for one, long in ALSO_SHORT.items() if long == flag]
-            parser.add_argument(*short, flag, help=f"{text} Short for {' and '.join(names)}.")
+    for flag, (names, text) in SHORT.get(command, {}).items():
+        short = [one for one, long in ALSO_SHORT.items() if long == flag]
+        kind = "int" if flag in OF_CROSSCODER else "str"
+        text = f"{text} Short for {' and '.join(names)}."
+        parser.add_argument(*short, flag, metavar=kind, help=text)
     parser.add_arguments(options, dest="options")
 
 

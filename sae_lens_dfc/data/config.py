@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sae_lens_dfc.core.flags import switch
 from sae_lens_dfc.core.schema import check_seed, require_positive
 from sae_lens_dfc.models.config import ModelConfig
 
@@ -102,9 +103,9 @@ class DataConfig:
     """Maximum tokens per context, in either model."""
     store_batch_size_prompts: int = 16
     """Contexts of context_size tokens per forward pass; more if they are shorter."""
-    autocast_lm: bool = False
+    autocast_lm: bool = switch()
     """Run the models in bfloat16 where torch deems it safe."""
-    compile_llm: bool = False
+    compile_llm: bool = switch()
     """Compile the models' forward passes with torch.compile."""
     llm_compilation_mode: str | None = None
     """Mode of torch.compile for the models."""
@@ -152,11 +153,11 @@ class CacheConfig(DataConfig):
     """Rows per shard file."""
     n_writers: int = 2
     """Threads that write shards while the models run."""
-    save_origins: bool = False
+    save_origins: bool = switch()
     """Store each row's source, document, and token and position in each model: 48 bytes per row."""
-    overwrite: bool = False
+    overwrite: bool = switch()
     """Replace an existing cache in the folder."""
-    resume: bool = False
+    resume: bool = switch()
     """Resume an interrupted cache after its last complete shard."""
 
     def __post_init__(self) -> None:

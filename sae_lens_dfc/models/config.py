@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sae_lens_dfc.core.flags import switch
+
 AUTO = "auto"
 """Selects bfloat16 if the device is fast in it, else float32."""
 ModelName = Literal["a", "b"]
@@ -31,7 +33,7 @@ class ModelConfig:
     """Branch, tag or commit of a hub model."""
     prepend_bos: bool = True
     """Start each context with the tokenizer's beginning-of-sequence token, if it has one."""
-    drop_unused_layers: bool = False
+    drop_unused_layers: bool = switch()
     """Free the memory of the layers above the hook; the model can then only be read at the hook."""
     base: str | None = None
     """Base model to merge the adapter (LoRA, PEFT) into, if model_name is one; if unset, the base

@@ -10,6 +10,7 @@ from sae_lens.saes.sae import SAEMetadata
 from simple_parsing import field as flag
 from simple_parsing.utils import str2bool
 
+from sae_lens_dfc.core.flags import switch
 from sae_lens_dfc.core.schema import check_types, from_plain, require_positive
 from sae_lens_dfc.core.terminal import said_by
 from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
@@ -103,7 +104,7 @@ class CrosscoderRunnerConfig(DataConfig):
     models (except for held-out metrics logged to W&B)."""
     cache_window_shards: int = 16
     """Cache shards whose rows are shuffled together."""
-    keep_in_memory: bool = False
+    keep_in_memory: bool = switch()
     """Keep all activations of the first pass in memory and reuse them in later passes; false runs
     the models again."""
 
@@ -143,7 +144,7 @@ class CrosscoderRunnerConfig(DataConfig):
     autocast: bool | Literal["auto"] = flag(default=False, **BOOL_OR_AUTO)
     """Train with torch's bfloat16 autocast; on the sparse path (training_path) it applies to the
     encoder product. auto enables it where the device is fast in bfloat16."""
-    compile_sae: bool = False
+    compile_sae: bool = switch()
     """Compile the crosscoder's training step with torch.compile; no speedup on the sparse path
     (training_path)."""
     sae_compilation_mode: str | None = None
@@ -153,9 +154,9 @@ class CrosscoderRunnerConfig(DataConfig):
 
     output_path: str | None = None
     """Folder for the trained crosscoder; without it, nothing is saved."""
-    overwrite: bool = False
+    overwrite: bool = switch()
     """Replace the contents of the output folder."""
-    resume: bool = False
+    resume: bool = switch()
     """Resume from the last checkpoint, exactly as if training had not been interrupted; start from
     the beginning if there is none."""
     n_checkpoints: int = 0

@@ -30,8 +30,8 @@ class Jobs:
         config = ("--config", str(self.settings))
         measuring = ("--fit-pairs", "400", "--texts", "3", "--controls", "2", "--keep", "4")
         lines: dict[str, list[str]] = {
-            "cache": ["cache", *config, "--cache-path", str(output), "--resume", "true"],
-            "train": ["train", *config, "--output-path", str(output), "--resume", "true"],
+            "cache": ["cache", *config, "--cache-path", str(output), "--resume"],
+            "train": ["train", *config, "--output-path", str(output), "--resume"],
             "train on a cache": [
                 *("train", "--cache-path", str(self.cache), "--output-path", str(output)),
                 *(
@@ -42,10 +42,10 @@ class Jobs:
                     "--sae.d-sae",
                     "64",
                 ),
-                *("--sae.k", "4", "--n-checkpoints", "8", "--resume", "true"),
+                *("--sae.k", "4", "--n-checkpoints", "8", "--resume"),
             ],
             "evaluate": [
-                *("evaluate", str(self.run), "--output", str(output), "--overwrite", "true"),
+                *("evaluate", str(self.run), "--output", str(output), "--overwrite"),
                 *("--null", "shuffle", "--downstream-pairs", "200", "--behavior-latents", "1"),
             ],
             "screen": ["screen", str(self.run), "--output", str(output), *measuring],

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sae_lens_dfc.core.flags import switch
 from sae_lens_dfc.data.config import CPYTHON_DOCS
 from sae_lens_dfc.models.config import AUTO
 
@@ -46,5 +47,5 @@ class DemoConfig:
     """Seed of initialization and shuffling."""
     output: str = "runs/demo"
     """Folder for the results."""
-    overwrite: bool = False
+    overwrite: bool = switch()
     """Overwrite the output folder."""

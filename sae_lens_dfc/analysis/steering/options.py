@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sae_lens_dfc.core.flags import switch
 from sae_lens_dfc.core.schema import check_seed
 from sae_lens_dfc.models.config import ModelConfig
 
@@ -63,7 +64,7 @@ class GenerateOptions(Sampling):
     """Maximum number of prompts. If None: all."""
     seed: int = 42
     """Sampling seed; the same seed and batch size give the same answers."""
-    overwrite: bool = False
+    overwrite: bool = switch()
     """Overwrite the output file."""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from simple_parsing import field
 
+from sae_lens_dfc.core.flags import switch
+
 TOPIC = "topic"
 NULL = "null"
 """Name of the null organism, in which nothing is planted: model A twice."""
@@ -33,5 +35,5 @@ class OrganismOptions:
     text.jsonl to train a crosscoder on, prompts.json and planted.json."""
     seed: int = 0
     """Training seed; the same seed gives the same weights."""
-    overwrite: bool = False
+    overwrite: bool = switch()
     """Overwrite the output folder."""

@@ -260,6 +260,6 @@ def _notes_on_passes(cfg: CrosscoderRunnerConfig, needs: Needs) -> Iterator[str]
     # A cache stores activations in half the bytes.
     memory, cache = size(2 * needs.disk.cache), size(needs.disk.cache)
     yield (
-        f"The models read the text {needs.passes:.1f} times, {once} each time. Once is enough with --keep-in-memory true "
+        f"The models read the text {needs.passes:.1f} times, {once} each time. Once is enough with --keep-in-memory "
         f"({memory} of memory) or a cache (sae-lens-dfc cache, {cache} on disk)."
     )

@@ -146,7 +146,7 @@ def test_it_is_the_same_again_and_other_folders_stay(
         assert main(["evaluate", str(run), "--output", str(run), "--overwrite", overwrite]) == 1
         assert "holds a run, which is never overwritten" in capsys.readouterr().err
     assert (run / "sae_weights.safetensors").is_file()
-    assert main([*args, "--overwrite", "true"]) == 0
+    assert main([*args, "--overwrite"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert not any(name.startswith("null/") for name in again)
     for name, value in again.items():

@@ -119,9 +119,9 @@ def test_what_is_there_stays_unless_it_is_an_sae_that_may_go(
     (tmp_path / "notes.txt").write_text("mine")
     few = ["--model", "a", "--eval-pairs", "300", "--fit-pairs", "0"]
     for output, more, message in (
-        (run, ["--overwrite", "true"], "holds a run, which is never overwritten"),
+        (run, ["--overwrite"], "holds a run, which is never overwritten"),
         (of_a, [], "already holds a SAE"),
-        (tmp_path, ["--overwrite", "true"], "holds files that are not a SAE"),
+        (tmp_path, ["--overwrite"], "holds files that are not a SAE"),
         (tmp_path / "new", ["--fit-pairs", "-1"], "fit_pairs must be at least 0"),
         (tmp_path / "new", ["--model-b", str(tmp_path)], "Could not load a tokenizer"),
     ):
@@ -130,5 +130,5 @@ def test_what_is_there_stays_unless_it_is_an_sae_that_may_go(
     assert (of_a / "sae_weights.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     assert (run / "runner_cfg.json").is_file()
-    assert main(["export", str(run), "--output", str(of_a), *few, "--overwrite", "true"]) == 0
+    assert main(["export", str(run), "--output", str(of_a), *few, "--overwrite"]) == 0
     assert (of_a / "sae_weights.safetensors").read_bytes() != before

@@ -120,7 +120,7 @@ def test_the_command_writes_a_line_for_each_prompt_that_makes_two_chats(
     assert all(line["completion_a"] != line["completion_b"] for line in lines)
     assert main(args) == 1
     assert "is there already. Pass --overwrite or name another file" in capsys.readouterr().err
-    assert main([*args, "--overwrite", "true"]) == 0
+    assert main([*args, "--overwrite"]) == 0
     assert [
         json.loads(line) for line in Path(given.output).read_text("utf-8").splitlines()
     ] == lines
