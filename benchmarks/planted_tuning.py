@@ -1,7 +1,7 @@
 """One setting of each architecture for the benchmark of planted differences, chosen on organisms
 that it does not score.
 
-    .venv/bin/python benchmarks/planted_tuning.py [--output benchmarks/results/planted_tuning.json]
+    .venv/bin/python -m benchmarks.planted_tuning [--output benchmarks/results/planted_tuning.json]
 
 Each architecture has three values of its own setting (`KNOBS`), tried on organisms of a seed that
 is left out of the benchmark, by their discovery prompts alone. A value's merit is how much of the
@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.planted.harvest import harvest, joined
+from benchmarks.planted.run import Run, organism_of
+from benchmarks.planted.scoring.probes import Probes, activations, detection
+from benchmarks.planted.scoring.score import MIN_AUC, R, fall, ranking
+from benchmarks.planted.training import KNOBS, Training, trained
+from benchmarks.provenance import provenance
 from sae_lens_dfc import ModelPair
-from sae_lens_dfc.benchmark.planted.harvest import harvest, joined
-from sae_lens_dfc.benchmark.planted.run import Run, organism_of
-from sae_lens_dfc.benchmark.planted.scoring.probes import Probes, activations, detection
-from sae_lens_dfc.benchmark.planted.scoring.score import MIN_AUC, R, fall, ranking
-from sae_lens_dfc.benchmark.planted.training import KNOBS, Training, trained
-from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.core.terminal import text_table
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.exclusivity.decoders import decoder_differences

@@ -1,7 +1,7 @@
 """How a DFC's latents should compete for k, and what tests leave exclusive, on the demo's pair and
 on its null, over seeds.
 
-    .venv/bin/python benchmarks/selection.py [--only NAME ...] [--seeds 3] [--output benchmarks/results/selection.json]
+    .venv/bin/python -m benchmarks.selection [--only NAME ...] [--seeds 3] [--output benchmarks/results/selection.json]
 
 About an hour on two cores; `--only` runs some and keeps the file's other rows. The table it prints
 is the one in benchmarks/README.md.
@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import provenance
 from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, ModelPair
 from sae_lens_dfc.analysis.evaluation.baselines import like
 from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
@@ -21,7 +22,6 @@ from sae_lens_dfc.analysis.evaluation.measure import measure as measured
 from sae_lens_dfc.analysis.evaluation.measure import train_crosscoder
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
 from sae_lens_dfc.analysis.report.tables import spread
-from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.core.terminal import text_table
 from sae_lens_dfc.data.paired_text import PairedText
 from sae_lens_dfc.metrics.evaluation_data import PairData

@@ -1,6 +1,6 @@
 """What the ways of computing a training step change in a training on real activations, over seeds.
 
-    .venv/bin/python benchmarks/training_paths.py [--cache runs/paths-cache] [--seeds 3] [--output benchmarks/results/training_paths.json]
+    .venv/bin/python -m benchmarks.training_paths [--cache runs/paths-cache] [--seeds 3] [--output benchmarks/results/training_paths.json]
 
 Ten minutes on two cores, with the rows of the demo's two models. Each training takes the same
 batches from the same weights as the exact sparse one of its seed, with which it is compared. The
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.provenance import provenance
 from sae_lens_dfc import (
     CacheConfig,
     DFCTrainingCrosscoder,
@@ -25,7 +26,6 @@ from sae_lens_dfc import (
 )
 from sae_lens_dfc.analysis.evaluation.demo import demo_models
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
-from sae_lens_dfc.benchmark.provenance import provenance
 from sae_lens_dfc.core.terminal import text_table
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer

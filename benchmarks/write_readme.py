@@ -1,7 +1,7 @@
 """Writes the tables between the marks of benchmarks/README.md, and the tables and pictures in
 results/, from results/*.json.
 
-    .venv/bin/python benchmarks/write_readme.py
+    .venv/bin/python -m benchmarks.write_readme
 
 A block begins with `<!-- NAME -->` and ends with `<!-- end -->`; all else is written by hand.
 """
@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.suite import SUITE, present, results_in
+from benchmarks.tables.tables import Rows, Table, case_of
 from sae_lens_dfc.analysis.report.tables import spread
-from sae_lens_dfc.benchmark.results.tables import Rows, Table, case_of
-from sae_lens_dfc.benchmark.suite import SUITE, present, results_in
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -27,7 +27,7 @@ def overview(name: str) -> str:
     """The first table of a benchmark and its picture."""
     rows = results_in(RESULTS).get(name)
     if rows is None:
-        command = f"sae-lens-dfc benchmark {name} --preset full --output benchmarks/results"
+        command = f"python -m benchmarks {name} --preset full --output benchmarks/results"
         return f"(No results are kept yet. `{command}` gives them.)"
     table = next(SUITE[name].tables(rows))
     return f"{table.markdown()}\n\n![{table.title}](results/{name}.svg)"

@@ -42,8 +42,8 @@ __all__ = [
 
 
 def _is_the_command_line() -> bool:
-    """Whether this process is the command `sae-lens-dfc`, which is to answer before all of this is
-    imported.
+    """Whether this process is the command `sae-lens-dfc`, or a script that sets
+    `SAE_LENS_DFC_IS_PUT_OFF`, which are to answer before all of this is imported.
 
     A process that it spawns has its arguments too, and runs its script as `__mp_main__`, beside a
     `__main__` of its own.
@@ -51,7 +51,8 @@ def _is_the_command_line() -> bool:
     main = sys.modules.get("__main__")
     is_spawned = sys.modules.get("__mp_main__", main) is not main
     name = Path(next(iter(sys.argv), "")).stem
-    return not is_spawned and (name == "sae-lens-dfc" or (name == "-m" and _is_the_module()))
+    is_asked = name == "sae-lens-dfc" or (name == "-m" and _is_the_module())
+    return not is_spawned and (is_asked or hasattr(main, "SAE_LENS_DFC_IS_PUT_OFF"))
 
 
 def _is_the_module() -> bool:

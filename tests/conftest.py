@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer
 from transformers import (
     AutoTokenizer,
@@ -21,14 +22,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sae_lens_dfc.benchmark.planted.organisms.from_scratch import BOS
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.models.loading import load_model
+from sae_lens_dfc.organisms.from_scratch import BOS
 from tests.helpers import forget_formats
 from tests.model_classes import MODEL_CLASSES
 from tests.tokenizer_kinds import TOKENIZERS, byte_bpe_english, sentencepiece_bpe
+
+# The option of pyproject.toml takes one package where the type checker has arguments.
+install_import_hook(
+    "benchmarks", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: with a thread for each core in every one of them, all wait for one

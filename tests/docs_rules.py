@@ -56,7 +56,7 @@ HOURS = "minutes or hours: its own tests run it small"
 BIG = "two 8B models on GPUs"
 HUB = "opens models of the hub: tests/training/test_organisms.py runs recipes on stand-ins"
 REAL = (
-    "fine-tunes a real model for minutes: tests/benchmark/planted/test_planted.py builds organisms"
+    "fine-tunes a real model for minutes: tests/organisms/test_model_organisms.py builds organisms"
 )
 
 IN_PYTHON = {
@@ -68,7 +68,7 @@ IN_PYTHON = {
 RULES: dict[str, Rules] = {
     "README.md": Rules(replace=IN_PYTHON),
     "benchmarks/README.md": Rules(
-        not_run={"sae-lens-dfc benchmark": HOURS, "python benchmarks/": HOURS},
+        not_run={"python -m benchmarks": HOURS},
     ),
     "docs/data.md": Rules(not_run={"sae-lens-dfc": BIG, "torchrun": BIG}),
     "docs/export.md": Rules(

@@ -15,6 +15,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.__main__ import program
 from sae_lens_dfc.cli.main import COMMANDS, main, options_of
 from sae_lens_dfc.cli.parser import settings_taken
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
@@ -207,7 +208,12 @@ def _check(words: list[str]) -> None:
 
 def _is_script(words: list[str]) -> bool:
     """Whether there is such a file and it has these flags; of pytest, whether the files to test are
-    there."""
+    there; of the benchmarks, their flags are parsed."""
+    if words[:2] == ["-m", "benchmarks"]:
+        options_of("benchmarks", words[1:], program())
+        return True
+    if words[0] == "-m" and words[1].startswith("benchmarks."):
+        words = [f"{words[1].replace('.', '/')}.py", *words[2:]]
     if words[0] in ("-m", "-c"):
         return all(word in ("-m", "pytest", "-c") or (ROOT / word).exists() for word in words)
     script = ROOT / words[0]
@@ -304,6 +310,7 @@ def test_every_rule_has_its_place() -> None:
         (Block("bash", "curl example.org", 1), "no rule for the command curl"),
         (Block("bash", "make coffee", 1), "cannot be run"),
         (Block("", "sae-lens-dfc brew", 1), "cannot be run"),
+        (Block("", "python -m benchmarks.brew", 1), "cannot be run"),
         (Block("yaml", "lr: 1", 1), "begins with its file's name"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every error of the package is a sentence or two: what each `raise` can say, read from its
+"""Every error of the package and its benchmarks is a sentence or two: what each `raise` can say, read from its
 source."""
 
 import ast
@@ -43,8 +43,8 @@ COMPLETED = {
         "models.opening.adapters._check_shapes",
         "models.opening.adapters._resize",
     ],
-    "benchmark.recovery._resumed": ["benchmark.recovery._resumed"],
-    "benchmark.suite.figures_of": ["benchmark.suite.figures_of"],
+    "benchmarks.recovery._resumed": ["benchmarks.recovery._resumed"],
+    "benchmarks.suite.figures_of": ["benchmarks.suite.figures_of"],
     "data.cache.reader.read_manifest": ["data.cache.reader._check_manifest"],
     "data.contexts.batches": ["data.contexts.__init__"],
     "core.parsing.read_json": ["core.parsing.parse_json", "core.parsing._check_values"],
@@ -89,10 +89,13 @@ COMPLETED = {
 """Functions whose messages begin in the middle of a sentence, by the function that writes its
 beginning."""
 
+BENCHMARKS = PACKAGE.parent / "benchmarks"
 MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
-    for path in sorted(PACKAGE.rglob("*.py"))
+    ".".join(path.relative_to(root).with_suffix("").parts): ast.parse(path.read_text())
+    for folder, root in ((PACKAGE, PACKAGE), (BENCHMARKS, BENCHMARKS.parent))
+    for path in sorted(folder.rglob("*.py"))
 }
+"""By dotted name below `sae_lens_dfc`, or beginning with benchmarks."""
 FUNCTIONS = {
     module: {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     for module, tree in MODULES.items()
@@ -151,7 +154,8 @@ def texts(node: ast.expr, module: str, function: ast.AST, steps: int = MOST_STEP
         case ast.Call(func=ast.Name(id=name)) if name in SENTENCES:
             return [SENTENCE]
         case ast.Name(id=name) if steps:
-            constant = getattr(importlib.import_module(f"sae_lens_dfc.{module}"), name, None)
+            full = module if module.startswith("benchmarks.") else f"sae_lens_dfc.{module}"
+            constant = getattr(importlib.import_module(full), name, None)
             if isinstance(constant, str):
                 return [constant]
             return followed(assigned(name, function), function)

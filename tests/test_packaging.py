@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, files, requires
@@ -43,16 +44,30 @@ def provided(everywhere: bool) -> Iterator[str]:
             yield from (path.parts[0].removesuffix(".py") for path in files(name) or [])
 
 
-def undeclared(everywhere: bool) -> set[str]:
-    """Names that the package imports from somewhere that pyproject.toml does not require."""
-    trees = (ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py")))
+def undeclared(folder: Path, everywhere: bool, with_extras: bool) -> set[str]:
+    """Names that a folder imports from somewhere that pyproject.toml does not require."""
+    trees = (ast.parse(path.read_text("utf-8")) for path in sorted(folder.rglob("*.py")))
     names = {name for tree in trees for name in imported(tree, everywhere)}
-    return names - {"sae_lens_dfc", *sys.stdlib_module_names, *NOT_DECLARED, *provided(everywhere)}
+    ours = {"sae_lens_dfc", folder.name}
+    return names - {*ours, *sys.stdlib_module_names, *NOT_DECLARED, *provided(with_extras)}
 
 
 @pytest.mark.parametrize("everywhere", [False, True], ids=["at the top", "anywhere"])
 def test_every_package_that_is_imported_is_declared(everywhere: bool) -> None:
-    assert undeclared(everywhere) == set()
+    assert undeclared(PACKAGE, everywhere, with_extras=everywhere) == set()
+    assert undeclared(ROOT / "benchmarks", everywhere, with_extras=True) == set()
+
+
+def test_every_package_that_is_declared_is_imported() -> None:
+    trees = [ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))]
+    names = {name for tree in trees for name in imported(tree, everywhere=True)}
+    needed = {
+        re.split(r"[^\w.-]", r)[0] for r in requires("sae-lens-dfc") or [] if "extra ==" not in r
+    }
+    provides = {
+        one: {path.parts[0].removesuffix(".py") for path in files(one) or []} for one in needed
+    }
+    assert {one for one, own in provides.items() if not own & names} == set()
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +77,17 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (path,) = folder.iterdir()
     return path
+
+
+@pytest.mark.slow
+def test_the_wheel_is_the_package_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+    assert {n.split("/")[0].partition("-")[0] for n in names} == {"sae_lens_dfc"}
+    assert "sae_lens_dfc/organisms/options.py" in names
 
 
 def test_the_source_of_a_release_is_the_package_and_what_explains_it(sdist: Path) -> None:

@@ -13,8 +13,8 @@ from tokenizers import (
     trainers,
 )
 
-from sae_lens_dfc.benchmark.planted.organisms.from_scratch import BOS, byte_bpe
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
+from sae_lens_dfc.organisms.from_scratch import BOS, byte_bpe
 
 TRAINING_TEXT = ["The cat sat on the mat in 1989. " * 3, *reference_pages()[:6]]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

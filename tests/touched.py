@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 READ_BY = {
     "docs/": "test_docs",
     "tutorials/": "test_tutorials",
-    "benchmarks/": "benchmark/results/test_results",
+    "benchmarks/": "benchmarks/tables/test_results",
 }
 """Folders whose files no test imports, and the test files that run or check them."""
 

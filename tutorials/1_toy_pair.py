@@ -372,7 +372,7 @@ assert null["called with evidence"].sum() == 0
 #    cannot be called.
 #
 # **What this does not show.** The map between these models is linear, their features fire independently, and the crosscoder has a latent for each
-# feature. Language models grant none of that. The benchmark (`sae-lens-dfc benchmark recovery --preset full`, an hour) varies the dictionary size and
+# feature. Language models grant none of that. The benchmark (`python -m benchmarks recovery --preset full`, an hour) varies the dictionary size and
 # mixes in wrong pairs; with 30 % of wrong pairs three in four of a plain DFC's exclusive latents are false.
 #
 # **Next**: [2. Two models](2_two_models.ipynb), from text to a trained DFC.

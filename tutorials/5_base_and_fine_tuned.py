@@ -54,11 +54,11 @@ from sae_lens_dfc.analysis.report.notebook import latent_html
 from sae_lens_dfc.analysis.screening.screen import screen
 from sae_lens_dfc.analysis.steering.generate import answer
 from sae_lens_dfc.analysis.steering.options import Sampling
-from sae_lens_dfc.benchmark.planted.folder import write_organism
-from sae_lens_dfc.benchmark.planted.options import OrganismOptions
 from sae_lens_dfc.core.output_folder import is_made
 from sae_lens_dfc.data.paired_text import PairedText
 from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.organisms.folder import write_organism
+from sae_lens_dfc.organisms.options import OrganismOptions
 
 pd.options.display.max_colwidth = None
 pd.options.display.float_format = "{:.3f}".format

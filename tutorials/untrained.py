@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sae_lens_dfc.benchmark.planted.folder import ADAPTER, PROMPTS, TEXT
-from sae_lens_dfc.benchmark.planted.organisms.lora import lora_tensors, write_lora
-from sae_lens_dfc.benchmark.planted.organisms.organism import MANIFEST
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.models.packaged import DEMO_A, unpack
+from sae_lens_dfc.organisms.folder import ADAPTER, PROMPTS, TEXT
+from sae_lens_dfc.organisms.lora import lora_tensors, write_lora
+from sae_lens_dfc.organisms.organism import MANIFEST
 
 
 def write_untrained(folder: Path) -> None:

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "sae_lens_dfc"
 PAGE = ROOT / "docs" / "architecture.md"
 LISTS = re.compile(r"(?<=<!-- files -->\n\n).*?(?=\n\n<!-- end -->)", flags=re.DOTALL)
 ROOMS = (
-    *("core", "models", "data", "stats", "crosscoders", "metrics", "training", "analysis"),
-    *("benchmark", "cli"),
+    *("core", "models", "data", "organisms", "stats", "crosscoders", "metrics", "training"),
+    *("analysis", "cli"),
 )
 
 

@@ -12,10 +12,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from typing_extensions import override
 
@@ -69,10 +70,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sae_lens_dfc.cli.generate",
         "Write both models' answers to each prompt of a data set, as text to train a delta crosscoder on.",
     ),
-    "benchmark": (
-        "sae_lens_dfc.cli.benchmark",
-        "Run benchmarks of recovery, training and data costs, and evaluation, or compare two sets of results.",
-    ),
     "model-organism": (
         "sae_lens_dfc.cli.model_organism",
         "Build a model organism: two models with one known, planted difference, to train on and test detection with.",
@@ -81,22 +78,36 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """The module of each command, with its options (`OPTIONS`) and entry point (`run`), and the
 command's help."""
 
+
+class Program(NamedTuple):
+    """A command line."""
+
+    commands: Mapping[str, tuple[str, str]] = COMMANDS
+    """As `COMMANDS`."""
+    before_command: str = "sae-lens-dfc"
+    """What is typed before a command."""
+    name: str = "sae-lens-dfc"
+    """Begins each error line."""
+
+
+SAE_LENS_DFC = Program()
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
 """Errors that the input or the machine can cause."""
 NO_MEMORY = "can't allocate memory"
 
 
-def options_class(command: str) -> type:
+def options_class(command: str, program: Program = SAE_LENS_DFC) -> type:
     """The dataclass whose fields are a command's flags."""
-    return import_module(COMMANDS[command][0]).OPTIONS
+    return import_module(program.commands[command][0]).OPTIONS
 
 
-def options_of(command: str, args: Sequence[str]) -> Any:
+def options_of(command: str, args: Sequence[str], program: Program = SAE_LENS_DFC) -> Any:
     """Parse a command line into the command's options dataclass.
 
     Args:
-        command: One of `COMMANDS`.
+        command: One of the program's commands.
         args: The command line, including the command.
+        program: The command line that it belongs to.
 
     Raises:
         ValueError: A configuration file cannot be read, or a value is invalid.
@@ -105,22 +116,25 @@ def options_of(command: str, args: Sequence[str]) -> Any:
     # Imported only once a command is known: it loads the dataclass parser.
     from sae_lens_dfc.cli.parser import parsed
 
-    return parsed(args, command, COMMANDS[command][1], options_class(command), _around)
+    summary, options = program.commands[command][1], options_class(command, program)
+    return parsed(args, command, summary, options, partial(_around, program))
 
 
-def _chosen(args: Sequence[str]) -> str:
+def _chosen(args: Sequence[str], program: Program) -> str:
     """The command's name; help, the version and wrong usage exit here."""
-    if args and args[0] in COMMANDS:
+    if args and args[0] in program.commands:
         return args[0]
-    parser, commands = _around(argparse.ArgumentParser)
-    for name, (_, summary) in COMMANDS.items():
+    parser, commands = _around(program, argparse.ArgumentParser)
+    for name, (_, summary) in program.commands.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser.parse_args(args).command
 
 
-def _around(of_command: type[argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, Any]:
+def _around(
+    program: Program, of_command: type[argparse.ArgumentParser]
+) -> tuple[argparse.ArgumentParser, Any]:
     """The main parser, and its subparsers action with the given parser class."""
-    parser = argparse.ArgumentParser(prog="sae-lens-dfc", description=sae_lens_dfc.__doc__)
+    parser = argparse.ArgumentParser(prog=program.before_command, description=sae_lens_dfc.__doc__)
     parser.add_argument("--version", action="version", version=version("sae-lens-dfc"))
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=of_command
@@ -143,15 +157,20 @@ def _log_to_standard_error() -> None:
     logging.getLogger("sae_lens_dfc").setLevel(logging.INFO)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+def main(args: Sequence[str] | None = None, program: Program = SAE_LENS_DFC) -> int:
+    """Run one command; returns the exit status.
+
+    Args:
+        args: The command line, including the command. If None: that of the process.
+        program: The command line that the command belongs to.
+    """
     # Enables huge pages; torch reads this at its first large allocation. With small pages a CPU
     # training step takes 10 % longer, because each gradient is a new allocation as large as the
     # dictionary.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _log_to_standard_error()
     try:
-        status, said = _outcome(sys.argv[1:] if args is None else args)
+        status, said = _outcome(sys.argv[1:] if args is None else args, program)
     except KeyboardInterrupt as asked:
         # `Interrupted` has a signal number; Python's own KeyboardInterrupt, raised during imports,
         # has none.
@@ -159,18 +178,18 @@ def main(args: Sequence[str] | None = None) -> int:
         status, said = 128 + number, str(asked) or "stopped"
     # Printed only now, after the error's progress bars are closed and have ended their lines.
     if said:
-        sys.stderr.write(f"sae-lens-dfc: {printable(said)}\n")
+        sys.stderr.write(f"{program.name}: {printable(said)}\n")
     return status
 
 
-def _outcome(args: Sequence[str]) -> tuple[int, str]:
+def _outcome(args: Sequence[str], program: Program) -> tuple[int, str]:
     """The exit status and the error message, if any."""
-    command = _chosen(args)
+    command = _chosen(args, program)
     # Outside the try: a package that fails to import is not an input error, and keeps its
     # traceback.
-    work = import_module(COMMANDS[command][0])
+    work = import_module(program.commands[command][0])
     try:
-        options = options_of(command, args)
+        options = options_of(command, args, program)
     except FAILURES as error:
         return 1, _said_of(error)
     # Imported after help is handled: both load torch and SAELens. The first registers the

@@ -260,7 +260,7 @@ def test_wrong_usage_exits_with_2(args: list[str], capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "check", "train", "align", "evaluate", "report", "generate", "benchmark"]
+    "command", ["demo", "check", "train", "align", "evaluate", "report", "generate"]
 )
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

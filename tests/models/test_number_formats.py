@@ -12,21 +12,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from benchmarks.__main__ import main as run_benchmark
+from benchmarks.planted import run as planted_run
+from benchmarks.planted.training import Training
 from sae_lens_dfc.analysis.autointerp.judge import LocalJudge
 from sae_lens_dfc.analysis.evaluation.demo import demo_models
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
-from sae_lens_dfc.benchmark.planted import run as planted_run
-from sae_lens_dfc.benchmark.planted.organisms import finetune
-from sae_lens_dfc.benchmark.planted.organisms.behaviors import Behavior
-from sae_lens_dfc.benchmark.planted.organisms.from_scratch import Training as ScratchTraining
-from sae_lens_dfc.benchmark.planted.organisms.from_scratch import from_scratch
-from sae_lens_dfc.benchmark.planted.training import Training
 from sae_lens_dfc.cli.main import COMMANDS, main, options_class
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.models.loading import in_fast_format, load_model
 from sae_lens_dfc.models.number_formats import chosen_dtype, fast_dtype, slowdown
+from sae_lens_dfc.organisms import finetune, named
+from sae_lens_dfc.organisms.behaviors import Behavior
+from sae_lens_dfc.organisms.from_scratch import Training as ScratchTraining
+from sae_lens_dfc.organisms.from_scratch import from_scratch
 from sae_lens_dfc.training.recipes.named import RECIPES
 from sae_lens_dfc.training.recipes.organisms import organisms
 from sae_lens_dfc.training.recipes.settings import recipe_config
@@ -282,10 +283,11 @@ def tiny_organism(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         Behavior, "prompts", lambda self, split: [kind[:4] for kind in prompts(self, split)]
     )
     monkeypatch.setattr(finetune, "GENERAL", finetune.GENERAL[:4])
-    monkeypatch.setattr(planted_run, "unpack", lambda _: base)
-    monkeypatch.setattr(planted_run, "fine_tuned", partial(finetune.fine_tuned, settings=few))
+    for module in (named, planted_run):
+        monkeypatch.setattr(module, "unpack", lambda _: base)
+    monkeypatch.setattr(named, "fine_tuned", partial(finetune.fine_tuned, settings=few))
     scratch = ScratchTraining(steps=2, vocab_a=300, vocab_b=320)
-    monkeypatch.setattr(planted_run, "from_scratch", partial(from_scratch, cfg=scratch))
+    monkeypatch.setattr(named, "from_scratch", partial(from_scratch, cfg=scratch))
 
 
 @pytest.mark.usefixtures("tiny_organism")
@@ -328,7 +330,7 @@ def test_the_planted_benchmark_runs_in_bfloat16_where_the_processor_is_fast_and_
         planted_run.PRESETS, "small", planted_run.Preset(("false_fact/strong",), 1, few)
     )
     output = ["--output", str(tmp_path / "results")]
-    assert main(["benchmark", "planted", "--preset", "small", *output]) == 0
+    assert run_benchmark(["planted", "--preset", "small", *output]) == 0
     assert (products.n > 0) == (times < 1)
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.suite import figures_of
 from sae_lens_dfc.analysis.autointerp.concerns import CONCERNS, read_concerns
 from sae_lens_dfc.analysis.options import HeldOutOptions
 from sae_lens_dfc.analysis.report.build import report_settings
@@ -29,11 +30,6 @@ from sae_lens_dfc.analysis.report.summary import headlines, lead, warnings
 from sae_lens_dfc.analysis.report.tables import measures_table
 from sae_lens_dfc.analysis.saved_run.held_out import run_config
 from sae_lens_dfc.analysis.screening.verdicts import CausalTest
-from sae_lens_dfc.benchmark.planted.organisms.organism import (
-    items_from_json,
-    read_organism_manifest,
-)
-from sae_lens_dfc.benchmark.suite import figures_of
 from sae_lens_dfc.cli.arguments import with_files
 from sae_lens_dfc.cli.parser import settings_taken
 from sae_lens_dfc.core.journal import Journal as Kept
@@ -49,6 +45,10 @@ from sae_lens_dfc.data.contexts import PairCounts
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.paired_text import PairedText
 from sae_lens_dfc.models.config import ModelConfig
+from sae_lens_dfc.organisms.organism import (
+    items_from_json,
+    read_organism_manifest,
+)
 from sae_lens_dfc.training.checkpoint import checkpoints, load_checkpoint, load_place
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.from_cache import with_cache

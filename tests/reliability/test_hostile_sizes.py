@@ -20,11 +20,11 @@ from datasets import Dataset
 from pyarrow import parquet
 from xxhash import xxh3_128
 
+from benchmarks.suite import results_in
 from sae_lens_dfc.analysis.autointerp.concerns import read_concerns
 from sae_lens_dfc.analysis.options import HeldOutOptions
 from sae_lens_dfc.analysis.report.results import read_latents, read_metrics
 from sae_lens_dfc.analysis.saved_run.held_out import run_config
-from sae_lens_dfc.benchmark.suite import results_in
 from sae_lens_dfc.core.journal import Journal
 from sae_lens_dfc.core.untrusted.gguf import BLOCKS, check_gguf
 from sae_lens_dfc.crosscoders.inference import load_crosscoder

@@ -349,9 +349,10 @@ def test_a_thread_takes_no_signals() -> None:
 
 @pytest.mark.slow
 def test_processes_of_a_benchmark_end_with_the_one_that_started_them(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sae_lens_dfc", "benchmark", "recovery"]
+    command = [sys.executable, "-m", "benchmarks", "recovery"]
     parent = subprocess.Popen(
         [*command, "--jobs", "2", "--output", str(tmp_path / "out")],
+        cwd=Path(__file__).parents[2],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -56,7 +56,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a judge, no device": ("evaluate {run} --null none --judge local:{a} --device nowhere", NO_DEVICE),
     "latents, no device": ("latents {run} --device nowhere", NO_DEVICE),
     "generate, no device": (f"{GENERATE} --model-a.device nowhere", NO_DEVICE),
-    "benchmark, no device": ("benchmark step --device nowhere", NO_DEVICE),
     "demo, no device": (f"{DEMO} --device nowhere", NO_DEVICE),
     # numbers
     "lr": (f"{TRAIN} --lr nan", "lr must be above 0, got nan."),
@@ -76,8 +75,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "latents to list": ("latents {run} --top 0", "top must be at least 1, got 0."),
     "seed of answers": (f"{GENERATE} --seed {BIG}", "seed must be a number of 64 bits, got"),
     "answers at a time": (f"{GENERATE} --batch-size 0", "batch_size must be at least 1, got 0."),
-    "jobs": ("benchmark recovery --jobs 0", "jobs must be at least 1, got 0."),
-    "seed of an organism": (f"organism topic --output {{new}} --seed {BIG}", "a number of 64 bits"),
+    "seed of an organism": (f"model-organism topic --output {{new}} --seed {BIG}", "a number of 64 bits"),
     # text
     "no text": (f"{ALIGN} {{none}}", "Couldn't find any data file at {none}. Give a hub name"),
     "an empty text": (f"{ALIGN} {{empty}}", "has no paired position: 0 tokens of A"),
@@ -99,11 +97,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "screen, no run": (f"{SCREEN.replace('{run}', '{none}')}", NO_RUN),
     "latents, no run": ("latents {none}", NO_RUN),
     "latents, no evidence": ("latents {run} --sort evidence --evidence {folder}", "has no evidence."),
-    "compare, nothing": ("benchmark compare", "takes 2 folders or files, got 0. Results"),
-    "compare, no results": ("benchmark compare {none} {none}", "No such file or directory: '{none}'."),
-    "compare, an empty file": ("benchmark compare {empty} {empty}", "is not sound JSON: Expecting"),
-    "compare, an empty folder": ("benchmark compare {folder} {folder}", "{folder} has no results of"),
-    "no checkout": ("benchmark step --reference {none}", "{none} is not a checkout of"),
     # outputs
     "train into a file": (f"{TRAIN} --output-path {{file}}", "Output {file} is no folder. Name one."),
     "train beneath a file": (f"{TRAIN} --output-path {{file}}/x", "{file}/x cannot be made in {file}."),
@@ -118,9 +111,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "screen into a file": (f"{SCREEN} --output {{file}}", "Output {file} is no folder. Name one."),
     "generate into no table": (f"{GENERATE} --output {{file}}", "output must be a .jsonl file, got"),
     "generate over a file": (f"{GENERATE} --output {{text}}", "Output {text} is there already."),
-    "benchmark into a file": ("benchmark recovery --output {file}", "--output {file} is not a folder."),
-    "benchmark beneath a file": ("benchmark recovery --output {file}/x", "cannot be made in {file}."),
-    "organism into a file": ("organism topic --output {file}", "Output {file} is no folder."),
+    "organism into a file": ("model-organism topic --output {file}", "Output {file} is no folder."),
     "demo into a file": (f"{DEMO} --output {{file}}", "Output {file} is no folder."),
     # judges, nulls, concerns
     "no judge": ("evaluate {run} --null none --judge x:y", "Judge 'x:y' is unknown. Give openai:MODEL"),
@@ -146,8 +137,7 @@ MISUSED: dict[str, tuple[str, str]] = {
     "no latent": (f"{STEER} --latent x", "invalid int value: 'x'"),
     "another order": ("latents {run} --sort x", "invalid choice: 'x'"),
     "another partition": ("latents {run} --partition x", "invalid choice: 'x'"),
-    "another benchmark": ("benchmark x", "invalid choice: 'x'"),
-    "another organism": ("organism x --output {new}", "invalid choice: 'x'"),
+    "another organism": ("model-organism x --output {new}", "invalid choice: 'x'"),
 }
 
 
@@ -247,8 +237,8 @@ def run_instead(
         bar.update()
         raise kind(*args)
 
-    monkeypatch.setattr("sae_lens_dfc.cli.benchmark.run", do)
-    return lambda: main(["benchmark", "compare"])
+    monkeypatch.setattr("sae_lens_dfc.cli.report.run", do)
+    return lambda: main(["report", "run"])
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, TypeError, KeyError, AttributeError])

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from sae_lens_dfc import Crosscoder
-from sae_lens_dfc.benchmark.planted.organisms.from_scratch import BOS
 from sae_lens_dfc.cli.main import main
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.models.number_formats import fast_dtype
+from sae_lens_dfc.organisms.from_scratch import BOS
 from sae_lens_dfc.training.recipes.named import RECIPES, find_recipe
 from sae_lens_dfc.training.recipes.organisms import PREFIX, Organism, organisms
 from sae_lens_dfc.training.recipes.settings import recipe_config

@@ -1,0 +1,177 @@
+"""Benchmarks planted differences: organisms x seeds x architectures, writing each row as soon as it
+is computed."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from benchmarks.planted.harvest import harvest, joined
+from benchmarks.planted.options import FULL, NULL
+from benchmarks.planted.scoring.probes import Probes
+from benchmarks.planted.scoring.score import score
+from benchmarks.planted.training import TUNED, Training, trained
+from benchmarks.provenance import provenance
+from benchmarks.recovery import write
+from sae_lens_dfc.core.parsing import read_json
+from sae_lens_dfc.core.terminal import said_by
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.models.number_formats import fast_dtype
+from sae_lens_dfc.models.packaged import DEMO_A, unpack
+from sae_lens_dfc.organisms import named
+from sae_lens_dfc.organisms.finetune import fine_tuning_settings
+from sae_lens_dfc.organisms.from_scratch import topic_settings
+from sae_lens_dfc.organisms.options import TOPIC
+from sae_lens_dfc.organisms.organism import Organism, key
+
+FILENAME = "planted.json"
+NULL_BEHAVIOR = "secret_word"
+"""The behavior whose prompts are used for the null."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of the benchmark."""
+
+    organisms: Sequence[str]
+    """Organisms: behavior and strength, topic or null."""
+    seeds: int
+    """Seeds of each organism, its harvest and its crosscoders."""
+    training: Training = Training()
+
+
+SMALL = ("batchtopk_crosscoder", "delta_crosscoder", "dfc")
+PRESETS = {
+    "small": Preset(
+        ("false_fact/strong",),
+        1,
+        Training(steps=200, n_texts=60, tuned={name: TUNED[name] for name in SMALL}),
+    ),
+    "full": Preset(FULL, 2),
+}
+
+
+class Run(NamedTuple):
+    """One organism with one seed, and all crosscoders trained on it."""
+
+    organism: str
+    seed: int
+
+
+def runs(preset: Preset) -> list[Run]:
+    """Every organism with every seed, seed by seed."""
+    return [Run(name, seed) for seed in range(preset.seeds) for name in preset.organisms]
+
+
+def organism_of(run: Run) -> Organism:
+    """The organism of a run, built at the first call."""
+    if run.organism != NULL:
+        return named.organism_of(run.organism, run.seed)
+    known = named.organism_of(f"{NULL_BEHAVIOR}/weak", run.seed)
+    return replace(known, name=NULL, model_b=known.model_a, added={})
+
+
+def organism_key(run: Run) -> str:
+    """Fingerprint of an organism, which changes when its definition does."""
+    if run.organism == TOPIC:
+        return key(topic_settings(run.seed))
+    behavior = NULL_BEHAVIOR if run.organism == NULL else run.organism.partition("/")[0]
+    return key(fine_tuning_settings(unpack(DEMO_A), behavior, run.seed))
+
+
+def results(run: Run, cfg: Training) -> Iterator[dict[str, Any]]:
+    """Yield one row per architecture."""
+    started = time.monotonic()
+    organism = organism_of(run)
+    built = time.monotonic()
+    models = organism.model_a, organism.model_b
+    pair = ModelPair.load(*(replace(m, dtype=fast_dtype(m.device)) for m in models))
+    harvested = harvest(pair, organism, cfg.n_texts, run.seed)
+    crosscoders = trained(cfg, pair, organism, harvested.rows, run.seed)
+    probes = Probes.of(pair, organism, joined(harvested.rows))
+    test = probes.test
+    before = {
+        "behavior": test.behavior_b.before,
+        "control": test.control_b.before,
+        "control_a": test.control_a.before,
+    }
+    shared = {
+        "build_seconds": round(built - started, 1),
+        "harvest_and_training_seconds": round(time.monotonic() - built, 1),
+        "behavior_share": round(harvested.behavior_share, 3),
+        "organism_measures": organism.manifest["measures"],
+        "organism_sha256": organism.manifest["sha256"],
+        "preferences": {name: float(values.mean()) for name, values in before.items()},
+        "shown": {name: float((values > 0).float().mean()) for name, values in before.items()},
+        "settings": settings(run, cfg),
+        **provenance(),
+    }
+    for name, crosscoder in crosscoders.items():
+        scored = time.monotonic()
+        values = None if crosscoder is None else score(crosscoder, probes, run.seed)
+        yield {
+            "organism": run.organism,
+            "seed": run.seed,
+            "architecture": name,
+            "score": values,
+            "score_seconds": round(time.monotonic() - scored, 1),
+            **shared,
+        }
+
+
+def settings(run: Run, cfg: Training) -> dict[str, Any]:
+    """Settings that determine a run's results."""
+    values = {"run": run._asdict(), "organism": organism_key(run), "training": asdict(cfg)}
+    return json.loads(json.dumps(values))
+
+
+def run_planted_benchmark(preset: str, output_folder: Path) -> list[dict[str, Any]]:
+    """Run all runs of a preset, writing the results after each; existing results are not
+    recomputed.
+
+    Args:
+        preset: Name in `PRESETS`.
+        output_folder: Folder for planted.json.
+
+    Raises:
+        ValueError: The folder's planted.json holds results of other settings, or something else.
+    """
+    chosen = PRESETS[preset]
+    wanted = runs(chosen)
+    path = output_folder / FILENAME
+    rows = resumed(path, [settings(run, chosen.training) for run in wanted])
+    done = [row["settings"] for row in rows]
+    output_folder.mkdir(parents=True, exist_ok=True)
+    for run in tqdm(wanted, "Planted differences", unit=" runs"):
+        if settings(run, chosen.training) in done:
+            continue
+        # Keep a run's rows only if all are there: they share one training.
+        rows += list(results(run, chosen.training))
+        write(rows, path)
+    return rows
+
+
+def resumed(path: Path, wanted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a results file.
+
+    Raises:
+        ValueError: The file holds something else, or rows with other settings.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = read_json(path, finite=False)
+        others = [row for row in rows if row["settings"] not in wanted]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} does not hold results of this benchmark: {said_by(error)} Name another --output."
+        ) from None
+    if others:
+        raise ValueError(
+            f"{path} holds {len(others)} results with other settings. Name another --output, or delete it."
+        )
+    return rows
