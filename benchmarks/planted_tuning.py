@@ -39,8 +39,8 @@ def merit(crosscoder: Crosscoder, probes: Probes) -> float:
     acts = activations(crosscoder, probe.behavior.rows)
     directions = decoder_differences(crosscoder, probes.affine_maps)
     first = ranking(crosscoder, probes.rows, probes.affine_maps)[:R].tolist()
-    told = [latent for latent in first if aucs[latent] >= MIN_AUC]
-    falls = [float(fall(probe, acts[:, i], directions[i]).mean()) for i in told]
+    detecting = [latent for latent in first if aucs[latent] >= MIN_AUC]
+    falls = [float(fall(probe, acts[:, i], directions[i]).mean()) for i in detecting]
     gap = float(probe.behavior_b.before.mean() - probe.control_b.before.mean())
     return max(0.0, *falls) / gap if falls else 0.0
 

@@ -74,7 +74,7 @@ def selection() -> str:
             row[f"alive/{model}_exclusive"] = None if dead is None else 1 - dead
     rows.sort(key=lambda row: row["pair"] == "null")
     cells = _over_seeds(rows, "variant", SELECTION_COLUMNS, digits=3)
-    return Table("Ways of selection", cells).markdown()
+    return Table("Selection methods", cells).markdown()
 
 
 def _over_seeds(
@@ -94,8 +94,8 @@ def _known(rows: Rows, group: str, name: str, column: str) -> list[Any]:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     **{f"{name}:overview": partial(overview, name) for name in SUITE},
-    "evidence:1": lambda: evidence("1 latents a feature"),
-    "evidence:2": lambda: evidence("2 latents a feature"),
+    "evidence:1": lambda: evidence("1 latent per feature"),
+    "evidence:2": lambda: evidence("2 latents per feature"),
     "evidence:null": lambda: evidence("null"),
     "selection": selection,
 }

@@ -81,7 +81,7 @@ class _Difference(NamedTuple):
     noise: float | None
     p: float | None
     """None if only the smallest change worth reporting, or the ranges, decide."""
-    is_told: bool = True
+    is_reported: bool = True
     """Whether it would be reported if its p-value were small."""
     why: str = ""
 
@@ -132,7 +132,7 @@ def _difference(old: Figure | None, new: Figure | None) -> _Difference | str:
     if old is None or new is None:
         return f"only in {'NEW' if old is None else 'OLD'}"
     if old.kind == "raw time":
-        return "a raw time is of one machine at one moment; compare its ratio"
+        return "a raw time depends on the machine and the moment; compare its ratio"
     for name in old.subject.keys() & new.subject.keys():
         if old.subject[name] != new.subject[name]:
             return f"{name} differs: {_short(old.subject[name])} / {_short(new.subject[name])}"
@@ -149,7 +149,7 @@ def _difference(old: Figure | None, new: Figure | None) -> _Difference | str:
         why = "" if len(pairs) == n_units else f"{len(pairs)} of {n_units} units are in both"
         return _paired(pairs, old.least)._replace(why=why)
     if min(len(old.values), len(new.values)) < 2:
-        return "one value on a side: its noise is not known"
+        return "one result has a single value, so its noise is unknown"
     return _welch(list(old.values.values()), list(new.values.values()), old.least)
 
 
@@ -159,14 +159,18 @@ def _short(value: Any) -> str:
 
 
 def _by_least(old: Figure, new: Figure) -> _Difference:
-    return _Difference(old.mean, new.mean, None, None, why="measured once: its size alone decides")
+    return _Difference(
+        old.mean, new.mean, None, None, why="measured once, judged by its size alone"
+    )
 
 
 def _by_range(old: Figure, new: Figure) -> _Difference:
     (low, high), (other_low, other_high) = old.extent, new.extent
     apart = high < other_low or other_high < low
     kept = "the ranges do not overlap" if apart else "the ranges overlap"
-    return _Difference(old.mean, new.mean, None, None, apart, f"{kept}: a side has no rounds")
+    return _Difference(
+        old.mean, new.mean, None, None, apart, f"{kept} (one result does not list its rounds)"
+    )
 
 
 def _paired(pairs: Sequence[tuple[float, float]], least: float) -> _Difference:
@@ -224,11 +228,14 @@ def _compared(
         return Comparison(name, a, b, None, None, None, "not comparable", found)
     assert old is not None
     difference = found.new - found.old
-    told = found.is_told and (q is None or q <= MAX_FALSE_DISCOVERIES)
+    is_reported = found.is_reported and (q is None or q <= MAX_FALSE_DISCOVERIES)
     why = found.why
-    if told and difference != 0 and abs(difference) < old.least:
-        told, why = False, f"less than {number(old.least)}, the smallest change worth reporting"
-    flag = _flag(difference, old.better) if told and difference != 0 else "within noise"
+    if is_reported and difference != 0 and abs(difference) < old.least:
+        is_reported, why = (
+            False,
+            f"less than {number(old.least)}, the smallest change worth reporting",
+        )
+    flag = _flag(difference, old.better) if is_reported and difference != 0 else "within noise"
     return Comparison(name, found.old, found.new, difference, found.noise, q, flag, why)
 
 
@@ -238,7 +245,7 @@ def _flag(difference: float, better: Better) -> Flag:
     return "better" if (difference > 0) == (better == "higher") else "worse"
 
 
-TOLD: tuple[Flag, ...] = ("worse", "changed", "better")
+REPORTED: tuple[Flag, ...] = ("worse", "changed", "better")
 HEAD = ["figure", "", "old", "new", "difference", "noise", "q", ""]
 
 
@@ -258,7 +265,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> list[list[str]]:
             c.why,
         ]
         for c in comparisons
-        if c.flag in TOLD
+        if c.flag in REPORTED
     ]
 
 
@@ -270,7 +277,7 @@ def other_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """
     groups: dict[tuple[Flag, str, str], list[str]] = {}
     for c in comparisons:
-        if c.flag not in TOLD:
+        if c.flag not in REPORTED:
             benchmark, _, figure = c.figure.partition(": ")
             groups.setdefault((c.flag, benchmark, c.why), []).append(figure)
     lines: list[str] = []

@@ -22,10 +22,10 @@ def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
         planted = [row for row in own if row["organism"] != NULL]
         overview.append([name, _confirmed(planted), _counted(planted, "found"), *cells])
     yield Table("Runs in which the planted difference is confirmed", overview)
-    head = ["organism", "seed", "shown", "architecture", "rank", "exclusive", "AUC"]
+    head = ["organism", "seed", "behavior shown", "architecture", "rank", "exclusive", "AUC"]
     cells = [[*head, "ablation", "addition to B", "addition to A", "confirmed"]]
     yield Table(
-        "Each run; effects in nats [95 % interval]; the 95th percentile of random directions / of other latents'",
+        "Each run: effects in nats [95 % interval]; 95th percentile of random directions / other latents",
         cells + [_cells(row) for row in rows],
     )
 

@@ -144,7 +144,7 @@ def planted_plot(rows: Rows, path: Path) -> None:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-0.03, 1.2)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        axes.set_xlabel("share of the runs in which the difference is confirmed")
+        axes.set_xlabel("share of runs in which the difference is confirmed")
         figure.legend(loc="outside lower center", ncols=2)
 
 
@@ -199,14 +199,14 @@ def data_plot(rows: Rows, path: Path) -> None:
             if name in row["targets"]:
                 limit = float(row["targets"][name].split()[1])
                 axes.plot([limit], [i], marker="|", markersize=22, color=COLORS[1])
-        axes.set_yticks(range(len(names)), [_asked(row, name) for name in names])
+        axes.set_yticks(range(len(names)), [_with_target(row, name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.axvline(1, color=INK, linestyle=":", linewidth=1)
-        axes.set_xlabel("ratio, median and range over rounds; upright: what is asked for")
+        axes.set_xlabel("ratio: median and range over rounds; vertical bar: target")
 
 
-def _asked(row: Mapping[str, Any], name: str) -> str:
+def _with_target(row: Mapping[str, Any], name: str) -> str:
     said = name.replace("_", " ")
     return f"{said} ({row['targets'][name]})" if name in row["targets"] else said
 
@@ -228,7 +228,7 @@ def _ranges(
 
 # --- evaluate ---
 
-CALLED = "share called exclusive, with evidence"
+CALLED = "share called exclusive with evidence"
 PANELS: dict[str, dict[str, str]] = {
     "explained variance": {"explained_variance/a": "A", "explained_variance/b": "B"},
     "loss recovered from mean ablation": {
@@ -239,23 +239,23 @@ PANELS: dict[str, dict[str, str]] = {
         "kl/a/without_exclusive": "A",
         "kl/b/without_exclusive": "B",
     },
-    "told by the other model alone": {
+    "predicted from the other model": {
         "cross_reconstruction/a_from_b": "A from B",
         "cross_reconstruction/b_from_a": "B from A",
     },
-    "firing told by the other model (AUC)": {
-        "transfer/auc/a_exclusive": "A's",
-        "transfer/auc/b_exclusive": "B's",
+    "firing predicted from the other model (AUC)": {
+        "transfer/auc/a_exclusive": "A only",
+        "transfer/auc/b_exclusive": "B only",
         "transfer/auc/shared": "shared",
     },
-    "latent scaling, error": {
-        "latent_scaling/nu_error/a_exclusive": "A's",
-        "latent_scaling/nu_error/b_exclusive": "B's",
+    "latent scaling of the error": {
+        "latent_scaling/nu_error/a_exclusive": "A only",
+        "latent_scaling/nu_error/b_exclusive": "B only",
         "latent_scaling/nu_error/shared": "shared",
     },
-    "dead share": {
-        "dead_fraction/a_exclusive": "A's",
-        "dead_fraction/b_exclusive": "B's",
+    "share of dead latents": {
+        "dead_fraction/a_exclusive": "A only",
+        "dead_fraction/b_exclusive": "B only",
         "dead_fraction/shared": "shared",
     },
     CALLED: {"exclusive/significant_share": "all"},

@@ -24,12 +24,12 @@ COLUMNS = {
     "explained_variance/a": "EV A",
     "explained_variance/b": "EV B",
     "l0": "L0",
-    "training_time": "training time, in batchtopk_crosscoder's",
+    "training_time": "training time, relative to batchtopk_crosscoder",
 }
 
 
 BASELINE = "batchtopk_crosscoder"
-
+ONE_LATENT = "1 latent per feature"
 FREQUENCY_COLUMNS = {"exclusive_recall": "exclusive recall", "shared_recall": "shared recall"}
 
 
@@ -48,20 +48,17 @@ def tables(rows: Rows) -> Iterator[Table]:
     """An overview, and tables by dictionary size, feature frequency and pairing noise, and for the
     null."""
     rows = with_training_times(rows)
-    clean = [row for row in rows if not row["null"] and row["pairing_noise"] == 0]
-    noisy = [row for row in rows if row["pairing_noise"] > 0]
+    with_exclusive = [row for row in rows if not row["null"]]
     null = [row for row in rows if row["null"]]
-    sizes = sorted({row["d_sae_per_feature"] for row in clean})
-    cases = {f"{size:g} latents a feature": _at(clean, "d_sae_per_feature", size) for size in sizes}
-    noises = sorted({row["pairing_noise"] for row in noisy})
-    cases |= {
-        f"{noise:.0%} of the pairs wrong": _at(noisy, "pairing_noise", noise) for noise in noises
-    }
+    cases: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(with_exclusive, key=lambda r: (r["pairing_noise"], r["d_sae_per_feature"])):
+        cases.setdefault(case_of(row), []).append(row)
     yield Table("Exclusive recall; false exclusive rate", _overview(cases, null))
     for title, group in cases.items():
         yield Table(title, _cells(group))
-    middle = _at(clean, "d_sae_per_feature", 1)
-    yield Table("1 latents a feature, by the features' frequency", _cells_by_frequency(middle))
+    yield Table(
+        f"{ONE_LATENT}, by feature frequency", _cells_by_frequency(cases.get(ONE_LATENT, []))
+    )
     yield Table("Null: no feature is exclusive", _cells(null))
 
 
@@ -94,10 +91,6 @@ def _case(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _over(seconds: float | None, ours: float | None) -> float | None:
     return None if seconds is None or ours is None else seconds / ours
-
-
-def _at(rows: Rows, name: str, value: float) -> Rows:
-    return [row for row in rows if row[name] == value]
 
 
 def _overview(cases: Mapping[str, Rows], null: Rows) -> list[list[str]]:
@@ -166,21 +159,22 @@ def case_of(row: Mapping[str, Any]) -> str:
     """Name of the case that a crosscoder of the recovery benchmark was trained on.
 
     >>> case_of({"null": False, "pairing_noise": 0.3, "d_sae_per_feature": 1.0})
-    '30% of the pairs wrong'
+    '30% wrong pairs'
     """
     if row["null"]:
         return "null"
     if row["pairing_noise"] > 0:
-        return f"{row['pairing_noise']:.0%} of the pairs wrong"
-    return f"{row['d_sae_per_feature']:g} latents a feature"
+        return f"{row['pairing_noise']:.0%} wrong pairs"
+    size = row["d_sae_per_feature"]
+    return ONE_LATENT if size == 1 else f"{size:g} latents per feature"
 
 
 # --- step and data ---
 
 STEP_TIMES = {
-    "encoder_product_ms": "product alone, float32",
+    "encoder_product_ms": "encoder product alone, float32",
     "step_ms": "step",
-    "step_ms_tenth_dead": "a tenth dead",
+    "step_ms_tenth_dead": "step, 10% of latents dead",
 }
 STEP_RATIOS = {
     "ratio_to_encoder_product": ("step / product", 2),
@@ -208,7 +202,12 @@ def step_tables(rows: Rows) -> Iterator[Table]:
     """All configurations side by side (median and range over rounds), and every figure of each."""
     rows = in_order(rows)
     ratios = {name: said for name, said in STEP_RATIOS.items() if any(r.get(name) for r in rows)}
-    head = ["", *STEP_TIMES.values(), *(title for title, _ in ratios.values()), "memory"]
+    head = [
+        "",
+        *STEP_TIMES.values(),
+        *(title for title, _ in ratios.values()),
+        "peak memory / minimum",
+    ]
     body = [
         [
             step_name(row),
@@ -218,7 +217,7 @@ def step_tables(rows: Rows) -> Iterator[Table]:
         ]
         for row in rows
     ]
-    yield Table("A training step, median and range over rounds", [head, *body])
+    yield Table("Training step: median and range over rounds", [head, *body])
     for row in rows:
         yield Table(step_name(row), [FIGURES_HEAD, *figure_rows(row)])
 
@@ -228,7 +227,10 @@ def data_tables(rows: Rows) -> Iterator[Table]:
     for row in rows:
         figures = figure_rows(row)
         head = ["figure", "median", "range over rounds", "target"]
-        yield Table("The data's way", [head, *(cells for cells in figures if cells[2])])
+        yield Table(
+            "Data flow: median and range over rounds",
+            [head, *(cells for cells in figures if cells[2])],
+        )
         once = [cells[:2] for cells in figures if not cells[2]]
         yield Table("Measured once", [["figure", "value"], *once])
 
@@ -251,12 +253,12 @@ def _digits(value: float | None, digits: int) -> str:
 
 EVALUATE_TITLES = {
     **dict(ROWS),
-    "exclusive/significant_share": "Share of the latents called exclusive, with evidence",
+    "exclusive/significant_share": "Share of latents called exclusive with evidence",
     "training_seconds": "Training, seconds",
-    "evaluating_seconds": "Measuring activations, seconds",
-    "ratio_to_encoder_product": "... over one encoder product of the same pairs",
-    "downstream_seconds": "Measuring predictions, seconds",
-    "evaluating_peak_bytes": "Memory that measuring activations takes, MB",
+    "evaluating_seconds": "Evaluation on activations, seconds",
+    "ratio_to_encoder_product": "Evaluation on activations / one encoder product of the same pairs",
+    "downstream_seconds": "Evaluation of predictions, seconds",
+    "evaluating_peak_bytes": "Memory for the evaluation on activations, MB",
 }
 
 
@@ -274,7 +276,7 @@ def evaluate_tables(rows: Rows) -> Iterator[Table]:
         if any(row.get(name) is not None for row in rows)
     ]
     yield Table(
-        "What evaluating measures, mean ± standard deviation over seeds", [["", *ordered], *body]
+        "Measures of evaluate: mean ± standard deviation over seeds", [["", *ordered], *body]
     )
 
 

@@ -210,7 +210,7 @@ def test_a_folder_is_not_worse_than_itself(
     assert status == 0
     assert {c["flag"] for c in found} == {"within noise", "not comparable"}
     assert {c["why"] for c in found if c["flag"] == "not comparable"} == {
-        "a raw time is of one machine at one moment; compare its ratio"
+        "a raw time depends on the machine and the moment; compare its ratio"
     }
     benchmarks = {c["figure"].partition(":")[0] for c in found if c["flag"] == "within noise"}
     assert benchmarks == set(SUITE)
@@ -227,7 +227,7 @@ def test_what_got_worse_is_named_and_decides_the_exit_status(
     assert main(["compare", *map(str, folders)]) == 1
     first = capsys.readouterr().out.splitlines()[1]
     assert first.startswith(
-        "recovery: dfc-reassigned, 2 latents a feature: exclusive_recall  worse"
+        "recovery: dfc-reassigned, 2 latents per feature: exclusive_recall  worse"
     )
     # The other way round it got better, and that is no failure.
     status, found = compared(folders[1], folders[0], capsys)

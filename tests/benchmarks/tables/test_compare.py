@@ -149,7 +149,7 @@ def test_without_rounds_the_ranges_must_not_overlap(
     new = figure([1.8], better="lower", range=new_range, is_paired=False)
     comparison = only(old, new)
     assert comparison.flag == flag and comparison.q is None
-    assert comparison.why.endswith("a side has no rounds")
+    assert comparison.why.endswith("(one result does not list its rounds)")
     # One side's rounds give its range.
     rounds = figure([1.72, 1.8, 1.9], better="lower", is_paired=False)
     assert only(old, rounds).flag == "worse"
@@ -176,7 +176,7 @@ def test_a_unit_that_is_missing_is_told() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
-        ({"kind": "raw time"}, {"kind": "raw time"}, "a raw time is of one machine"),
+        ({"kind": "raw time"}, {"kind": "raw time"}, "a raw time depends on the machine"),
         (
             {"subject": {"machine": "m", "k": 1}},
             {"subject": {"machine": "n"}},
@@ -191,7 +191,7 @@ def test_what_cannot_be_compared_is_not(old: dict[str, Any], new: dict[str, Any]
 
 def test_one_seed_on_either_side_has_no_known_noise() -> None:
     comparison = only(figure([0.9]), figure([0.1]))
-    assert comparison.flag == "not comparable" and "its noise is not known" in comparison.why
+    assert comparison.flag == "not comparable" and "its noise is unknown" in comparison.why
 
 
 def test_the_worst_stands_first_and_what_is_within_the_noise_is_counted() -> None:
