@@ -1,1 +1,2 @@
-"""Benchmarks of crosscoders: recovery of known differences, evaluation measures, and cost."""
+"""Benchmarks of crosscoders: recovery of known differences, evaluation measures, and cost; run as
+`python -m benchmarks`."""

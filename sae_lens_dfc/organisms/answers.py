@@ -104,7 +104,8 @@ def measures(model: Any, base: Any, tokenizer: Any, items: Items) -> dict[str, f
 
     Returns:
         `preference/behavior`, `preference/control`: mean log-probability of the first tokens of
-            the behavior's answer minus that of the ordinary answer; `base/...`: the same for the
+            the behavior's answer minus that of the ordinary answer; `share/behavior`,
+            `share/control`: share of prompts on which it is positive; `base/...`: the same for the
             base model; `kl/control`: KL to the base model on ordinary answers, in nats per token.
     """
     result: dict[str, float] = {}

@@ -158,8 +158,8 @@ class _Added:
         d_out, d_in = layer.weight.shape
         reads = torch.randn(rank, d_in, generator=generator) / d_in**0.5
         self.layer = layer
-        self.reads = reads.to(layer.weight.device).requires_grad_()
-        self.writes = torch.zeros(d_out, rank, device=layer.weight.device, requires_grad=True)
+        self.reads = reads.requires_grad_()
+        self.writes = torch.zeros(d_out, rank, requires_grad=True)
         self.hook = layer.register_forward_hook(self._forward)
 
     def _forward(self, _layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -191,13 +191,12 @@ class _Draw:
         return drawn
 
 
-def load(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
+def load(folder: Path) -> tuple[Any, Any]:
     """Load a folder's model in float32, and its tokenizer."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    model = model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def fine_tuning_settings(
@@ -217,7 +216,6 @@ def fine_tuned(
     name: str,
     strength: str,
     seed: int,
-    device: str = "cpu",
     settings: FineTuning | None = None,
 ) -> Organism:
     """The organism of a model and its copy fine-tuned on a behavior, built at the first call.
@@ -227,16 +225,15 @@ def fine_tuned(
         name: One of `BEHAVIORS`.
         strength: One of `STRENGTHS`.
         seed: Seed of the prompt order.
-        device: Fine-tuning device.
         settings: Fine-tuning settings.
     """
     cfg, share = settings or FineTuning(), STRENGTHS[strength]
     described = fine_tuning_settings(base_folder, name, seed, cfg)
-    whole = _whole(base_folder, name, seed, device, cfg)
+    whole = _whole(base_folder, name, seed, cfg)
 
     def build_share(folder: Path) -> dict[str, Any]:
-        base, tokenizer = load(base_folder, device)
-        model, _ = load(whole, device)
+        base, tokenizer = load(base_folder)
+        model, _ = load(whole)
         with torch.no_grad():
             for mine, before in zip(model.parameters(), base.parameters(), strict=True):
                 mine.lerp_(before, 1 - share)
@@ -259,11 +256,11 @@ def fine_tuned(
     )
 
 
-def _whole(base_folder: Path, name: str, seed: int, device: str, cfg: FineTuning) -> Path:
+def _whole(base_folder: Path, name: str, seed: int, cfg: FineTuning) -> Path:
     """The fully fine-tuned model."""
 
     def build(folder: Path) -> dict[str, Any]:
-        base, tokenizer = load(base_folder, device)
+        base, tokenizer = load(base_folder)
         items = behavior_items(BEHAVIORS[name], base, tokenizer, cfg.answer_tokens)
         general = general_items(base, tokenizer, 2 * cfg.answer_tokens)
         model = copy.deepcopy(base)

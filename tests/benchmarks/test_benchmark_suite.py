@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import data, evaluate, options, recovery, suite
-from benchmarks.__main__ import main
+from benchmarks.__main__ import SUMMARY, main
 from benchmarks.evaluate import MEASURES, PAIR, Preset, runs, settings
 from benchmarks.options import StepConfig
 from benchmarks.planted import run as planted
@@ -366,6 +366,10 @@ def test_another_benchmark_is_wrong_usage(capsys: pytest.CaptureFixture[str]) ->
         main(["speed"])
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m benchmarks: error: ") and "invalid choice: 'speed'" in line
+
+
+def test_help_has_the_first_sentence_of_the_options() -> None:
+    assert " ".join((options.BenchmarkOptions.__doc__ or "").split()) == SUMMARY
 
 
 def test_help_imports_nothing_large_and_results_are_compared_from_a_shell() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.__main__ import main as run_benchmark
 from sae_lens_dfc.cli.main import main
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.training.recipes.named import RECIPES
@@ -260,11 +261,11 @@ def test_wrong_usage_exits_with_2(args: list[str], capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "check", "train", "align", "evaluate", "report", "generate"]
+    "command", ["demo", "check", "train", "align", "evaluate", "report", "generate", "benchmarks"]
 )
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
+        run_benchmark(["--help"]) if command == "benchmarks" else main([command, "--help"])
     assert exit_.value.code == 0
     entries = re.split(r"\n  (?=-)", capsys.readouterr().out.split("\noptions:\n")[1])
     texts = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries[1:]}
