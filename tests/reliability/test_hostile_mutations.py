@@ -251,7 +251,9 @@ def test_damaged_settings_of_a_run(run: Path, tmp_path: Path, n_mutations: int) 
 def test_damaged_measures(tmp_path: Path, n_mutations: int) -> None:
     metrics = {
         **{f"{p}explained_variance/{m}": 0.5 for p in ("", "null/self/") for m in "ab"},
-        **{f"exclusive/{what}/{m}_exclusive": 3 for what in ("called", "judged") for m in "ab"},
+        **{
+            f"exclusive/{what}/{m}_exclusive": 3 for what in ("significant", "judged") for m in "ab"
+        },
         **{f"latents/{name}": 10 for name in ("a_exclusive", "b_exclusive", "shared")},
         **{f"null/self/transfer/auc/a_exclusive{end}": 0.5 for end in ("", "/p5", "/p95")},
         "l0": 20.5,

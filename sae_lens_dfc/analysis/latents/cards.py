@@ -94,7 +94,7 @@ class LatentCard:
     evidence: dict[str, float | bool]
     """Exclusivity measures by their names in `LatentEvidence`; empty if not measured."""
     verdict: str = ""
-    """Whether it is called exclusive, with the reason; empty if not measured."""
+    """Whether it is exclusive with evidence, and the reason; empty if not measured."""
 
 
 def strongest_latents(firing: ActivationStats, n_per_partition: int) -> list[int]:

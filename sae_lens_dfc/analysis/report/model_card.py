@@ -22,22 +22,22 @@ MODEL_ROWS = {
     "model_name": "model",
     "revision": "revision",
     "base": "adapter of",
-    "base_revision": "revision of that",
+    "base_revision": "revision of the base",
     "adapter_sha256": "fingerprint of the adapter",
     "hook_name": "hook",
     "d_model": "width",
     "n_layers": "layers",
-    "prepend_bos": "beginning-of-sequence token first",
-    "model_class_name": "read with",
+    "prepend_bos": "beginning-of-sequence token prepended",
+    "model_class_name": "model class",
     "weight_processing": "weight processing",
     "weights_sha256": "fingerprint of the weights",
 }
 TRAINED_ON = (
     ("Text", "dataset_path"),
-    ("Tokens in a context", "context_size"),
+    ("Tokens per context", "context_size"),
     ("Distinct pairs of activations", "pairs_trained"),
-    ("Pairs trained on, repeats counted", "samples_trained"),
-    ("Active latents on a pair", "l0"),
+    ("Training pairs, repeats included", "samples_trained"),
+    ("Active latents per pair", "l0"),
 )
 # Markdown's inline syntax characters. Line-initial syntax is no concern, because these texts never
 # start a line.

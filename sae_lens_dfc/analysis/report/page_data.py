@@ -23,7 +23,7 @@ PICTURES = {"\n": "↵", "\t": "⇥", "\x7f": "␡", **{chr(i): chr(0x2400 + i) 
 EVIDENCE = {
     "is_candidate": (
         "Candidate",
-        "In an exclusive partition, or with a decoder in one model only. A candidate is a starting point, not a finding.",
+        "In an exclusive partition, or with almost all of its decoder norm in one model. A candidate is a starting point, not a finding.",
     ),
     "firings": (
         "Held-out firings",
@@ -31,22 +31,22 @@ EVIDENCE = {
     ),
     "nu_error": (
         "Latent scaling, error",
-        "Latent scaling on the reconstruction error: how much of its direction, mapped to {target}, is in the error there, relative to {source}. Near 0: {target} does not have it.",
+        "Latent scaling on the reconstruction error: how much of its direction, mapped to {target}, is in the error there, relative to {source}. Near 0: {target} does not have the direction.",
     ),
     "nu_reconstruction": (
         "Latent scaling, reconstruction",
         "Latent scaling on the reconstruction: how much of its direction other latents reconstruct in {target}, relative to {source}. Near 0: no other latent replaces it there.",
     ),
     "auc": (
-        "Firing predicted by {target} (AUROC)",
+        "Firing predicted from {target} (AUROC)",
         "How well an affine map from {target} predicts when it fires. 1: perfectly, so {target} has the information. 0.5: at chance.",
     ),
     "r2": (
-        "Activation predicted by {target} (r²)",
-        "Squared correlation of its activation with the prediction from {target}. Near 0: {target} does not predict it.",
+        "Activation predicted from {target} (r²)",
+        "Squared correlation of its activation with the prediction from {target}. Near 0: the activation cannot be predicted from {target}.",
     ),
     "span": (
-        "Direction in {target}'s latents",
+        "Direction explained by {target}'s shared latents",
         "Share of its direction, mapped to {target}, that five shared latents explain. High: {target} may have it split over several latents.",
     ),
     "p_scaling": (
@@ -55,15 +55,15 @@ EVIDENCE = {
     ),
     "p_transfer": (
         "p, firing predicted",
-        "Share of shared latents that {target} predicts no better.",
+        "Share of shared latents whose firing is predicted no better from {target}.",
     ),
     "q": (
         "q",
-        f"Smallest false discovery rate at which it is called exclusive. Called at {MAX_FALSE_DISCOVERIES} or below.",
+        f"Smallest false discovery rate at which it is significant (exclusive). The threshold is {MAX_FALSE_DISCOVERIES}.",
     ),
     "is_exclusive": (
-        "Called exclusive",
-        f"Both tests pass at a false discovery rate of {MAX_FALSE_DISCOVERIES:.0%}. This is evidence from activations, to be confirmed by steering.",
+        "Exclusive, with evidence",
+        f"Both tests pass at a false discovery rate of {MAX_FALSE_DISCOVERIES:.0%}. This is evidence from activations, to be confirmed by a causal test.",
     ),
 }
 """Label and explanation of each measure of a latent's evidence."""

@@ -41,7 +41,7 @@ def lead(metrics: Mapping[str, float], screening: Screening | None) -> str:
     found = f"{called:,} of {judged:,} judged candidates are" if called else "No latent is"
     of_none = "" if called else f" ({judged:,} candidates could be judged)"
     return (
-        f"{found} called exclusive on evidence from activations{of_none}. "
+        f"{found} exclusive with evidence from activations{of_none}. "
         "No latent was screened, so none is confirmed by steering."
     )
 
@@ -56,7 +56,7 @@ def headlines(metrics: Mapping[str, float]) -> list[Headline]:
         judged = metrics.get(f"exclusive/judged/{group}", 0)
         result.append(
             Headline(
-                f"Called exclusive to {model}",
+                f"Exclusive to {model}, with evidence",
                 f"{called:,.0f} of {judged:,.0f}",
                 f"judged candidates. {_null_calls(metrics)}",
             )
@@ -77,10 +77,10 @@ def headlines(metrics: Mapping[str, float]) -> list[Headline]:
 
 
 def _calls(metrics: Mapping[str, float], prefix: str) -> tuple[int, int | None]:
-    """Number of called and of judged latents in both models; None if not measured."""
+    """Number of significant and of judged latents in both models; None if not measured."""
     keys = [
         [f"{prefix}exclusive/{what}/{group}" for group in (A_EXCLUSIVE, B_EXCLUSIVE)]
-        for what in ("called", "judged")
+        for what in ("significant", "judged")
     ]
     called, judged = (
         sum(metrics[key] for key in both) if all(key in metrics for key in both) else None
@@ -102,7 +102,7 @@ def warnings(metrics: Mapping[str, float]) -> list[str]:
     result: list[str] = []
     if not any(key.startswith("null/") for key in metrics):
         result.append(
-            "This page has no null: no pair without differences was measured for comparison."
+            "This page has no null: the pipeline was not run on a pair without differences for comparison."
         )
     if metrics.get("l0") == 0:
         result.append(
@@ -112,8 +112,8 @@ def warnings(metrics: Mapping[str, float]) -> list[str]:
     null_called, null_judged = _calls(metrics, "null/self/")
     if called and judged and null_judged and null_called / null_judged >= called / judged:
         result.append(
-            f"On model A twice, where nothing is exclusive, {null_called} of {null_judged} are called: no smaller a share than "
-            "in this run. Do not trust the calls on this page."
+            f"On model A twice, where nothing is exclusive, {null_called} of {null_judged} judged candidates are significant: a share "
+            "at least as large as in this run. Do not trust the verdicts on this page."
         )
     if metrics.get("leak", 0) != 0:
         result.append(

@@ -10,13 +10,13 @@ from sae_lens_dfc.stats.jackknife import SE
 
 OF_BOTH = {
     "explained_variance": "explained variance of the model",
-    "l0": "active latents, of those exported (L0)",
+    "l0": "active latents among those exported (L0)",
 }
 OF_CODE = {
-    "feature_acts_explained_variance": "the crosscoder's code explained",
-    "firing_precision": "firings that are the crosscoder's too",
-    "firing_recall": "the crosscoder's firings that are found",
-    "firing_recall_median": "the same, the median latent",
+    "feature_acts_explained_variance": "explained variance of the crosscoder's activations",
+    "firing_precision": "firing precision against the crosscoder",
+    "firing_recall": "firing recall against the crosscoder",
+    "firing_recall_median": "firing recall, median over latents",
 }
 
 
@@ -49,16 +49,16 @@ GROUPS = [
             ),
             ("cosine/a", "Cosine of reconstruction, A"),
             ("cosine/b", "Cosine of reconstruction, B"),
-            ("norm_ratio/a", "Length of reconstruction, A"),
-            ("norm_ratio/b", "Length of reconstruction, B"),
+            ("norm_ratio/a", "Norm ratio of reconstruction, A"),
+            ("norm_ratio/b", "Norm ratio of reconstruction, B"),
         ],
     ),
     MeasureGroup(
         "What one model predicts about the other",
         "Share of one model's variance explained when only the other model is encoded. An affine map, which needs no crosscoder, is the baseline.",
         [
-            ("cross_reconstruction/a_from_b", "A explained when only B is read"),
-            ("cross_reconstruction/b_from_a", "B explained when only A is read"),
+            ("cross_reconstruction/a_from_b", "A explained when only B is encoded"),
+            ("cross_reconstruction/b_from_a", "B explained when only A is encoded"),
             ("affine_map/b_to_a", "A explained by an affine map from B"),
             ("affine_map/a_to_b", "B explained by an affine map from A"),
         ],
@@ -79,27 +79,30 @@ GROUPS = [
     ),
     MeasureGroup(
         "Partitions and sparsity",
-        "Number of latents, active latents per pair (L0), and share of latents that never fire.",
+        "Number of latents, active latents per pair (L0), and share of latents that never fire (dead).",
         [
             ("latents/a_exclusive", "Latents, A-exclusive"),
             ("latents/b_exclusive", "Latents, B-exclusive"),
             ("latents/shared", "Latents, shared"),
-            ("l0", "Active latents on a pair (L0)"),
+            ("l0", "Active latents per pair (L0)"),
             ("l0/a_exclusive", "L0, A-exclusive"),
             ("l0/b_exclusive", "L0, B-exclusive"),
             ("l0/shared", "L0, shared"),
             ("dead_fraction/a_exclusive", "Dead share, A-exclusive"),
             ("dead_fraction/b_exclusive", "Dead share, B-exclusive"),
             ("dead_fraction/shared", "Dead share, shared"),
-            ("relative_decoder_norm/min", "Relative decoder norm of shared latents, least"),
+            ("relative_decoder_norm/min", "Relative decoder norm of shared latents, minimum"),
             ("relative_decoder_norm/median", "Relative decoder norm of shared latents, median"),
-            ("relative_decoder_norm/max", "Relative decoder norm of shared latents, largest"),
-            ("decoder_cosine/a_to_b", "Cosine of shared latents' decoders, A's moved to B, median"),
+            ("relative_decoder_norm/max", "Relative decoder norm of shared latents, maximum"),
+            (
+                "decoder_cosine/a_to_b",
+                "Cosine of shared latents' decoders, A's mapped to B, median",
+            ),
         ],
     ),
     MeasureGroup(
         "Is it exclusive? Evidence from activations",
-        "Medians over latents; in the plot with the range from the 5th to the 95th percentile. Exclusive latents have scaling near 0 and AUC near 0.5. Compare candidates with the shared latents of the same run: the null of model A twice is too easy for any affine map.",
+        "Medians over latents; bars in the plot span the 5th to 95th percentile. Exclusive latents have latent scaling near 0 and AUROC near 0.5. Compare candidates with the shared latents of the same run, because the null of model A twice is too easy for any affine map.",
         [
             (
                 "latent_scaling/nu_error/a_exclusive",
@@ -124,45 +127,45 @@ GROUPS = [
             ),
             (
                 "transfer/auc/a_exclusive",
-                "Firing predicted by the other model (AUROC), A's candidates, median",
+                "Firing predicted from the other model (AUROC), A's candidates, median",
             ),
             (
                 "transfer/auc/b_exclusive",
-                "Firing predicted by the other model (AUROC), B's candidates, median",
+                "Firing predicted from the other model (AUROC), B's candidates, median",
             ),
             (
                 "transfer/auc/shared",
-                "Firing predicted by the other model (AUROC), shared latents, median",
+                "Firing predicted from the other model (AUROC), shared latents, median",
             ),
         ],
     ),
     MeasureGroup(
-        "Is it exclusive? What steering does",
-        "Share of the effect of steering on a latent's own model that does not occur in the other. 0: the other model follows. Random directions show the score of an arbitrary direction: a score that does not differ from theirs is no evidence.",
+        "Is it exclusive? Evidence from steering",
+        "Share of steering's effect on a latent's source model that does not occur in the other model. 0: the other model changes in the same way. Random directions give the score of an arbitrary direction; a score that does not differ from theirs is no evidence.",
         [
             (
                 "behavior/a_exclusive",
-                "Steering that the other model does not follow, A's candidates",
+                "Steering effect absent from the other model, A's candidates",
             ),
             (
                 "behavior/b_exclusive",
-                "Steering that the other model does not follow, B's candidates",
+                "Steering effect absent from the other model, B's candidates",
             ),
-            ("behavior/shared", "Steering that the other model does not follow, shared latents"),
+            ("behavior/shared", "Steering effect absent from the other model, shared latents"),
             (
                 "behavior/random",
-                "Steering that the other model does not follow, random directions",
+                "Steering effect absent from the other model, random directions",
             ),
         ],
     ),
     MeasureGroup(
-        "Calls",
-        "Number of candidates that could be judged, and number called exclusive, at a false discovery rate of 5 %.",
+        "Exclusive latents",
+        "Number of candidates that could be judged, and number that are exclusive with evidence, at a false discovery rate of 5 %.",
         [
             ("exclusive/judged/a_exclusive", "A's candidates that fire often enough to be judged"),
             ("exclusive/judged/b_exclusive", "B's candidates that fire often enough to be judged"),
-            ("exclusive/significant/a_exclusive", "Called exclusive to A, with evidence"),
-            ("exclusive/significant/b_exclusive", "Called exclusive to B, with evidence"),
+            ("exclusive/significant/a_exclusive", "Exclusive to A, with evidence"),
+            ("exclusive/significant/b_exclusive", "Exclusive to B, with evidence"),
         ],
     ),
     MeasureGroup(
@@ -190,7 +193,7 @@ def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[s
     """Head and rows of the table of measures, without empty columns and rows.
 
     >>> measures_table({"l0": 31.5, "null/self/l0": 30.0})
-    (['measure', 'this run', 'null: model A twice'], [['Active latents on a pair (L0)', '31.50', '30.00']])
+    (['measure', 'this run', 'null: model A twice'], [['Active latents per pair (L0)', '31.50', '30.00']])
     """
     columns = [
         (prefix, title)
@@ -239,11 +242,11 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def difference_tables(
     difference: Mapping[str, float],
 ) -> list[tuple[list[str], list[list[str]]]]:
-    """Head and rows of two tables: SAE against crosscoder, and the SAE's code by partition.
+    """Head and rows of two tables: SAE against crosscoder, and the SAE's activations by partition.
 
     >>> head, rows = difference_tables({"l0/exported": 8.5, "l0/crosscoder": 10.0})[0]
     >>> head, rows
-    (['on held-out text', 'SAE', 'crosscoder'], [['active latents, of those exported (L0)', '8.500', '10.000']])
+    (['on held-out text', 'SAE', 'crosscoder'], [['active latents among those exported (L0)', '8.500', '10.000']])
     """
 
     def rows(titles: Mapping[str, str], columns: list[str]) -> list[list[str]]:
@@ -262,7 +265,7 @@ def difference_tables(
     ]
     return [
         (["on held-out text", "SAE", "crosscoder"], rows(OF_BOTH, both)),
-        (["the SAE's code", *partitions], rows(OF_CODE, partitions)),
+        (["the SAE's activations", *partitions], rows(OF_CODE, partitions)),
     ]
 
 

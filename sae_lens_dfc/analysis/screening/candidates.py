@@ -78,7 +78,7 @@ def candidates(
     """Narrow all latents down to those that are alive, those that could be a difference, and the
     first `keep` of these.
 
-    Latents called exclusive with evidence come first, ordered by size of the difference. If the
+    Latents that are exclusive with evidence come first, ordered by size of the difference. If the
     models share no basis, shared latents are excluded: the difference of their decoders then
     depends on the map between the models.
     """

@@ -139,7 +139,7 @@ def findings(
         order: The tested latents, ordered by evidence.
         results: Result of each test; none if the latent fired at the end of too few texts.
         explained: The judge's answers.
-        exclusive: Which latents are called exclusive with evidence.
+        exclusive: Which latents are exclusive with evidence.
     """
     done = {i: one for i in order if (one := results[i]) is not None}
     of_ways = [
@@ -187,9 +187,9 @@ def _reasons(
     one: CausalTest | None, q: tuple[float, float] | None, is_exclusive: bool
 ) -> list[str]:
     called = (
-        "It is called exclusive, with evidence."
+        "It is exclusive, with evidence from activations."
         if is_exclusive
-        else "It is not called exclusive: its activation or direction was found in the other model too, or could not be ruled out there."
+        else "It is not significant (exclusive): its activation or direction was found in the other model too, or could not be ruled out there."
     )
     if one is None or q is None:
         return [

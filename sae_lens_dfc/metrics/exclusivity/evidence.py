@@ -1,5 +1,5 @@
-"""Decides which latents are called exclusive, by latent scaling and the transfer test with FDR
-control."""
+"""Decides which latents are exclusive with evidence, by latent scaling and the transfer test with
+FDR control."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -29,7 +29,7 @@ MIN_REFERENCE_NU = 0.2
 """Minimum median latent scaling of two-sided latents: a mapping of directions with less fails to
 detect features that are present, and is not used."""
 MAX_FALSE_DISCOVERIES = 0.05
-"""False discovery rate of the calls."""
+"""False discovery rate of the verdicts."""
 MIN_FIRINGS = 20
 """Minimum held-out firings to judge a latent."""
 N_SPAN_REFERENCE = 512
@@ -66,9 +66,9 @@ class LatentEvidence(NamedTuple):
     p_scaling: Float[Tensor, " d_sae"]
     p_transfer: Float[Tensor, " d_sae"]
     q: Float[Tensor, " d_sae"]
-    """Smallest false discovery rate at which it would be called exclusive; NaN if not judged."""
+    """Smallest false discovery rate at which it would be significant; NaN if not judged."""
     is_exclusive: Bool[Tensor, " d_sae"]
-    """Whether it is called exclusive, with evidence."""
+    """Whether it is exclusive, with evidence."""
 
     @property
     def groups(self) -> dict[str, Bool[Tensor, " d_sae"]]:
@@ -88,18 +88,18 @@ def latent_evidence(
     scaling: Mapping[str, Mapping[str, Estimate]],
     transfer: dict[str, Float[Tensor, " d_sae"]],
 ) -> LatentEvidence:
-    """Collect the evidence for each latent and decide which are called exclusive.
+    """Collect the evidence for each latent and decide which are exclusive.
 
-    A candidate that fires often enough is called exclusive if both conditions hold, at a false
-    discovery rate of 5 % over all candidates of the run (Benjamini & Hochberg on the larger of the
-    two p-values):
+    A candidate that fires often enough is exclusive, with evidence, if both conditions hold, at a
+    false discovery rate of 5 % over all candidates of the run (Benjamini & Hochberg on the larger
+    of the two p-values):
 
     - `nu_error` is within 0.2 of 0 and `nu_reconstruction` within 0.5, beyond their standard error:
       the target has the direction neither in its error nor in its reconstruction, under every
       mapping of directions. These are Minder et al.'s limits for models that share a basis. An
       inexact map lowers both values for every latent, so the limits are multiplied by the median
       over two-sided latents if that is below 1. A mapping that fails to detect even two-sided
-      latents (median below 0.2) is left out; if none remains, nothing is called.
+      latents (median below 0.2) is left out; if none remains, no latent is significant.
     - the target predicts its firing worse than that of nearly all two-sided latents: the p-value is
       the share of those, in the same crosscoder, whose AUROC is as close to 1/2.
 
@@ -194,7 +194,7 @@ def oriented(evidence: LatentEvidence) -> dict[str, Float[Tensor, " d_sae"]]:
 
 
 def verdict(evidence: LatentEvidence, latent: int) -> str:
-    """Describe in words whether a latent is called exclusive, and why."""
+    """Describe in words whether a latent is exclusive with evidence, and why."""
     if not evidence.is_candidate[latent]:
         return "not a candidate: its decoder norms are not one-sided"
     firings = int(evidence.firings[latent])
@@ -204,7 +204,7 @@ def verdict(evidence: LatentEvidence, latent: int) -> str:
     error, reconstruction = evidence.nu_error[latent], evidence.nu_reconstruction[latent]
     measures = (
         f"latent scaling in {target} {error:.2f} (error) and {reconstruction:.2f} (reconstruction), p = "
-        f"{evidence.p_scaling[latent]:.2g}; {target} predicts its firing with AUC {evidence.auc[latent]:.3f}, p = "
+        f"{evidence.p_scaling[latent]:.2g}; {target} predicts its firing with AUROC {evidence.auc[latent]:.3f}, p = "
         f"{evidence.p_transfer[latent]:.2g}; q = {evidence.q[latent]:.2g}"
     )
     called = (
@@ -235,7 +235,7 @@ def claim_metrics(evidence: LatentEvidence) -> dict[str, float]:
 
     Keys are `latent_scaling/nu_error/GROUP` and so on; `exclusive/judged/GROUP`, how many
     candidates fire often enough; `exclusive/scaling/GROUP` and `exclusive/transfer/GROUP`, how many
-    pass each test alone at p <= 0.05; `exclusive/significant/GROUP`, how many are called exclusive;
+    pass each test alone at p <= 0.05; `exclusive/significant/GROUP`, how many are exclusive with evidence;
     `exclusive/significant_share`, their share of all latents; and `exclusive/reference`, the number of
     two-sided latents used for comparison: with few, no latent can be called.
     """

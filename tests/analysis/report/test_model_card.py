@@ -55,7 +55,7 @@ def test_measures_stand_beside_their_null() -> None:
     assert "<th>null: model A twice</th>" in html
     row = "<td>Explained variance, A</td>\n<td>0.767 ± 0.003</td>\n<td>0.798</td>"
     assert row in html
-    assert "that is 3 of A's and 0 of B's" in html
+    assert "3 of A's and 0 of B's latents do" in html
     assert "Without a null" not in html
 
 
@@ -106,7 +106,7 @@ def test_an_exported_sae_says_what_it_loses_or_that_nobody_looked() -> None:
     html = html_of(render_card(crosscoder, "me/pair", METRICS, saes))
     a, b = html.split("<h3>sae_b</h3>")
     assert "SAE.from_pretrained(&quot;me/pair&quot;, &quot;sae_a&quot;)" in a
-    assert "<td>the crosscoder's firings that are found</td>\n<td>1.000</td>" in a
+    assert "<td>firing recall against the crosscoder</td>\n<td>1.000</td>" in a
     assert "was not measured" in b and "was not measured" not in a
 
 

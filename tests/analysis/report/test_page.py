@@ -138,7 +138,7 @@ def test_table_keeps_only_rows_and_columns_that_hold_a_number() -> None:
     assert head == ["measure", "this run", "PCA, k components"]
     assert rows == [
         ["Explained variance, A", "", "0.250"],
-        ["Active latents on a pair (L0)", "3.000", ""],
+        ["Active latents per pair (L0)", "3.000", ""],
     ]
 
 
@@ -154,10 +154,10 @@ def test_page_without_null_says_so() -> None:
 
 def test_the_first_sentence_says_no_more_than_was_measured() -> None:
     assert "was not measured" in lead({"l0": 1.0}, None)
-    assert lead(METRICS, None).startswith("5 of 40 judged candidates are called exclusive")
+    assert lead(METRICS, None).startswith("5 of 40 judged candidates are exclusive with evidence")
     assert "none is confirmed by steering" in lead(METRICS, None)
     none = METRICS | {"exclusive/significant/a_exclusive": 0}
-    assert lead(none, None).startswith("No latent is called exclusive")
+    assert lead(none, None).startswith("No latent is exclusive with evidence")
     assert "Of 40 latents, 1 reached the end of the screening: 1 confirmed" in lead(
         METRICS, SCREENING
     )
@@ -167,7 +167,7 @@ def test_the_first_sentence_says_no_more_than_was_measured() -> None:
 def test_calls_as_frequent_in_the_null_are_not_to_be_believed() -> None:
     assert warnings(METRICS) == []
     as_many = METRICS | {"null/self/exclusive/significant/a_exclusive": 5}
-    assert "Do not trust the calls on this page." in warnings(as_many)[0]
+    assert "Do not trust the verdicts on this page." in warnings(as_many)[0]
     assert "leak is not 0" in warnings(METRICS | {"leak": 0.1})[0]
 
 
@@ -199,7 +199,7 @@ def test_a_cloud_holds_each_models_candidates_and_what_is_called() -> None:
     ]
     (a, b), ticks = clouds(cards)
     assert (a.n_candidates, a.n_called, b.n_candidates, b.n_called) == (1, 1, 1, 0)
-    # 0.1 lies two thirds of the way from 0.001 to 1, an AUC of 0.6 a third of the way from 0.4 to
+    # 0.1 lies two thirds of the way from 0.001 to 1, an AUROC of 0.6 a third of the way from 0.4 to
     # 1.
     assert a.candidates == "M267 267h0" and b.candidates == "M0 267h0"
     assert [tick.label for tick in ticks] == ["0.1 %", "1 %", "10 %", "100 %"]
@@ -400,9 +400,9 @@ def test_the_head_sorts_both_ways_and_says_so(page: Any) -> None:
     assert latents_in_view(page) == [4, 17, 2, 3, 1]
     assert fires.get_attribute("aria-sort") == "ascending"
     assert page.locator("[aria-sort]").count() == 1
-    page.get_by_role("columnheader", name="AUC").get_by_role("button").click()
+    page.get_by_role("columnheader", name="AUROC").get_by_role("button").click()
     assert latents_in_view(page)[-1] == 17  # not measured: last, whichever way
-    page.get_by_role("columnheader", name="AUC").get_by_role("button").click()
+    page.get_by_role("columnheader", name="AUROC").get_by_role("button").click()
     assert latents_in_view(page)[-1] == 17
 
 
@@ -498,7 +498,7 @@ def test_a_latents_page_tells_evidence_logits_findings_and_samples(
 ) -> None:
     page = opened(browser, small, "#latent-1")
     text = page.locator("#latent").inner_text()
-    evidence = page.locator(".evidence tr", has_text="Firing predicted by B (AUROC)").inner_text()
+    evidence = page.locator(".evidence tr", has_text="Firing predicted from B (AUROC)").inner_text()
     assert "0.600" in evidence and "0.950 (0.900 to 0.990): latents both models have" in evidence
     assert (
         "0.110 ± 0.020"
@@ -523,7 +523,7 @@ def test_a_latents_page_tells_evidence_logits_findings_and_samples(
     assert page.locator("#finding-1").count() == 1  # the copy has no id of its own
     page.evaluate("location.hash = '#latent-2'")
     page.get_by_role("heading", name="Latent 2").wait_for()
-    assert "Firing predicted by A (AUROC)" in page.locator("#latent").inner_text()
+    assert "Firing predicted from A (AUROC)" in page.locator("#latent").inner_text()
     page.close()
 
 

@@ -32,10 +32,10 @@ function steps(i) {
 
 function numbers(i, card) {
   const items = [
-    ["fires on", percent(columns.rate[i]) + " of pairs"],
-    ["mean activation where it fires", shown(columns.mean[i])],
-    ["largest activation", shown(columns.max[i])],
-    ["relative decoder norm (1 A's alone, 0 B's)", shown(columns.norm[i])],
+    ["firing rate", percent(columns.rate[i]) + " of pairs"],
+    ["mean activation when it fires", shown(columns.mean[i])],
+    ["maximum activation", shown(columns.max[i])],
+    ["relative decoder norm (1: A only, 0: B only)", shown(columns.norm[i])],
     ...MODELS.filter((m) => card?.cosine[m] !== undefined).map((m) => [`cosine of encoder and decoder, ${m.toUpperCase()}`, shown(card.cosine[m])]),
   ];
   return make("dl", { class: "numbers" }, items.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));

@@ -36,11 +36,11 @@ const COLUMNS = [
   { title: "latent", width: "5.5rem", value: (i) => columns.latent[i], up: true, cell: link },
   { title: "partition", width: "6rem", value: (i) => DATA.partitions[columns.partition[i]], up: true, text: true },
   { title: "verdict", width: "14rem", value: verdictOf, up: true, text: true },
-  { title: "fires", about: "share of pairs on which it fires", width: "5.5rem", value: (i) => columns.rate[i], show: percent },
-  { title: "largest", about: "largest activation", width: "5.5rem", value: (i) => columns.max[i] },
-  { title: "norm", about: "relative decoder norm: 1 is A's alone, 0 is B's alone", width: "5rem", value: (i) => columns.norm[i] },
-  { title: "AUC", about: "how well the other model tells its firing; 0.5: not at all", width: "5rem", value: (i) => evidence.auc[i], up: true, needs: "auc" },
-  { title: "q", about: "smallest false discovery rate at which it is called exclusive", width: "5.5rem", value: (i) => evidence.q[i], up: true, needs: "q" },
+  { title: "firing rate", about: "share of pairs on which it fires", width: "5.5rem", value: (i) => columns.rate[i], show: percent },
+  { title: "max", about: "maximum activation", width: "5.5rem", value: (i) => columns.max[i] },
+  { title: "norm", about: "relative decoder norm: 1 is A only, 0 is B only", width: "5rem", value: (i) => columns.norm[i] },
+  { title: "AUROC", about: "how well its firing is predicted from the other model; 0.5 is chance", width: "5rem", value: (i) => evidence.auc[i], up: true, needs: "auc" },
+  { title: "q", about: "smallest false discovery rate at which it is significant (exclusive)", width: "5.5rem", value: (i) => evidence.q[i], up: true, needs: "q" },
   { title: "description or strongest context", width: "auto", value: (i) => glimpseText(i), up: true, text: true, cell: glimpse },
 ].filter((column) => !column.needs || evidence[column.needs]);
 
@@ -67,7 +67,7 @@ function glimpse(i) {
   return make("bdi", { class: "context" }, part(Math.max(0, at - 5), at), make("mark", {}, part(at, at + 1)), part(at + 1, at + 12));
 }
 
-/** What a search looks through, made when one is first made. */
+/** The text that a search looks through, built at the first search. */
 let haystacks = null;
 function haystack(i) {
   haystacks ??= columns.latent.map((latent, j) => {
@@ -105,7 +105,7 @@ function refresh() {
   draw(true);
 }
 
-/** By the chosen column; what is not known comes last, whichever way. */
+/** Sort by the chosen column; missing values come last in either direction. */
 function sorted(kept) {
   const { value, text } = COLUMNS[table.column];
   const keys = new Map(kept.map((i) => [i, value(i)]));
@@ -176,7 +176,7 @@ function mark() {
   }
 }
 
-/** The focus on a row, which is drawn for it where it is not. */
+/** Focus a row, and draw it first if it is out of view. */
 function focusRow(at) {
   const rows = find("rows");
   at = Math.max(0, Math.min(at, table.order.length - 1));
