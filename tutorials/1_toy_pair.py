@@ -1,32 +1,37 @@
 # %% [markdown]
 # # 1. A toy pair with known differences
 #
-# Two toy models whose features we made ourselves: most are in both, a few in one only. We train two crosscoders on them with
-# SAELens' own trainer, and hold what they claim against the truth. At the end you will have seen, with numbers:
+# We build two toy models with known features: most features are in both models, a few in only one. We train two crosscoders on them with
+# SAELens' own trainer, and compare the differences that they report with the truth. The tutorial shows, with numbers, that
 #
-# - that a **Dedicated Feature Crosscoder (DFC)** finds more of the differences than a BatchTopK crosscoder of the same size;
-# - that its exclusive latents are **not** the differences: a quarter to a half of them are false, and on a pair *without any
-#   difference* they are alive all the same;
-# - how **evidence** about each latent settles which ones to believe, without knowing the truth.
+# - a **Dedicated Feature Crosscoder (DFC)** finds more of the differences than a BatchTopK crosscoder of the same size;
+# - its exclusive latents are **not** the differences: a quarter to a half of them are false, and on a pair *without any
+#   difference* the exclusive partitions are just as full;
+# - **evidence** about each latent separates true from false ones, without access to the truth.
 #
-# That is the idea of this package; the other tutorials do the same on language models, where nobody knows the truth.
+# This is the idea behind the whole package. The other tutorials do the same on language models, where the truth is unknown.
 #
 # **Time**: about 2 minutes on 2 idle cores (4 seeds × 2 pairs × 2 crosscoders), several times that on busy ones. **Memory**: 1 GB. No
-# download, no GPU. **What to expect**: histograms of decoder norms, a scatter plot in which true and false latents come apart, and a table
-# over seeds: a recall of about 0.4 for BatchTopK and 0.7 for the DFC with evidence, no call that is false, or one in twenty, and nothing called on
-# the pair that has no difference.
+# download, no GPU. **What to expect**: histograms of decoder norms, a scatter plot in which true and false latents separate, and a table
+# over seeds. Recall is about 0.4 for BatchTopK and 0.7 for the DFC with evidence. At most one in twenty of the significant latents is false, and
+# none is significant on the pair without differences.
 
 # %% tags=["parameters"]
-folder = "runs/tutorial-1"  # where the trained crosscoder is kept
-seeds = [0, 1, 2, 3]  # each is another toy pair and another training: spread is over both
+folder = "runs/tutorial-1"  # where the trained crosscoder is saved
+seeds = [
+    0,
+    1,
+    2,
+    3,
+]  # each seed gives a new toy pair and a new training run; the spread is over both
 n_features = 256  # features of both models together
-exclusive_fraction = 0.05  # of them, in A alone; as many again in B alone
-d_a = 96  # width of the first model; the two differ, as they do in real pairs
+exclusive_fraction = 0.05  # share of them in A only; the same share is in B only
+d_a = 96  # width of the first model; real pairs differ in width too
 d_b = 64  # width of the second
-active_features = 5.0  # features active at a time, on average; also the crosscoders' k
+active_features = 5.0  # mean number of active features; also the crosscoders' k
 n_steps = 600  # training steps
-batch_size = 1024  # pairs of activations in a step
-n_eval_batches = 10  # batches of 2,048 fresh pairs to measure on
+batch_size = 1024  # pairs of activations per step
+n_eval_batches = 10  # evaluation batches of 2,048 new pairs
 
 # %%
 from itertools import islice
@@ -53,18 +58,18 @@ from sae_lens_dfc.metrics.recovery import Truth, cosines, recovery, recovery_of_
 from sae_lens_dfc.stats.affine_maps import fit_affine_maps
 from sae_lens_dfc.stats.moments import PairMoments
 
-# Products this small gain nothing from a second thread, and lose much where another program wants the core.
+# Matrix products this small gain nothing from a second thread, and slow down a lot if another program uses the core.
 torch.set_num_threads(1)
 
 # %% [markdown]
 # ## The pair
 #
-# Each feature is a direction in A, a direction in B, or both. B's directions of shared features are a linear map of A's (as if one
-# model's space were a rotated and stretched picture of the other's); an exclusive feature has no direction in the other model. A pair of
-# activations is a sparse sum of these directions, plus noise, and it is **one vector**: A's activation and B's, side by side. That is what
-# lets a crosscoder be a SAELens SAE with `d_in = d_a + d_b`.
+# Each feature is a direction in A, a direction in B, or both. B's directions of shared features are a linear map of A's, as if one
+# model's space were a rotated and stretched copy of the other's. An exclusive feature has no direction in the other model. A pair of
+# activations is a sparse sum of these directions plus noise, stored as **one vector**: A's activation and B's, concatenated. A
+# crosscoder can therefore be a SAELens SAE with `d_in = d_a + d_b`.
 #
-# The second pair is the **null**: as many features, all shared. Whatever is found there is not real.
+# The second pair is the **null**: the same number of features, all of them shared. Any difference found there is false.
 
 
 # %%
@@ -91,14 +96,14 @@ for name, pair in pairs.items():
     print(f"{name}: {pair.features.sizes}, a batch is {tuple(batch.shape)}")
 
 # %% [markdown]
-# ## Training, by SAELens
+# ## Training with SAELens
 #
-# `SAETrainer` is SAELens' own and knows nothing of crosscoders. It gets a crosscoder, an iterator of activations and its usual
+# `SAETrainer` is SAELens' own trainer, and contains nothing specific to crosscoders. It takes a crosscoder, an iterator of activations and its usual
 # settings. The two crosscoders have the same number of latents and the same `k`. In the DFC, 5 % of the latents may read and write
-# A only, 5 % B only: those are its *exclusive partitions*. We happen to give it as many as there are exclusive features (to within rounding),
-# which nobody could on real models.
+# A only, and 5 % B only: these are its *exclusive partitions*. We give each partition as many latents as there are exclusive features (up to rounding),
+# which is not possible for real models, where that number is unknown.
 #
-# What comes back is the saved form, which takes raw activations.
+# `to_inference` returns the form in which crosscoders are saved; it takes raw activations.
 
 # %%
 CONFIGS = {
@@ -134,7 +139,7 @@ trained = {
 }
 
 # %% [markdown]
-# It is saved and opened as any SAE. Its architecture is `crosscoder`, whatever it was trained as.
+# The crosscoder is saved and loaded like any SAE. The saved architecture is `crosscoder`, whichever architecture was trained.
 
 # %%
 trained["DFC", "with differences"].save_model(Path(folder) / "dfc")
@@ -142,11 +147,11 @@ reopened = SAE.load_from_disk(Path(folder) / "dfc")
 print(type(reopened).__name__, reopened.cfg.architecture(), tuple(reopened.W_dec.shape))
 
 # %% [markdown]
-# ## Measuring on fresh pairs
+# ## Evaluation on new pairs
 #
-# `evaluate` measures a crosscoder on pairs that it was not trained on. The *affine maps* are linear maps with a bias between the two models, fitted on a
-# third set of pairs. They allow the question "does the other model have this latent's direction too?" when the two models have
-# different widths. We come to it below; first the plain figures.
+# `evaluate` evaluates a crosscoder on pairs that it was not trained on. The *affine maps* are linear maps with a bias between the two models, fitted on a
+# third set of pairs. They make it possible to ask whether the other model has a latent's direction too, although the two models have
+# different widths. They are used below; the standard metrics come first.
 
 
 # %%
@@ -163,36 +168,36 @@ table.loc["dead latents"] = {key: int((r.firing.counts == 0).sum()) for key, r i
 table.round(2)
 
 # %% [markdown]
-# Nothing here tells the pairs apart, or the crosscoders. Reconstruction does not say what was found.
+# These metrics distinguish neither the pairs nor the crosscoders. Reconstruction quality does not show which features were found.
 #
-# ## What is exclusive, by decoder norms
+# ## Exclusive latents by decoder norm
 #
-# The usual sign of an exclusive latent is its **relative decoder norm**, `norm_a / (norm_a + norm_b)`: 1 writes to A only, 0 to B only. In the
-# DFC's exclusive partitions it is 1 or 0 by construction. Since we know the truth we can color each living latent by what it
-# is: the feature whose direction it has (cosine above 0.8) in every model that the latent writes to.
+# The usual criterion for an exclusive latent is its **relative decoder norm**, `norm_a / (norm_a + norm_b)`: 1 writes to A only, 0 to B only. In the
+# DFC's exclusive partitions it is 1 or 0 by construction. Since the truth is known here, we can color each alive latent by the feature
+# that it represents: the feature whose direction it matches (cosine above 0.8) in every model that the latent writes to.
 
 
 # %%
 def truth_of(crosscoder, pair):
-    """For each latent: 'shared', 'A alone', 'B alone' feature, or 'none' where it has no feature's direction."""
+    """Each latent's true kind: a feature that is 'shared', in 'A only' or in 'B only', or 'none' if it matches no feature."""
     close = cosines(
         Truth(pair.features, pair.directions, pair.frequencies), crosscoder.W_dec.detach()
     )
     norm = relative_decoder_norms(crosscoder)
-    # Of a latent that all but writes to one model, that model's direction counts.
+    # For a latent that writes almost only to one model, only that model's direction is compared.
     similarity = torch.minimum(close["a"], close["b"])
     similarity = torch.where(
         norm > 0.8, close["a"], torch.where(norm < 0.2, close["b"], similarity)
     )
     best, feature = similarity.max(dim=0)
-    kinds = {"a_exclusive": "A alone", "b_exclusive": "B alone", "shared": "shared"}
+    kinds = {"a_exclusive": "A only", "b_exclusive": "B only", "shared": "shared"}
     return [
         kinds[pair.features.name_of(int(f))] if b > MIN_COSINE else "none"
         for b, f in zip(best, feature)
     ]
 
 
-COLORS = {"shared": "#9aa5b1", "A alone": "#d1495b", "B alone": "#2e6f9e", "none": "#e8d7a5"}
+COLORS = {"shared": "#9aa5b1", "A only": "#d1495b", "B only": "#2e6f9e", "none": "#e8d7a5"}
 
 
 def draw_norms(axis, key):
@@ -204,30 +209,30 @@ def draw_norms(axis, key):
     ]
     colors, labels = list(COLORS.values()), list(COLORS)
     axis.hist(values, bins=20, range=(0, 1), stacked=True, color=colors, label=labels)
-    axis.set(title=f"{key[0]}, {key[1]}", ylim=(0, 25))  # the bars in the middle are cut off
+    axis.set(title=f"{key[0]}, {key[1]}", ylim=(0, 25))  # the middle bars are cut off
 
 
 figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), sharex=True, sharey=True)
 for axis, key in zip(axes.flat, trained):
     draw_norms(axis, key)
-axes[0, 1].legend(title="in truth a feature that is", fontsize=8, title_fontsize=8)
+axes[0, 1].legend(title="true kind of feature", fontsize=8, title_fontsize=8)
 for axis in axes[1]:
     axis.set_xlabel("relative decoder norm")
 for axis in axes[:, 0]:
-    axis.set_ylabel("living latents")
+    axis.set_ylabel("alive latents")
 figure.tight_layout()
 
 # %% [markdown]
-# Look at the bars at 0 (B's alone) and at 1 (A's alone); those in the middle, about 200 latents, are cut off.
+# The exclusive latents are the bars at 0 (B only) and at 1 (A only). The bars in the middle, about 200 latents, are cut off.
 #
-# - **BatchTopK, with differences**: few latents lie there, and they are true. Most of the 24 exclusive features have none.
-# - **DFC, with differences**: more of the true features, and beside them grey: *shared* features, of which an exclusive latent
-#   has taken one model's half.
-# - **DFC, null**: the partitions are filled as before, though nothing exclusive exists there. Nothing in this picture tells that panel
-#   from the one above but the colors, and on real models there are none.
+# - **BatchTopK, with differences**: there are few exclusive latents, and they are true. Most of the 24 exclusive features have no latent.
+# - **DFC, with differences**: more of the true features have a latent. Next to them, in grey, are *shared* features, where an exclusive latent
+#   has learned one model's half of the feature.
+# - **DFC, null**: the partitions are just as full, although no exclusive feature exists. Only the colors distinguish this panel
+#   from the one above, and real models come without colors.
 #
-# In numbers: *recall* is the share of the exclusive features that some latent called exclusive has, one latent for one feature;
-# the *false share* is that of the living latents called exclusive that have no exclusive feature.
+# In numbers: *recall* is the share of the exclusive features that are matched by an exclusive latent, one latent per feature.
+# The *false share* is the share of the alive exclusive latents that match no exclusive feature.
 
 
 # %%
@@ -237,12 +242,12 @@ def recovered(key, crosscoder, pair, result):
     claims = recovery(crosscoder, truth, result.firing.counts > 0, by)
     calls = recovery_of_calls(crosscoder, truth, result.evidence)
     return {
-        "called exclusive": claims["exclusive_called"],
+        "exclusive latents": claims["exclusive_called"],
         "recall": claims["exclusive_recall"],
         "false share": claims["false_exclusive_rate"],
-        "called with evidence": calls["evidence_called"],
-        "recall of the calls": calls["evidence_recall"],
-        "precision of the calls": calls["evidence_precision"],
+        "exclusive with evidence": calls["evidence_called"],
+        "recall with evidence": calls["evidence_recall"],
+        "precision with evidence": calls["evidence_precision"],
     }
 
 
@@ -252,18 +257,18 @@ of_one_seed = pd.DataFrame(
 of_one_seed.iloc[:3].round(2)
 
 # %% [markdown]
-# (NaN: the null has no exclusive feature to recall, and where nothing is called no share of it is false.)
+# (NaN: the null has no exclusive feature to recall, and without exclusive latents the false share is undefined.)
 #
 # ## Evidence
 #
-# Without the truth one can still ask, of each candidate, whether **the other model has it too**:
+# Without the truth, we can still test for each candidate whether **the other model has the feature too**:
 #
-# - **latent scaling**: is the latent's direction, moved to the other model by the map, in what that model's reconstruction leaves over (its error)?
-#   0 is "not there", 1 is "all of it is there";
-# - **transfer**: how well does the other model tell *when* the latent fires? An AUC of 0.5 is "not at all". The measure for comparison is the AUC of latents
-#   which both models have, in the same crosscoder.
+# - **Latent scaling**: map the latent's direction to the other model. How much of it is in that model's reconstruction error? 0 means none of it,
+#   1 all of it.
+# - **Transfer**: how well does the other model predict *when* the latent fires? An AUROC of 0.5 is chance. The reference is the AUROC of shared
+#   latents of the same crosscoder.
 #
-# A latent is *called exclusive* only if both hold, at a false discovery rate of 5 % over all candidates.
+# A latent is *exclusive with evidence* only if both tests pass, at a false discovery rate of 5 % over all candidates.
 
 
 # %%
@@ -275,29 +280,29 @@ def draw_evidence(axis, which):
     def points(latents, **style):
         axis.scatter(evidence.nu_error[latents], evidence.auc[latents], **style)
 
-    points(evidence.is_two_sided & judged, s=8, color="#dddddd", label="both models' latents")
+    points(evidence.is_two_sided & judged, s=8, color="#dddddd", label="shared latents")
     for kind, color in COLORS.items():
         of_kind = [i for i in candidates if kinds[i] == kind]
         points(of_kind, s=28, color=color, edgecolor="black", label=f"candidate: {kind}")
     ring = {"s": 90, "facecolor": "none", "edgecolor": "black"}
-    points(evidence.is_exclusive, **ring, label="called exclusive")
-    axis.set(title=f"DFC, {which}", xlabel="latent scaling in the other model's error")
+    points(evidence.is_exclusive, **ring, label="exclusive with evidence")
+    axis.set(title=f"DFC, {which}", xlabel="latent scaling on the other model's error")
 
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharex=True, sharey=True)
 for axis, which in zip(axes, pairs):
     draw_evidence(axis, which)
-axes[0].set(xlim=(-0.3, 1.3), ylabel="the other model tells its firing (AUC)")
+axes[0].set(xlim=(-0.3, 1.3), ylabel="firing predicted from the other model (AUROC)")
 axes[1].legend(fontsize=7, loc="lower right")
 figure.tight_layout()
 
 # %% [markdown]
-# True exclusive latents lie at the lower left: the other model has neither the direction nor the timing. The grey candidates are told by the other model as
-# well, or nearly as well, as latents that both have; in the null all are. Neither measure would do alone: of some halves of shared features the other model's *error* has
-# nothing (left edge, top), since its reconstruction has it all, by another latent; their timing gives them away. The calls (rings) are made without a look
-# at the colors.
+# True exclusive latents are at the lower left: the other model has neither the direction nor the timing. The grey candidates are as predictable
+# from the other model, or nearly as predictable, as shared latents; in the null all candidates are. Neither test is sufficient alone: for some halves of
+# shared features the other model's *error* contains none of the direction (left edge, top), because another latent already reconstructs it there. Their timing
+# reveals them. The ringed latents passed both tests, which do not use the colors.
 #
-# Every latent's case can be read as a sentence. One that is called, and one that is not:
+# The evidence for each latent can be printed as a sentence. Here is one latent that passes and one that does not:
 
 # %%
 evidence = results["DFC", "with differences"].evidence
@@ -305,12 +310,12 @@ kinds = truth_of(trained["DFC", "with differences"], pairs["with differences"])
 judged = evidence.is_candidate & (evidence.firings >= MIN_FIRINGS)
 for group in (evidence.is_exclusive, judged & ~evidence.is_exclusive):
     for latent in group.nonzero()[:1, 0].tolist():
-        print(f"latent {latent} (in truth: {kinds[latent]})\n  {verdict(evidence, latent)}\n")
+        print(f"latent {latent} (true kind: {kinds[latent]})\n  {verdict(evidence, latent)}\n")
 
 # %% [markdown]
 # ## Over seeds
 #
-# One training proves little. The same for every seed: another pair of toy models, another initialization, other samples. ± is the standard deviation over seeds.
+# A single training run is weak evidence. The table repeats the comparison for every seed: a new pair of toy models, a new initialization and new samples. ± is the standard deviation over seeds.
 
 # %%
 rows = []
@@ -345,34 +350,34 @@ def draw_seeds(axis, which, columns):
 
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-draw_seeds(axes[0], "with differences", {"recall": "#555555", "recall of the calls": "#d1495b"})
+draw_seeds(axes[0], "with differences", {"recall": "#555555", "recall with evidence": "#d1495b"})
 axes[0].set(title="share of the exclusive features found", ylim=(0, 1.02))
-draw_seeds(axes[1], "null", {"called exclusive": "#555555", "called with evidence": "#d1495b"})
+draw_seeds(axes[1], "null", {"exclusive latents": "#555555", "exclusive with evidence": "#d1495b"})
 axes[1].set(title="null: number of latents")
-figure.suptitle("one dot for each seed", fontsize=9)
+figure.suptitle("one dot per seed", fontsize=9)
 figure.tight_layout()
 
 # %% [markdown]
-# The null is the point of it all, so the notebook insists:
+# The null is the essential control, so the notebook asserts its result:
 
 # %%
 null = runs[runs.pair == "null"].set_index("crosscoder")
-# Partitions are filled whatever the models are …
-assert null.loc["DFC", "called exclusive"].min() > 0
-# … and nothing of that passes as a difference.
-assert null["called with evidence"].sum() == 0
+# The exclusive partitions are filled even without differences …
+assert null.loc["DFC", "exclusive latents"].min() > 0
+# … but none of these latents passes as a difference.
+assert null["exclusive with evidence"].sum() == 0
 
 # %% [markdown]
-# ## What to take away
+# ## Conclusions
 #
-# 1. **An exclusive latent is a candidate, not a finding.** A DFC fills its partitions for two models that share everything.
-# 2. Here the DFC *learns* more of the one-sided features than a BatchTopK crosscoder of its size, and with evidence what it learned can be told
-#    from what it made up. (With two latents for each feature both learn nearly all; see the benchmark below.)
-# 3. The calls are not free of error: they are made at a false discovery rate of 5 %, so a call in twenty may be false, and what was never learned
-#    cannot be called.
+# 1. **An exclusive latent is a candidate, not a finding.** A DFC fills its partitions even for two models that share everything.
+# 2. Here the DFC *learns* more of the exclusive features than a BatchTopK crosscoder of its size, and the evidence separates true latents
+#    from false ones. (With two latents per feature both learn nearly all of them; see the benchmark below.)
+# 3. The verdicts are not free of error. At a false discovery rate of 5 %, one in twenty significant latents may be false. A feature that was never
+#    learned cannot be found.
 #
-# **What this does not show.** The map between these models is linear, their features fire independently, and the crosscoder has a latent for each
-# feature. Language models grant none of that. The benchmark (`python -m benchmarks recovery --preset full`, an hour) varies the dictionary size and
-# mixes in wrong pairs; with 30 % of wrong pairs three in four of a plain DFC's exclusive latents are false.
+# **Limits.** The map between these models is linear, their features fire independently, and the crosscoder has a latent for each
+# feature. None of this holds for language models. The benchmark (`python -m benchmarks recovery --preset full`, an hour) varies the dictionary size and
+# mixes in wrong pairs; with 30 % wrong pairs, three in four of a plain DFC's exclusive latents are false.
 #
 # **Next**: [2. Two models](2_two_models.ipynb), from text to a trained DFC.
