@@ -13,33 +13,31 @@
 # %% [markdown]
 # # 2. Two real models, from text to a trained DFC
 #
-# At the end you have a Dedicated Feature Crosscoder on two language models that share nothing, neither architecture nor width nor
-# tokenizer, saved in a folder that tutorials 3 and 4 open. You have seen every step between the text and that folder, and
-# what it must be held against: a crosscoder without a partition, and the same crosscoder on a pair in which there is nothing to find.
+# This tutorial trains a Dedicated Feature Crosscoder on two language models that differ in architecture, width and
+# tokenizer, and saves it in a folder that tutorials 3 and 4 load. It shows every step between the text and that folder, and
+# the two comparisons that the result needs: a crosscoder without a partition, and the same crosscoder on a pair without differences.
 #
-# - **Time**: about 3 minutes on 2 CPU cores. **Memory**: 3 GB. No model hub is reached: the models come from the package index, the
-#   text is the documentation that Python brings with it.
-# - **Expect**: nine in ten tokens pair; explained variance about 0.73 for SmolLM2 and 0.82 for Gemma, as of a BatchTopK
-#   crosscoder; and exclusive latents that are alive on the null pair too, which is why nothing here calls one a finding yet. That is
-#   tutorial 3.
+# - **Time**: about 3 minutes on 2 CPU cores. **Memory**: 3 GB. No model hub is needed: the models come from the package index, and the
+#   text is the documentation that ships with Python.
+# - **Expect**: nine in ten tokens pair. Explained variance is about 0.73 for SmolLM2 and 0.82 for Gemma, the same as for a BatchTopK
+#   crosscoder. Exclusive latents are alive on the null pair too, so this tutorial does not yet report any of them as a finding;
+#   tutorial 3 does the tests.
 #
-# The steps are those of the package, in the order in which its files stand: models, tokens, alignment, activations, shuffled batches,
-# crosscoder, training, measures.
+# The steps follow the order of the package's folders: models, tokens, alignment, activations, shuffled batches,
+# crosscoder, training, metrics.
 
 # %% tags=["parameters"]
-folder = "runs/tutorial-2"  # everything that is written
-text = "cpython-docs"  # comes with Python; a hub name, a file or a folder of yours does too
-context_size = 128  # tokens that a model reads at once
-max_unique_pairs = (
-    48_000  # distinct places in the text to train on; half of the demo's, to be done in minutes
-)
+folder = "runs/tutorial-2"  # output folder
+text = "cpython-docs"  # ships with Python; a hub name, a file or a folder works too
+context_size = 128  # tokens per context
+max_unique_pairs = 48_000  # distinct training pairs; half of the demo's, to finish in minutes
 training_tokens = (
-    204_800  # the same, repeats counted: 200 steps of 1,024, so each place is seen four times
+    204_800  # training pairs, repeats included: 200 steps of 1,024, so each pair is seen four times
 )
-eval_pairs = 8_000  # places in documents that are kept from training
-d_sae = 2048  # latents, three times as many as either model is wide
-k = 32  # of these active at a place, on average
-seed = 42  # of weights and shuffle
+eval_pairs = 8_000  # pairs from documents held out from training
+d_sae = 2048  # latents, about three times either model's width
+k = 32  # active latents per pair, on average
+seed = 42  # for weights and shuffling
 
 # %%
 from dataclasses import replace
@@ -78,9 +76,9 @@ pd.options.display.float_format = "{:.3f}".format
 # %% [markdown]
 # ## Two models
 #
-# A `ModelConfig` says where a model comes from and where it is read; without a hook name that is the output of its middle block. For your own
-# pair write `ModelConfig("Qwen/Qwen3-0.6B", hook_name="blocks.14.hook_resid_post")`. A `ModelPair` opens both and checks that they can be
-# compared. What it says of them is kept with every crosscoder, and a crosscoder refuses other models later.
+# A `ModelConfig` names a model and its hook; the default hook is the output of the middle block. For your own
+# pair write `ModelConfig("Qwen/Qwen3-0.6B", hook_name="blocks.14.hook_resid_post")`. A `ModelPair` loads both models and checks that they can be
+# compared. Its description is saved with every crosscoder, and a crosscoder later rejects other models.
 
 # %%
 model_a, model_b = demo_models(DemoConfig())
@@ -89,11 +87,11 @@ described = pd.DataFrame(pair.describe())
 described.map(lambda value: f"{value[:12]}…" if len(str(value)) == 64 else value)
 
 # %% [markdown]
-# ## Tokens, and where they agree
+# ## Token alignment
 #
-# The two tokenizers cut one text differently. Two positions are a pair when **both models have read exactly the same text**, that is when
-# both tokens end at the same character. So the text falls into *segments*, each ending in a pair. Below, one segment a column; a token in
-# grey has no partner and is left out: its model stands there at a place where the other never stands.
+# The two tokenizers split the same text differently. Two positions form a pair if **both models have read exactly the same text**, that is, if
+# both tokens end at the same character. The text thus falls into *segments*, each of which ends in a pair. Below, each column is a segment. A token in
+# grey has no partner and is skipped: its model is at a position where the other model never is.
 
 
 # %%
@@ -116,7 +114,7 @@ aligned = pd.DataFrame(
 display(HTML(aligned.T.to_html(escape=False, header=False)))
 
 # %% [markdown]
-# No rule knows a model's name or a language: characters decide. Each token that is left out is counted, with the reason.
+# The rule depends only on characters, not on a model's name or a language. Every skipped token is counted with its reason.
 
 
 # %%
@@ -135,8 +133,8 @@ reasons(coverage)
 # %% [markdown]
 # ## The text
 #
-# One dataclass holds every setting, SAELens' names wherever SAELens has them. Its first half says what is read: here two models and a
-# text, of which every tenth document is kept from training.
+# One dataclass holds every setting, with SAELens' names wherever SAELens has them. Its first half defines the data: two models and a
+# text, of which every tenth document is held out from training.
 
 # %%
 cfg = CrosscoderRunnerConfig(
@@ -146,7 +144,7 @@ cfg = CrosscoderRunnerConfig(
     context_size=context_size,
     max_unique_pairs=max_unique_pairs,
     eval_pairs=eval_pairs,
-    # The second half: how a crosscoder is trained on it.
+    # The second half: the crosscoder and its training.
     sae=DFCTrainingCrosscoderConfig(
         d_a=pair.d_a, d_b=pair.d_b, d_sae=d_sae, k=k, topk_threshold_lr=0.05
     ),
@@ -163,7 +161,7 @@ cfg = CrosscoderRunnerConfig(
 )
 
 # %% [markdown]
-# How much of it pairs? Over the first 40 documents:
+# The share of tokens that pair, over the first 40 documents:
 
 # %%
 coverage = Coverage()
@@ -172,13 +170,13 @@ for document, _ in zip(load_texts(text), range(40)):
 reasons(coverage)
 
 # %% [markdown]
-# Nine in ten tokens of either model. Most of the rest are places where one model has one token for what is several to the other.
+# Nine in ten tokens of either model pair. Most of the others are positions where one model has a single token and the other several.
 #
 # ## Paired activations
 #
-# `PairedText` cuts documents into contexts at places where both tokenizers agree, sends each context through both models up to their hooks, and
-# keeps the activations at the pairs, side by side: **a row is `[x_a | x_b]`**, the input of a SAELens SAE of width `d_a + d_b`. That is the one idea of the
-# package: everything after this step is an SAE whose input happens to come from two models.
+# `PairedText` splits documents into contexts at positions where both tokenizers agree, runs both models on each context up to their hooks, and
+# concatenates the activations at the pairs. **A row is `[x_a | x_b]`**, the input of a SAELens SAE of width `d_a + d_b`. This is the central idea of the
+# package: every later step is an SAE whose input comes from two models.
 
 # %%
 counts = PairCounts()
@@ -192,11 +190,11 @@ pd.Series(
 ).to_frame().T
 
 # %% [markdown]
-# Position 0 is left out by position (it is an outlier whatever token stands there), and so is a pair of which either norm is over
-# twice its model's median: attention sinks would take the crosscoder's attention too.
+# Position 0 is skipped, because its activation is an outlier for every token. A pair is skipped as an outlier if the norm of either activation exceeds
+# twice its model's median, because attention sinks would dominate the crosscoder's loss.
 #
-# Now all of it, training and held-out documents, into memory. (With more text than memory holds, `sae-lens-dfc cache` writes it to disk, or the runner
-# reads it as it trains.)
+# The next cell collects all training and held-out rows in memory. (For text that does not fit in memory, `sae-lens-dfc cache` writes the rows to disk, or the runner
+# reads the text during training.)
 
 # %%
 data = PairData.collect(PairedText(cfg, pair), "The two models")
@@ -207,9 +205,9 @@ print(f"Left out as outliers: {data.metrics['alignment/outlier']}")
 # %% [markdown]
 # ## Why each model has its own mean and scale
 #
-# The two models' activations differ in size, and most of Gemma's is its mean, which says nothing about the text. Left as they are, or scaled by
-# one number for both, the louder model would be rebuilt and the other not. So each model's mean is taken off and each gets one scale, such
-# that both have the same variance in training. The scales are folded into the weights at the end: a saved crosscoder takes raw activations.
+# The two models' activations differ in norm, and most of Gemma's norm is its mean, which carries no information about the text. With raw activations, or one
+# scale for both models, the crosscoder would reconstruct the model with the larger norm and neglect the other. So each model's mean is subtracted, and each model
+# gets one scale that gives both the same variance in training. The scales are folded into the weights at the end: a saved crosscoder takes raw activations.
 
 # %%
 norms = {
@@ -221,7 +219,7 @@ centered = {
     for m, where in (("a", slice(0, pair.d_a)), ("b", slice(pair.d_a, None)))
 }
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
-for ax, values, title in zip(axes, (norms, centered), ("as they are", "without each model's mean")):
+for ax, values, title in zip(axes, (norms, centered), ("raw", "centered")):
     for m, name in (("a", pair.a.name), ("b", pair.b.name)):
         ax.hist(values[m].numpy(), bins=80, alpha=0.7, label=name)
     ax.set(xlabel=f"norm of an activation, {title}", yticks=[])
@@ -233,8 +231,8 @@ print("Share of the squared norm that is the mean:", {m: f"{x:.2f}" for m, x in 
 # %% [markdown]
 # ## The crosscoder
 #
-# A DFC is a BatchTopK crosscoder in which some latents may use one model only: they read and write `x_a` alone, or `x_b` alone. Their other
-# weights are exact zeros that take part in no product. Which latents these are is all there is to the architecture:
+# A DFC is a BatchTopK crosscoder in which some latents may use one model only: they read and write `x_a` alone, or `x_b` alone. Their weights for the other
+# model are exact zeros and take part in no matrix product. The partition defines which latents these are; it is the whole difference between the two architectures:
 
 # %%
 pd.DataFrame(
@@ -247,8 +245,8 @@ pd.DataFrame(
 # %% [markdown]
 # ## Training
 #
-# Rows come shuffled from a buffer, `CrosscoderTrainingRunner` fits mean and scale and trains, with Adam and SAELens' schedules. `CrosscoderTrainingRunner(cfg).run()` does all of
-# this page by itself; models that are open and rows that are in memory can be handed to it, as here, so that neither is made again.
+# Rows are shuffled in a buffer. `CrosscoderTrainingRunner` fits the mean and scale and then trains, with Adam and SAELens' schedules. `CrosscoderTrainingRunner(cfg).run()` alone does
+# everything on this page. Here it also gets the loaded models and the rows in memory, so that they are not created again.
 
 # %%
 trained = CrosscoderTrainingRunner(cfg, pair, data.training).run()
@@ -257,10 +255,10 @@ print("Scale of each model in training:", [f"{x:.4f}" for x in crosscoder.input_
 print("Largest weight that should be zero:", crosscoder.leak())
 
 # %% [markdown]
-# ## What to hold it against
+# ## Baseline and null
 #
-# Two more crosscoders, with the same settings and as many steps: the **baseline**, BatchTopK without a partition, says what the partition costs. The **null** is the same DFC on model
-# A twice, where nothing is exclusive: whatever its exclusive latents do there, they do for no reason.
+# Two more crosscoders are trained with the same settings and the same number of steps. The **baseline**, BatchTopK without a partition, shows what the partition costs. The **null** is the same DFC on
+# model A twice, where nothing is exclusive: any activity of its exclusive latents is an artifact.
 
 # %%
 case = PairTask(cfg, pair, data)
@@ -271,10 +269,10 @@ null = null_case("self", case)
 null_crosscoder = train_crosscoder(null)
 
 # %% [markdown]
-# ## What came out, on held-out text
+# ## Results on held-out text
 #
-# Explained variance of each model by all latents, and how much of it is lost when a partition's latents are set to zero. ± is the standard error
-# over the text (not over trainings: for that, [benchmarks/README.md](../benchmarks/README.md) has seeds).
+# The table shows each model's explained variance with all latents, and without the latents of one partition (ablated to zero). ± is the standard error
+# over the text. It does not include the variation between trainings; [benchmarks/README.md](../benchmarks/README.md) has several seeds.
 
 
 # %%
@@ -314,8 +312,8 @@ pd.concat(
 ).fillna("")
 
 # %% [markdown]
-# The partition costs next to nothing: all latents together explain what the baseline's do. Without its exclusive latents SmolLM2 loses 0.01, Gemma 0.001; on the null, where they have no business, either side loses 0.002. How often are they used, and are they
-# alive?
+# The partition costs almost nothing: all latents together explain as much as the baseline's. Without its exclusive latents SmolLM2 loses 0.01 and Gemma 0.001. On the null, where no latent should be exclusive,
+# either side loses 0.002. The next table shows how often the exclusive latents are active, and how many are dead.
 
 # %%
 measured = {
@@ -323,9 +321,9 @@ measured = {
     for name, (one, on) in cases.items()
 }
 keys = {
-    "l0": "active latents on a pair",
-    "l0/a_exclusive": "of these exclusive to A",
-    "l0/b_exclusive": "of these exclusive to B",
+    "l0": "active latents per pair",
+    "l0/a_exclusive": "of these, A-exclusive",
+    "l0/b_exclusive": "of these, B-exclusive",
     "dead_fraction/a_exclusive": "dead share, A-exclusive",
     "dead_fraction/b_exclusive": "dead share, B-exclusive",
     "dead_fraction/shared": "dead share, shared",
@@ -338,13 +336,13 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# Read it from the right. On model A twice there is nothing exclusive, and four in five of the exclusive latents are alive all the same: **that a latent sits in an exclusive partition and fires
-# is no evidence.** How much a partition is used says a little: SmolLM2's four times as much as the null's, Gemma's only half as much. Whether any single latent is one model's alone
-# is the question of tutorial 3.
+# Compare with the null column. On model A twice nothing is exclusive, yet four in five of the exclusive latents are alive: **a latent that fires in an exclusive partition
+# is not evidence of a difference.** The activity of a partition is weak evidence: SmolLM2's is four times the null's, Gemma's only half of it. Tutorial 3 tests whether any single latent is
+# exclusive to one model.
 #
-# ## The folder
+# ## The saved folder
 #
-# It holds the crosscoder in SAELens' format and the settings. `SAE.load_from_disk` opens it once `sae_lens_dfc` is imported, and it takes raw activations.
+# The folder holds the crosscoder in SAELens' format, and its settings. After `import sae_lens_dfc`, `SAE.load_from_disk` loads it; it takes raw activations.
 
 # %%
 run = Path(f"{folder}/run")
@@ -363,8 +361,8 @@ print("Trained on:", opened.cfg.metadata.model_name, "at", opened.cfg.metadata.h
 #     --sae.d-sae 2048 --sae.k 32 --sae.topk-threshold-lr 0.05 --output-path runs/mine
 # ```
 #
-# or `sae-lens-dfc demo`, which takes these two models, trains baseline and null beside them and writes a page to read. Any command takes the folder
-# that was just written; `evaluate` refuses models other than those of the training, and measures on held-out text:
+# `sae-lens-dfc demo` runs the same two models, trains the baseline and the null next to them, and writes a report. Every command takes the saved
+# folder. `evaluate` rejects models other than those of the training, and evaluates on held-out text:
 #
 # ```
 # sae-lens-dfc evaluate runs/tutorial-2/run --eval-pairs 2000
