@@ -13,23 +13,23 @@
 # %% [markdown]
 # # 3. Reading latents, and the evidence that one is exclusive
 #
-# At the end you have read latents of the crosscoder of [tutorial 2](2_two_models.ipynb) in both models' tokens, measured of each latent in an exclusive
-# partition whether the other model has it too, held that against a pair on which nothing is exclusive, and written a page
-# on which all of it can be searched.
+# This tutorial reads latents of the crosscoder of [tutorial 2](2_two_models.ipynb) in both models' tokens, and tests for each latent in an exclusive
+# partition whether the other model has the feature too. It compares the results with a pair on which nothing is exclusive, and writes a searchable report
+# of all of it.
 #
-# - **Time**: about 2 minutes on 2 CPU cores, and one and a half more where the run of tutorial 2 is not in its folder and is trained first. **Memory**: 3 GB.
-# - **Expect**: readable latents in every partition, and **none that is called exclusive**. Gemma tells when SmolLM2's exclusive latents fire, with an AUC
-#   around 0.95. That is a negative result of a short run on little text, and the point of the page is how one sees it.
+# - **Time**: about 2 minutes on 2 CPU cores, plus one and a half if the run of tutorial 2 is not in its folder and is trained first. **Memory**: 3 GB.
+# - **Expect**: readable latents in every partition, and **no latent that is exclusive with evidence**. Gemma predicts when SmolLM2's exclusive latents fire, with an AUROC
+#   around 0.95. This is a negative result of a short run on little text; the tutorial shows how to recognize one.
 
 # %% tags=["parameters"]
-folder = "runs/tutorial-3"  # everything that is written
-run = "runs/tutorial-2/run"  # the crosscoder to read; trained below if it is not there
-max_unique_pairs = 48_000  # as in tutorial 2, all of these, if it has to be trained
+folder = "runs/tutorial-3"  # output folder
+run = "runs/tutorial-2/run"  # the crosscoder to read; trained below if missing
+max_unique_pairs = 48_000  # these settings apply only if it is trained here; as in tutorial 2
 training_tokens = 204_800
 eval_pairs = 8_000
 d_sae = 2048
 k = 32
-n_shown = 2  # latents of each partition that are shown with their text
+n_shown = 2  # latents shown with contexts, per partition
 
 # %%
 from dataclasses import replace
@@ -65,9 +65,9 @@ pd.options.display.max_colwidth = None
 pd.options.display.float_format = "{:.3f}".format
 
 # %% [markdown]
-# ## A run
+# ## The run
 #
-# If you come from tutorial 2 its run is there. Otherwise this one call trains it, in this tutorial's folder.
+# The run of tutorial 2 is used if it exists. Otherwise the next cell trains it in this tutorial's folder.
 
 # %%
 if not is_made(run):
@@ -85,7 +85,7 @@ if not is_made(run):
     ).run()
 
 # %% [markdown]
-# Opened with its models, whole: what a latent promotes is read off their unembeddings. The models are checked against those of the training.
+# The run is loaded with all layers of its models, because the tokens that a latent promotes are read from their unembeddings. The models are checked against those of the training.
 
 # %%
 crosscoder, cfg, pair = opened_run(run, HeldOutOptions(), drop_unused_layers=False)
@@ -96,7 +96,7 @@ print(f"{sum(len(rows.acts) for rows in data.held_out):,} held-out pairs of posi
 # %% [markdown]
 # ## Where latents fire
 #
-# One pass over held-out text keeps, of every latent at once, its firing rate, its strongest firings (one from a context) and a uniform sample of all its firings. Memory does not grow with the text.
+# One pass over held-out text collects, for all latents at once, the firing rate, the max-activating examples (at most one per context) and a uniform sample of all firings. Memory does not grow with the length of the text.
 
 # %%
 gathered = collect_max_activating(crosscoder, data.held_out)
@@ -106,19 +106,19 @@ pd.DataFrame(
     {
         name: {
             "latents": f"{len(alive[where])}",
-            "never fire": f"{int((~alive[where]).sum())}",
-            "median firing rate, of those that fire": f"{firing.rates[where][alive[where]].median():.2%}",
+            "dead": f"{int((~alive[where]).sum())}",
+            "median firing rate of the others": f"{firing.rates[where][alive[where]].median():.2%}",
         }
         for name, where in crosscoder.partition.slices.items()
     }
 ).T
 
 # %% [markdown]
-# ## Reading them
+# ## Reading latents
 #
-# A `LatentCard` has what there is to know of a latent, with the text around its firings. Below are the strongest of each partition, by activation in sum. Each context is
-# written twice, as A's tokens and as B's; a thin line ends a segment, at which both models have read the same text, and the shade there is the latent's
-# activation. The decoder norm is `|d_a| / (|d_a| + |d_b|)`: 1 is A's alone, 0 is B's.
+# A `LatentCard` holds a latent's statistics and the contexts in which it fires. The cells below show the strongest latents of each partition, by summed activation. Each context is
+# written twice, in A's tokens and in B's. A thin line ends a segment, where both models have read the same text, and the shade there is the latent's
+# activation. The decoder norm is `|d_a| / (|d_a| + |d_b|)`: 1 is A only, 0 is B only.
 
 
 # %%
@@ -132,8 +132,8 @@ for card in cards(strongest_latents(firing, n_shown)):
     display(HTML(latent_html(card)))
 
 # %% [markdown]
-# The strongest contexts of a latent show it at its best. Before believing a description, look at its weak firings too: here the first shared latent of above, one random firing
-# from each quarter of its activations, weakest first.
+# Max-activating examples show a latent at its most interpretable. Before you trust a description, look at its weak activations too. Here is the first shared latent from above, with one random firing
+# from each quartile of its activations, weakest first.
 
 # %%
 [first_shared] = strongest_latents(firing, 1)[-1:]
@@ -141,12 +141,12 @@ for card in cards(strongest_latents(firing, n_shown)):
 display(HTML(latent_html(card, n_contexts=4)))
 
 # %% [markdown]
-# From a shell it is `sae-lens-dfc latents runs/tutorial-2/run --partition a_exclusive --top 5`, one latent a line, or `--json`.
+# From a shell, `sae-lens-dfc latents runs/tutorial-2/run --partition a_exclusive --top 5` prints one latent per line, or JSON with `--json`.
 #
-# ## What the decoder norms say, and what they do not
+# ## The limits of decoder norms
 #
-# In a BatchTopK crosscoder one looks for latents whose decoder has all but left one model. In a DFC the exclusive latents are at 0 and 1 **by construction**, so
-# their norms are no evidence of anything. To see what is, a null is needed: the same crosscoder, trained on model A twice at the same places. Nothing is exclusive there.
+# In a BatchTopK crosscoder, candidates are latents with almost all of their decoder norm in one model. In a DFC the exclusive latents are at 0 and 1 **by construction**, so
+# their norms are not evidence. Evidence needs a null: the same crosscoder, trained on model A twice at the same positions, where nothing is exclusive.
 
 # %%
 case = PairTask(cfg, pair, data)
@@ -167,18 +167,18 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# Shared latents of the real pair lie a little to A's side and spread more than in the null, and none comes near 0 or 1.
+# The real pair's shared latents lean slightly to A and spread more than in the null, but none comes near 0 or 1.
 #
 # ## Evidence from activations
 #
-# Two questions are asked of each candidate, both through an affine map between the models that was fitted to the training text:
+# Each candidate is tested in two ways, both through an affine map between the models that was fitted to the training text:
 #
-# - **Latent scaling**: is its direction, moved to the other model, in what the crosscoder fails to rebuild there (`nu_error`), or in what it does rebuild there, by
-#   other latents (`nu_reconstruction`)? Near 0 the other model has it not; near 1 it has.
-# - **Transfer**: can the other model's activations tell when it fires? AUC 1/2 is not at all, 1 is perfectly.
+# - **Latent scaling**: the latent's direction is mapped to the other model. How much of it is in the crosscoder's reconstruction error there (`nu_error`), and how much do
+#   other latents reconstruct there (`nu_reconstruction`)? Near 0 the other model does not have the direction; near 1 it does.
+# - **Transfer**: can the other model's activations predict when the latent fires? An AUROC of 1/2 is chance, 1 is perfect.
 #
-# The same is measured of the null's latents, and of shared latents, which both models have: a map that is not exact loses something of everything, so *shared latents say how a latent looks that is
-# not exclusive*.
+# The same metrics are computed for the null's latents and for shared latents, which both models have. An inexact map loses part of every direction, so *shared latents show the values to expect of a latent
+# that is not exclusive*.
 
 # %%
 found = evaluate(crosscoder, [rows.acts for rows in data.held_out], data.affine_maps(pair.d_a))
@@ -191,7 +191,7 @@ evidence, null_evidence = found.evidence, null_found.evidence
 measures = {
     "nu_error": "latent scaling, error",
     "nu_reconstruction": "latent scaling, reconstruction",
-    "auc": "AUC of transfer",
+    "auc": "transfer, AUROC",
 }
 groups = {
     "A-exclusive": (evidence, evidence.groups["a_exclusive"], "C0", "-"),
@@ -216,7 +216,7 @@ for ax, (name, title) in zip(axes, measures.items()):
             label=f"{group} ({len(values)})",
         )
     ax.set_xlabel(title)
-axes[0].set(ylabel="share of latents below", xlim=(-0.2, 1.2))
+axes[0].set(ylabel="cumulative share of latents", xlim=(-0.2, 1.2))
 axes[1].set_xlim(-1, 2)
 axes[2].set_xlim(0.5, 1.01)
 axes[2].axvline(0.5, color="k", lw=0.5)
@@ -224,18 +224,18 @@ axes[0].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# A latent that is one model's alone would be at 0 in the first two panels and at 1/2 in the third. By latent scaling the real pair's candidates lie left of the shared latents and of most of the null's (dashed): their
-# direction is less in the other model. But in the third panel everything crowds at the right: **Gemma tells when SmolLM2's exclusive latents fire**, hardly worse than it tells shared ones. And note the dashed line of the first
-# panel: one in five of the null's latents, every one of them false, looks absent by that measure alone.
+# A latent exclusive to one model would be at 0 in the first two panels and at 1/2 in the third. By latent scaling, the real pair's candidates lie left of the shared latents and of most of the null's (dashed): less of their
+# direction is in the other model. In the third panel, however, all groups are near 1: **Gemma predicts when SmolLM2's exclusive latents fire**, almost as well as it predicts shared ones. Note also the dashed line of the first
+# panel: by latent scaling on the error alone, one in five of the null's latents would look exclusive, and all of them are false.
 #
-# As numbers, medians with the 5th and 95th percentile over latents:
+# The same as numbers, medians with the 5th and 95th percentile over latents:
 
 
 # %%
 def over(values) -> str:
     known = values[~values.isnan()]
     if len(known) == 0:
-        return "none fires often enough"
+        return "no latent fires often enough"
     low, middle, high = (
         known.double().quantile(known.new_tensor([0.05, 0.5, 0.95]).double()).tolist()
     )
@@ -250,21 +250,21 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# ## What it takes to be called exclusive
+# ## The criterion for an exclusive latent
 #
-# A candidate that fired at least 20 times is called when **both** hold, at a false discovery rate of 5 % over all candidates:
+# A candidate that fired at least 20 times is exclusive with evidence if **both** tests pass, at a false discovery rate of 5 % over all candidates:
 #
 # 1. both latent scalings are near 0: within 0.2 and 0.5 times the median of the shared latents (or of 1), beyond their standard error;
-# 2. the other model tells its firing worse than that of nearly all shared latents.
+# 2. its firing is less predictable from the other model than that of nearly all shared latents.
 #
-# A rare latent is not judged. Both are asked, since each is fooled alone: a direction that the map moves beside where it belongs looks absent, and a latent of rare words is hard to tell.
+# Latents that fire less often are not judged. Both tests are needed, because each can be misled alone: a direction that the map misplaces looks absent, and a latent that fires on rare words is hard to predict.
 
 # %%
 counts = {
     "judged": "fire often enough",
     "scaling": "pass latent scaling alone",
     "transfer": "pass transfer alone",
-    "called": "called exclusive",
+    "significant": "pass both (significant)",
 }
 pd.DataFrame(
     {
@@ -277,8 +277,8 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# Nothing stands: some of SmolLM2's pass transfer, as one in twenty shared latents does by definition, and **none passes latent scaling**, whose standard errors over so little text are wide. Here are the candidates with the most evidence, with what is said of each and its
-# text. Judge for yourself what Gemma should not know there.
+# No latent passes both tests. Some of SmolLM2's pass transfer, as one in twenty shared latents does by definition, but **none passes latent scaling**, whose standard errors are large on so little text. The next cell shows the candidates with the most evidence, with
+# their verdicts and contexts. Is there anything in them that Gemma could not represent?
 
 # %%
 most = ranking(evidence)[:n_shown].tolist()
@@ -287,13 +287,13 @@ for latent, card in zip(most, cards(most, evidence)):
     display(HTML(latent_html(card)))
 
 # %% [markdown]
-# What would change the picture: more text and a longer training, so that latents fire often enough to be judged; several seeds, since a latent that is in one seed only is not worth
-# a claim (`sae-lens-dfc evaluate` takes several runs); or a test during training, after which false candidates become shared (`--recipe dfc-reassigned`).
-# And what no figure on this page can say: that a model lacks a *concept*. The tests are linear. The next step is causal, in [tutorial 4](4_steering_one_model.ipynb) and [5](5_base_and_fine_tuned.ipynb).
+# Three things could change this result: more text and longer training, so that more latents fire often enough to be judged; several seeds, because a latent found in only one seed is weak
+# evidence (`sae-lens-dfc evaluate` takes several runs); or a test during training that turns false candidates into shared latents (`--recipe dfc-reassigned`).
+# None of these tests can show that a model lacks a *concept*, because they are linear. The next step is causal, in tutorials [4](4_steering_one_model.ipynb) and [5](5_base_and_fine_tuned.ipynb).
 #
-# ## The page
+# ## The report
 #
-# Everything above, for every latent, on one page that works offline: verdicts first, each measure beside its null, and a table of latents to sort and search.
+# The report holds all of the above for every latent, on one page that works offline: verdicts first, each metric next to its null, and a sortable, searchable table of latents.
 
 # %%
 metrics = found.metrics | data.metrics | prefixed("null/self/", null_found.metrics)
@@ -304,7 +304,7 @@ path = Path(folder) / "report.html"
 path.parent.mkdir(parents=True, exist_ok=True)
 path.write_text(render_report(page), encoding="utf-8")
 print(
-    f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(page.cards)} latents, {sum(bool(c.contexts) for c in page.cards)} with their text"
+    f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(page.cards)} latents, {sum(bool(c.contexts) for c in page.cards)} with contexts"
 )
 
 # %% [markdown]

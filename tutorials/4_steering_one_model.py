@@ -13,28 +13,28 @@
 # %% [markdown]
 # # 4. Steering one model and not the other
 #
-# At the end you have added, clamped and ablated latents in SmolLM2 while Gemma stayed as it was bit for bit, at all tokens, the prompt's, the answer's or a
-# word's, and measured how much that does beside random directions of the same length, and beside the same direction moved to Gemma.
+# This tutorial adds, clamps and ablates latents in SmolLM2 while Gemma's logits stay identical bit for bit. It steers at all tokens, at the prompt's, at the answer's or at a single
+# word's. It compares the size of the effect with that of random directions of the same norm, and with that of the same direction mapped to Gemma.
 #
-# - **Time**: about 2 minutes on 2 CPU cores, and one and a half more where the run of [tutorial 2](2_two_models.ipynb) is not in its folder and is trained first. **Memory**: 3 GB.
-# - **Expect**: answers that drift off and break with growing strength; logits of Gemma that are equal to the last bit; and a plot of KL against strength in which the latents lie
-#   **among random directions**: that a direction moves a model is cheap. What it takes to make a finding of it is in [tutorial 5](5_base_and_fine_tuned.ipynb).
+# - **Time**: about 2 minutes on 2 CPU cores, plus one and a half if the run of [tutorial 2](2_two_models.ipynb) is not in its folder and is trained first. **Memory**: 3 GB.
+# - **Expect**: answers that drift off topic and break down as the strength grows; logits of Gemma that are equal to the last bit; and a plot of KL against strength in which the latents lie
+#   **among random directions**. Almost any direction changes a model's output; [tutorial 5](5_base_and_fine_tuned.ipynb) shows what makes such an effect a finding.
 
 # %% tags=["parameters"]
-folder = "runs/tutorial-4"  # everything that is written
-run = "runs/tutorial-2/run"  # the crosscoder to steer with; trained below if it is not there
-max_unique_pairs = 48_000  # as in tutorial 2, all of these, if it has to be trained
+folder = "runs/tutorial-4"  # output folder
+run = "runs/tutorial-2/run"  # the crosscoder to steer with; trained below if missing
+max_unique_pairs = 48_000  # these settings apply only if it is trained here; as in tutorial 2
 training_tokens = 204_800
 eval_pairs = 8_000
 d_sae = 2048
 k = 32
-prompt = "What do you want to talk about?"  # an open question, which a steered model may answer with anything
-word = "talk"  # a piece of it, to be steered alone
-strengths = [1, 2, 4, 8]  # in units of a latent's largest activation on natural text
-max_new_tokens = 32  # of an answer
-n_latents = 4  # exclusive latents in the plot: one would be an anecdote
-n_random = 6  # random directions of each kind: their spread is the null
-n_contexts = 6  # stretches of held-out text on which KL is measured
+prompt = "What do you want to talk about?"  # an open-ended question, so that steering can change the answer's topic
+word = "talk"  # a word of the prompt, to be steered alone
+strengths = [1, 2, 4, 8]  # in units of a latent's maximum activation on natural text
+max_new_tokens = 32  # per answer
+n_latents = 4  # exclusive latents in the plot; a single one would be anecdotal
+n_random = 6  # random directions of each kind; their spread is the null
+n_contexts = 6  # held-out contexts on which KL is measured
 
 # %%
 from dataclasses import replace
@@ -70,9 +70,9 @@ from sae_lens_dfc.metrics.exclusivity.decoders import moved_decoders
 pd.options.display.max_colwidth = None
 
 # %% [markdown]
-# ## A run
+# ## The run
 #
-# If you come from tutorial 2 its run is there. Otherwise this one call trains it, in this tutorial's folder.
+# The run of tutorial 2 is used if it exists. Otherwise the next cell trains it in this tutorial's folder.
 
 # %%
 if not is_made(run):
@@ -91,9 +91,9 @@ if not is_made(run):
 crosscoder, cfg, pair = opened_run(run, HeldOutOptions(), drop_unused_layers=False)
 
 # %% [markdown]
-# ## In what units
+# ## Units
 #
-# "Add five of it" means nothing until one knows how large the latent gets by itself. So every strength here is in units of a latent's **largest activation on natural text**, `f_max`.
+# A strength of 5 means nothing without the scale of the latent's own activations. Every strength here is in units of the latent's **maximum activation on natural text**, `f_max`.
 
 # %%
 held_out = PairedText(cfg, pair).collect("held_out", "Held-out activations")
@@ -108,8 +108,8 @@ latent = latents[0]
 print("Latents:", {i: f"f_max = {f_max[i]:.2f}" for i in latents})
 
 # %% [markdown]
-# They are the strongest of SmolLM2's exclusive latents, by activation in sum: no effect of steering chose them. This is the first, which the texts below are steered with. Whether it is SmolLM2's alone was
-# [not shown](3_reading_latents.ipynb); that it has no decoder in Gemma is how it was built.
+# These are SmolLM2's strongest exclusive latents, by summed activation; they were not selected by their steering effect. The card below shows the first one, with which the texts below are steered. [Tutorial 3](3_reading_latents.ipynb)
+# did not find evidence that it is exclusive to SmolLM2. Its lack of a decoder direction in Gemma is by construction.
 
 # %%
 places = {latent: gathered.places(latent)}
@@ -121,8 +121,8 @@ display(HTML(latent_html(card)))
 # %% [markdown]
 # ## Adding
 #
-# With `f` the latent's activation and `d` its decoder in A, `add` makes `x + s f_max d` of A's activations, whether the latent fires there or not. `latent_change` says what is done, `changed` does it to every forward pass in
-# its block, and removes its own hook at the end.
+# With `f` the latent's activation and `d` its decoder direction in A, `add` replaces A's activation `x` by `x + s f_max d`, whether or not the latent fires there. `latent_change` defines the intervention. `changed` applies it to every forward pass
+# of the hooked block, and removes its own hook at the end.
 
 
 # %%
@@ -148,11 +148,11 @@ untouched = answers(added(torch.zeros(pair.d_a)))
 texts({"untouched": untouched} | {f"add {s}": answers(steering("add", s)) for s in strengths})
 
 # %% [markdown]
-# Small additions change the wording, large ones break the model. Whether that has to do with what the latent is about, or with its length, only controls can say: they come below.
+# Small additions change the wording, large ones break the model. Only controls can show whether this is due to the latent's meaning or just to the norm of the added vector; they follow below.
 #
-# ## Where
+# ## Where to steer
 #
-# The same addition, at the prompt's tokens, at those of the answer, or at one word's. Positions are told apart inside generation too, with its key-value cache.
+# The same addition is applied at the prompt's tokens, at those of the answer, or at a single word's. Positions are distinguished during generation too, with the key-value cache.
 
 # %%
 strength = strengths[-2]
@@ -170,11 +170,11 @@ texts(
 # %% [markdown]
 # ## Clamping and ablating
 #
-# These need the latent's activation `f` while the model runs: `clamp` makes it `s f_max` everywhere, `ablate` makes it 0, by taking `f d` away where it fires. An exclusive latent's `f` is known
-# from its own model, exactly. (A shared one's depends on both models, of which only one runs: there one gives a map, or activations computed with both before; see `latent_change`.) The first token is
-# left out, which the crosscoder never saw.
+# These operations need the latent's activation `f` while the model runs: `clamp` sets it to `s f_max` everywhere, and `ablate` sets it to 0 by subtracting `f d` where the latent fires. For an exclusive latent, `f` can be computed
+# exactly from its own model. (A shared latent's `f` depends on both models, of which only one is running; it needs a map, or precomputed activations of both. See `latent_change`.) The first token is
+# skipped, because the crosscoder was not trained on it.
 #
-# Ablating is of interest where the latent fires, so the model now reads the latent's strongest context: how does its next token change there?
+# Ablation matters only where the latent fires, so the model now reads the latent's strongest context. The table shows how its next-token prediction changes.
 
 # %%
 place = gathered.places(latent)[0]
@@ -200,9 +200,9 @@ changes |= {f"clamp to {s} f_max": steering("clamp", s) for s in (1, strength)}
 pd.DataFrame({name: next_tokens(change) for name, change in changes.items()})
 
 # %% [markdown]
-# ## What stays as it is
+# ## What does not change
 #
-# Bit for bit, while A is hooked: all of B. After the block: A. And in A, everything before the position that is steered.
+# The following logits must be identical bit for bit: all of B's while A is hooked, all of A's after the `with` block, and A's before the steered position.
 
 # %%
 segments_of_prompt, _ = pair.segments(prompt)
@@ -230,15 +230,15 @@ assert checks == {name: "at the steered" not in name for name in checks}
 pd.DataFrame({"logits equal, bit for bit": checks})
 
 # %% [markdown]
-# ## How much it does, beside what
+# ## Effect size compared with controls
 #
-# The question is not whether a direction moves the model but whether it moves it **more than any direction of its length**. Two kinds are drawn, as long as the latents' own:
+# The question is not whether a direction changes the model's output, but whether it changes it **more than an arbitrary direction of the same norm**. Two kinds of random directions are drawn, with the norms of the latents' own:
 #
-# - *uniform*: any direction at all, most of it where the model's own activations hardly ever go;
-# - *of the activations*: drawn with the covariance of the model's own activations, so directions that it does use.
+# - *uniform*: uniform over all directions, most of which the model's own activations hardly use;
+# - *with the activations' covariance*: drawn with the covariance of the model's own activations, so from directions that it does use.
 #
-# In B there is no decoder of these latents. What there is, is A's direction **moved by a map** that is fitted to held-out pairs, and made as long. If B had the same thing in a linear form, steering B with it should
-# do about what steering A does.
+# These latents have no decoder direction in B. B is steered instead with A's direction, **mapped by an affine map** that is fitted to held-out pairs, and scaled to a comparable norm. If B represented the same feature linearly, steering B with the mapped direction should have
+# about the same effect as steering A.
 
 # %%
 affine_maps, _ = fitted_map(held_out.rows, pair.d_a)
@@ -261,19 +261,19 @@ groups = {
     "A": {
         "A's exclusive latents": steer_a,
         "uniform": torch.stack([d.a for d in uniform]),
-        "of the activations": of_activations(slice(0, pair.d_a), steer_a),
+        "with the activations' covariance": of_activations(slice(0, pair.d_a), steer_a),
     },
     "B": {
-        "A's exclusive latents, moved": steer_b,
+        "A's exclusive latents, mapped": steer_b,
         "uniform": torch.stack([d.b for d in uniform]),
-        "of the activations": of_activations(slice(pair.d_a, None), steer_b),
+        "with the activations' covariance": of_activations(slice(pair.d_a, None), steer_b),
     },
 }
 pd.DataFrame(
     {
         f"{m}: {name}": {
             "directions": len(d),
-            "length, mean": d.norm(dim=1).mean().item(),
+            "mean norm": d.norm(dim=1).mean().item(),
             "median norm of an activation": n,
         }
         for m, n in (
@@ -285,7 +285,7 @@ pd.DataFrame(
 ).T.round(1)
 
 # %% [markdown]
-# KL divergence of the untouched model's next-token distribution from the steered one's, over stretches of held-out text, added at every position.
+# The plot shows the KL divergence of the untouched model's next-token distribution from the steered one's, on held-out contexts, with the direction added at every position.
 
 # %%
 long_enough = [
@@ -332,14 +332,14 @@ for ax, (m, model) in zip(axes, (("A", pair.a), ("B", pair.b))):
         ax.fill_between(strengths, found.min(), found.max(), color=f"C{j}", alpha=0.2)
     ax.set(
         title=f"{m}: {model.name}",
-        xlabel="strength, in largest activations",
+        xlabel="strength, in maximum activations",
         xscale="log",
         yscale="log",
     )
     ax.set_xticks(strengths, [str(s) for s in strengths])
     ax.set_xticks([], minor=True)
     ax.legend(fontsize=8)
-axes[0].set_ylabel("KL, nats a token")
+axes[0].set_ylabel("KL, nats per token")
 plt.show()
 spread = kl.groupby(["model", "directions", "strength"]).kl.agg(["mean", "min", "max"])
 spread.apply(lambda row: f"{row['mean']:.2f} [{row['min']:.2f}, {row['max']:.2f}]", axis=1).unstack(
@@ -347,14 +347,14 @@ spread.apply(lambda row: f"{row['mean']:.2f} [{row['min']:.2f}, {row['max']:.2f}
 )
 
 # %% [markdown]
-# Lines are means over directions, bands go from the least to the most, and so does the table.
+# Lines are means over directions, and bands range from the minimum to the maximum, as do the intervals in the table.
 #
-# **In SmolLM2 the latents do what random directions do, of either kind.** That an answer changes at this strength, or breaks, says nothing of what the latent is about: its length does it. In Gemma the moved latents
-# do about twice what directions of the activations do at small strengths, with bands that touch, and uniform directions do far more: Gemma's variance lies in few dimensions, so a uniform direction leads where it has never been.
-# **Which control is taken decides what one would conclude**, which is why the package's tests ask for more than one kind. (The panels are not to be compared with each other: these are two models, and two lengths.)
+# **In SmolLM2 the latents have the same effect as random directions of either kind.** A changed or broken answer at this strength is therefore no evidence about the latent's meaning: the norm of the added vector explains it. In Gemma the mapped latents have
+# about twice the effect of directions with the activations' covariance at small strengths, with bands that touch. Uniform directions have a much larger effect: Gemma's variance lies in few dimensions, so a uniform direction moves its activations to where they never are.
+# **The conclusion depends on the choice of control**, which is why the package's tests use more than one kind. (Do not compare the two panels with each other: they show two models, and two norms.)
 #
-# So steering by adding is a way to look, no evidence. Evidence is a change in a direction that was predicted, on texts where the latent fires by itself, beyond its controls; that is what `screen` tests in the next tutorial. On this pair it
-# confirms none of 16 latents either.
+# Steering by addition is a way to explore, not evidence. Evidence is a predicted change, on texts where the latent fires by itself, larger than with controls. `screen`, in the next tutorial, tests this. On this pair
+# it confirms none of 16 latents.
 #
 # ## From a shell
 #
@@ -363,6 +363,6 @@ spread.apply(lambda row: f"{row['mean']:.2f} [{row['min']:.2f}, {row['max']:.2f}
 # sae-lens-dfc steer runs/tutorial-2/run --model b --latent 7 --strength 4 --prompt "What do you want to talk about?" --map
 # ```
 #
-# The second steers B with A's direction, moved. `sae-lens-dfc evaluate RUN --output FOLDER` does all of it for some latents of each group, beside the nulls.
+# The second command steers B with A's direction, mapped. `sae-lens-dfc evaluate RUN --output FOLDER` does all of this for some latents of each group, with their nulls.
 #
 # **Next**: [5, base against fine-tuned](5_base_and_fine_tuned.ipynb).
