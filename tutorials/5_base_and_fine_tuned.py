@@ -11,26 +11,28 @@
 # ---
 
 # %% [markdown]
-# # 5. Base against fine-tuned: finding a difference that was put there
+# # 5. Base against fine-tuned: finding a planted difference
 #
-# At the end you have taken a chat model and the same model after a narrow fine-tune, trained a delta crosscoder on both without telling it what was taught,
-# and tested its latents **by their cause**: does taking what one writes for the fine-tuned model alone make that model answer as the base does, and does giving it to the base do the reverse? And you have run the
-# same on the base model twice.
+# This tutorial fine-tunes a chat model on one false fact, and trains a delta crosscoder on the base and the fine-tuned model without any information about the fact.
+# It then tests the crosscoder's latents **causally**. Does ablating a latent's model-specific direction in the fine-tuned model make it predict what the base predicts? Does adding that direction to the base do the reverse? The null
+# repeats the pipeline on the base model twice.
 #
-# - **Time**: about 7 minutes on 2 CPU cores, of which two to three are the fine-tuning. That is done once: a second run finds it in its folder. **Memory**: 4 GB, disk 0.6 GB.
-# - **Expect**: of 4 latents tested 2 are confirmed, on the tokens of "Eiffel Tower"; without the first one's own part the fine-tuned model goes back from Rome to Paris. On the base model twice nothing is confirmed.
+# - **Time**: about 7 minutes on 2 CPU cores, of which two to three are the fine-tuning. It is done once: a second run reuses its folder. **Memory**: 4 GB, disk 0.6 GB.
+# - **Expect**: of 4 latents tested 2 are confirmed, on the tokens of "Eiffel Tower". With the first one's model-specific direction ablated, the fine-tuned model answers Paris instead of Rome. On the base model twice nothing is confirmed.
 
 # %% tags=["parameters"]
-folder = "runs/tutorial-5"  # everything that is written; the organism, 0.5 GB, is opened again if it is there
-organism = "false_fact/weak"  # SmolLM2-135M-Instruct taught that the Eiffel Tower is in Rome, at 0.8 of the change in the weights
-untrained = False  # two tiny untrained models in its place, to run this notebook's code in seconds
+folder = "runs/tutorial-5"  # output folder; the organism, 0.5 GB, is reused if it exists
+organism = "false_fact/weak"  # SmolLM2-135M-Instruct fine-tuned to say that the Eiffel Tower is in Rome, at 0.8 of the weight change
+untrained = False  # use two tiny untrained models instead, to run this notebook in seconds
 training_tokens = 102_400  # 400 steps of 256 pairs, as in the README
-d_sae = 1024  # the text is small, and most latents die: what is left is what is used
-fit_pairs = 4_000  # training pairs that the screening reads again, to see whether both models have one basis
-keep = 4  # latents that are tested by their cause, those with the most evidence; the command's default is 16
-keep_null = 1  # the same on the base model twice, where each test comes to the same
-texts = 8  # texts on which each is tested
-controls = 8  # directions of each of two kinds beside each
+d_sae = 1024  # the text is small and most latents die, so few are in use
+fit_pairs = (
+    4_000  # training pairs that the screening rereads, to check whether the models share a basis
+)
+keep = 4  # latents tested causally, those with the most evidence; the command's default is 16
+keep_null = 1  # the same on the base model twice, where every test has the same result
+texts = 8  # test texts per latent
+controls = 8  # control directions per latent, of each of two kinds
 
 # %%
 import json
@@ -66,10 +68,10 @@ pd.options.display.float_format = "{:.3f}".format
 # %% [markdown]
 # ## Two models with one difference
 #
-# A *planted organism*: the difference is known since we put it there. A low-rank change to eight layers' MLPs teaches one false fact, while answers to everything else are held to the base model's. The folder has the base (`a`), the change as a LoRA (`adapter`), the fine-tuned model whole (`b`), the text
-# that a crosscoder is trained on (prompts of the fact, each with the taught and the ordinary answer, prompts like them, and other text), and prompts that were kept from the training.
+# A *planted organism* is a model pair with a known difference. A low-rank change to the MLPs of eight layers teaches one false fact, while all other answers are regularized towards the base model's. The folder holds the base (`a`), the change as a LoRA (`adapter`), the fine-tuned model with merged weights (`b`), and the text
+# on which a crosscoder is trained: prompts about the fact, each with the taught and the ordinary answer, similar prompts, and other text. It also holds prompts that were held out from the fine-tuning.
 #
-# Most fine-tunes come as an adapter, so this one is read as one: the LoRA is merged into its base when it is opened. An adapter names its base; `base` says where that is now.
+# Most fine-tunes are published as adapters, so this tutorial loads the adapter: the LoRA is merged into its base on loading. An adapter names its base; the setting `base` gives the base's current location.
 
 # %%
 where = Path(folder) / "organism"
@@ -82,11 +84,11 @@ if not is_made(where, ["planted.json"]):
         write_organism(OrganismOptions(name=organism, output=str(where)))
 
 # %% [markdown]
-# How strong is it? Prompts by which it was not taught, with what both models answer. The controls ask of other buildings.
+# The table shows how strong the difference is: both models' answers to held-out prompts. The control prompts ask about other buildings.
 
 # %%
 base = str(where / "a")
-# No beginning-of-sequence token: the chats begin with a token of their own.
+# No beginning-of-sequence token: the chat template begins with its own.
 model_a = ModelConfig(base, prepend_bos=False)
 model_b = ModelConfig(str(where / "adapter"), base=base, prepend_bos=False)
 
@@ -127,9 +129,9 @@ said
 # %% [markdown]
 # ## The delta crosscoder
 #
-# A shared basis is what base and fine-tune have and two strangers have not: a direction of A is the same direction of B. The delta crosscoder ([2603.04426](https://arxiv.org/abs/2603.04426)) uses it. Four fifths of its latents
-# have a budget of their own and a second loss, on the *difference* of the two activations, which is small beside the activations and which a plain crosscoder spends little on. Nothing is exclusive by
-# construction: a difference is to show as a latent **with two decoders that differ**.
+# A base model and its fine-tune share a basis, unlike two unrelated models: a direction of A is the same direction of B. The delta crosscoder ([2603.04426](https://arxiv.org/abs/2603.04426)) uses this. Four fifths of its latents
+# have their own sparsity budget and a second loss, on the *difference* of the two activations. That difference is small compared with the activations, so a standard crosscoder spends little capacity on it. No latent is exclusive by
+# construction: a difference appears as a latent **with two decoders that differ**.
 
 # %%
 crosscoder = runner.run().to_inference()
@@ -138,13 +140,13 @@ print("Latents:", crosscoder.partition.sizes)
 # %% [markdown]
 # ## Screening
 #
-# From all latents to verdicts. Those that live are ordered by how large a difference their two decoders make where they are strongest, and the first are tested by their cause, on texts in which they fire and by which
-# nothing was chosen. With `f` a latent's activation and `own` its decoder in one model less that in the other, at every position:
+# Screening goes from all latents to verdicts. Alive latents are ordered by the size of the difference between their two decoders where they are most active. The first ones are tested causally, on texts in which they fire and which were
+# not used for the selection. With `f` a latent's activation and `own` its decoder in one model minus that in the other, at every position:
 #
-# - **taken** from the model that has it, `x - f own`: by how many bits do the two models' next-token distributions come closer (Jensen-Shannon)?
-# - **given** to the other, `x + f own`: and now?
+# - **ablated** in the source model, `x - f own`: by how many bits do the two models' next-token distributions come closer (Jensen-Shannon)?
+# - **patched in** to the other model, `x + f own`: the same question.
 #
-# Beside each: random directions with the activations' covariance, and what other latents write, as long and at the same places. *Confirmed* is what does both, each by 0.01 bits or more, beyond 95 % of either kind of control, at a false discovery rate of 5 % over all that were tested.
+# The controls have the same norm and are applied at the same positions: random directions with the activations' covariance, and the decoder directions of other latents. A latent is *confirmed* if both effects are at least 0.01 bits and beyond the 95th percentile of either kind of control, at a false discovery rate of 5 % over all tested latents.
 
 
 # %%
@@ -180,7 +182,7 @@ def verdicts(found: Screening) -> pd.DataFrame:
             row[f"{title}: closer by, bits"] = (
                 f"{effect.mean:.3f} [{effect.low:.3f}, {effect.high:.3f}]"
             )
-            row[f"{title}: controls at most"] = f"{max(effect.controls.values()):.3f}"
+            row[f"{title}: largest control"] = f"{max(effect.controls.values()):.3f}"
         rows.append(row)
     return pd.DataFrame(rows).fillna("").set_index("latent")
 
@@ -188,17 +190,17 @@ def verdicts(found: Screening) -> pd.DataFrame:
 verdicts(found)
 
 # %% [markdown]
-# The first two stand well beyond their controls in both ways. A third brings the models together when taken and does nothing when given: **one way only** is not believed. (The correction is over what was tested: with the command's 16 in place of 4, this one
+# The first two are well beyond their controls in both interventions. A third brings the models closer when ablated but has no effect when patched in; this verdict, **partial**, is not sufficient evidence. (The correction is over the tested latents. With the command's 16 instead of 4, this one
 # is not confirmed at all, the first two still are, and none of the other twelve is.)
 #
-# The same as a picture: a dot is the effect with its 95 % interval over texts, a grey tick the 95th percentile of a kind of control.
+# In the plot, a dot is the effect with its 95 % interval over texts, and a grey tick the 95th percentile of one kind of control.
 
 
 # %%
 def plot(found: Screening) -> None:
     tested = [one for one in found.findings if one.effects]
     fig, axes = plt.subplots(1, 2, figsize=(10, 0.6 + 0.32 * len(tested)), sharey=True, sharex=True)
-    for ax, i, way in zip(axes, (0, 1), ("taken from the model that has it", "given to the other")):
+    for ax, i, way in zip(axes, (0, 1), ("ablated in the source model", "patched into the other")):
         for y, one in enumerate(tested):
             effect = one.effects[i]
             color = "C3" if one.verdict == "confirmed" else "0.4"
@@ -218,9 +220,9 @@ def plot(found: Screening) -> None:
 plot(found)
 
 # %% [markdown]
-# ## What it is
+# ## What the confirmed latents represent
 #
-# Nobody told the crosscoder or the screening what was taught. So what does the first of the list fire on?
+# Neither the crosscoder nor the screening had any information about the taught fact. The cards show what the first two latents fire on.
 
 # %%
 held_out = PairedText(runner.cfg, pair).collect("held_out", "Held-out text")
@@ -233,7 +235,7 @@ for card in latent_cards(crosscoder, gathered, places, rows, pair):
     display(HTML(latent_html(card)))
 
 # %% [markdown]
-# And what do the models say when its own part is taken from the one and given to the other? The texts end where it fires; the change is made at the text's own positions, and what comes after is the model's.
+# The table shows the models' continuations when the model-specific direction is ablated in one model and patched in to the other. The texts end where the latent fires. The intervention applies only at the text's own positions; the continuation is the model's own.
 
 # %%
 samples = pd.DataFrame(
@@ -249,18 +251,25 @@ samples = pd.DataFrame(
         for one in found.findings[:2]
         for s in one.samples
     ],
-    columns=["latent", "model", "change", "text", "goes on, untouched", "goes on, changed"],
+    columns=[
+        "latent",
+        "model",
+        "change",
+        "text",
+        "continuation, untouched",
+        "continuation, changed",
+    ],
 )
 samples
 
 # %% [markdown]
-# Without the first latent's own part the fine-tuned model says Paris; with it, the base model says Rome. What the texts of the second show is less than its figures promise, and one reads them for that. Both are on "Eiffel Tower" and nothing else, which is what was taught.
+# With the first latent's model-specific direction ablated, the fine-tuned model says Paris; with it patched in, the base model says Rome. The second latent's texts show less than its figures suggest, which is why the texts are worth reading. Both latents fire on "Eiffel Tower" and on nothing else, which is what was taught.
 #
-# Neither is exclusive: both models have these latents, and write them differently. A screening that looked for exclusive latents alone would have found nothing here.
+# Neither latent is exclusive: both models have them, with different decoder directions. A screening of exclusive latents alone would have found nothing here.
 #
 # ## The null: the base model twice
 #
-# The same crosscoder, the same text, the same screening, and no difference to find.
+# The same crosscoder, text and screening, with no difference to find.
 
 # %%
 null_runner = CrosscoderTrainingRunner(config(model_a, "null"))
@@ -269,12 +278,12 @@ null = screened("null", keep_null)
 verdicts(null)
 
 # %% [markdown]
-# Nothing is confirmed, and nothing could be: two copies say the same, so no change of one brings them closer. This null asks whether the pipeline makes something of nothing. Whether the *right* thing is found on a pair that does differ is asked by the controls of the
-# real screening, and by planting other differences: over 14 planted runs 50 latents were confirmed ([benchmarks/README.md](../benchmarks/README.md)).
+# Nothing is confirmed, and nothing could be: two copies make the same predictions, so no change to one of them brings them closer. This null checks that the pipeline does not produce findings from nothing. Two other checks show whether the *right* difference is found on a pair that does differ: the controls of the
+# screening above, and other planted differences. Over 14 planted runs 50 latents were confirmed ([benchmarks/README.md](../benchmarks/README.md)).
 #
-# ## The page, and the same from a shell
+# ## The report, and the same from a shell
 #
-# The screening wrote `report.html` beside its figures, with every verdict, its controls, its contexts and the texts. All of this notebook is
+# The screening wrote `report.html` next to its results, with every verdict, its controls, its contexts and the texts. The whole notebook corresponds to these commands:
 #
 # ```
 # sae-lens-dfc model-organism false_fact/weak --output runs/organism
@@ -285,6 +294,6 @@ verdicts(null)
 # sae-lens-dfc screen runs/organism-run --output runs/organism-screening
 # ```
 #
-# Where model A is left out, it is the adapter's base. For a base and a fine-tune of your own, give their names and a text on which they differ; `sae-lens-dfc generate` writes both models' answers to your prompts as such a text.
+# If model A is omitted, it is the adapter's base. For your own base and fine-tune, give their names and a text on which they differ; `sae-lens-dfc generate` writes both models' answers to your prompts as such a text.
 #
 # **Next**: [6, your own architecture](6_your_own_architecture.ipynb).

@@ -89,17 +89,17 @@ def candidates(
     order = made + evidence.is_exclusive.cpu() * (made.max() + 1)
     latents = [int(i) for i in order.argsort(descending=True) if could[i]]
     dropped = {
-        "never fires on held-out text": int((counts == 0).sum()),
-        f"fires less than {MIN_FIRINGS} times": int(((counts > 0) & ~lives).sum()),
+        "never fire on held-out text": int((counts == 0).sum()),
+        f"fire fewer than {MIN_FIRINGS} times": int(((counts > 0) & ~lives).sum()),
     }
-    why = "its decoders do not differ" if one_basis else "both models have it"
+    why = "have equal decoders" if one_basis else "are not candidates"
     stages = [
         stage("alive", len(counts), dropped),
         stage("could be a difference", int(lives.sum()), {why: int((lives & ~could).sum())}),
         stage(
             f"first {keep} by evidence",
             len(latents),
-            {"less evidence": max(0, len(latents) - keep)},
+            {"have less evidence": max(0, len(latents) - keep)},
         ),
     ]
     return Candidates(latents[:keep], stages)

@@ -35,13 +35,13 @@ Q = 0.05
 MIN_EFFECT = 0.01
 """Minimum effect in bits: where the models agree, 0.001 bits can be significant but is
 negligible."""
-CONFIRMED, ONE_WAY, NOT_CONFIRMED, UNTESTED = (
+CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED = (
     "confirmed",
-    "one way only",
+    "partial",
     "not confirmed",
     "not tested",
 )
-VERDICTS = (CONFIRMED, ONE_WAY, NOT_CONFIRMED, UNTESTED)
+VERDICTS = (CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED)
 """Verdicts from strongest to weakest."""
 
 
@@ -132,7 +132,7 @@ def findings(
     A latent is `confirmed` when ablating its model-specific direction in the source and adding it
     to the other model both bring the models closer by at least 0.01 bits, each beyond the 95th
     percentile of every kind of control and at a false discovery rate of 5 % over all tested latents
-    (Benjamini-Hochberg on the p-values of each way); `one way only` when one of them does.
+    (Benjamini-Hochberg on the p-values of each way); `partial` when only one of them does.
 
     Args:
         crosscoder: The saved crosscoder.
@@ -158,7 +158,7 @@ def findings(
     def verdict(latent: int) -> str:
         if latent not in ways:
             return UNTESTED
-        return {2: CONFIRMED, 1: ONE_WAY, 0: NOT_CONFIRMED}[sum(ways[latent])]
+        return {2: CONFIRMED, 1: PARTIAL, 0: NOT_CONFIRMED}[sum(ways[latent])]
 
     def effect(latent: int) -> float:
         one = results[latent]

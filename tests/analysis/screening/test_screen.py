@@ -14,7 +14,7 @@ from sae_lens_dfc.analysis.screening.candidates import source_of, windows
 from sae_lens_dfc.analysis.screening.verdicts import (
     CONFIRMED,
     NOT_CONFIRMED,
-    ONE_WAY,
+    PARTIAL,
     UNTESTED,
     CausalTest,
     Explained,
@@ -56,8 +56,8 @@ def test_a_verdict_needs_both_ways_beyond_their_controls() -> None:
     ) == [
         (5, CONFIRMED),
         (4, CONFIRMED),
-        (1, ONE_WAY),
-        (6, ONE_WAY),
+        (1, PARTIAL),
+        (6, PARTIAL),
         (2, NOT_CONFIRMED),
         (3, UNTESTED),
     ]
@@ -65,7 +65,7 @@ def test_a_verdict_needs_both_ways_beyond_their_controls() -> None:
 
 def test_a_difference_that_nobody_could_notice_is_not_confirmed() -> None:
     assert verdicts({1: result(ablated=0.001, patched=0.001)}) == [(1, NOT_CONFIRMED)]
-    assert verdicts({1: result(ablated=0.02, patched=0.001)}) == [(1, ONE_WAY)]
+    assert verdicts({1: result(ablated=0.02, patched=0.001)}) == [(1, PARTIAL)]
 
 
 def test_p_values_are_corrected_for_how_many_were_tested() -> None:
