@@ -1,35 +1,35 @@
 # %% [markdown]
 # # 6. Your own architecture in 60 lines
 #
-# A crosscoder that this package does not have: **JumpReLU**, in which every latent learns a threshold of its own and the number of active
-# latents is held by a penalty (Rajamanoharan et al. 2024; the quadratic penalty is Gemma Scope 2's). You write it in one cell of at most 60
-# lines, register it with SAELens, train it with SAELens' unmodified trainer, compare it with BatchTopK on toy pairs whose
-# truth is known, find out why it does better, and then train it from the command line on two language models.
+# This tutorial adds a crosscoder that the package does not have: **JumpReLU**, in which every latent learns its own threshold and a penalty controls the number of active
+# latents (Rajamanoharan et al. 2024; the quadratic penalty is Gemma Scope 2's). You write it in one cell of at most 60
+# lines, register it with SAELens, train it with SAELens' unmodified trainer, and compare it with BatchTopK on toy pairs whose
+# truth is known. You then find out why it does better, and train it from the command line on two language models.
 #
 # **Time**: about 4 minutes on 2 idle cores, up to 10 on busy ones. **Memory**: 3 GB, for the two language models at the end.
-# **What to expect**: a saved crosscoder that any code opens without the cell that defined it; a table over seeds in which JumpReLU finds
-# more than twice as many of the exclusive features as BatchTopK (0.7 of them against 0.3); and three controls that show that it is not for the reason one
-# would think.
+# **What to expect**: a saved crosscoder that loads without the cell that defined it; a table over seeds in which JumpReLU finds
+# more than twice as many of the exclusive features as BatchTopK (0.7 of them against 0.3); and three controls which show that the obvious
+# explanation is wrong.
 #
-# You should know what [the first tutorial](1_toy_pair.ipynb) measures.
+# Prerequisite: [the first tutorial](1_toy_pair.ipynb), which introduces the metrics.
 
 # %% tags=["parameters"]
-folder = "runs/tutorial-6"  # where crosscoders are kept
+folder = "runs/tutorial-6"  # output folder
 seeds = [
     1,
     2,
     3,
-]  # toy pairs and trainings; the settings below were chosen on seed 0, which is therefore not among them
+]  # seeds of toy pairs and training; seed 0 is excluded, because the settings below were chosen on it
 n_features = 256  # features of both toy models together
-exclusive_fraction = 0.05  # of them, in A alone; as many again in B alone
+exclusive_fraction = 0.05  # share of them in A only; the same share is in B only
 d_a = 96  # width of the first toy model
 d_b = 64  # width of the second
-active_features = 5.0  # features active at a time; BatchTopK's k and JumpReLU's target_l0
+active_features = 5.0  # mean number of active features; BatchTopK's k and JumpReLU's target_l0
 n_steps = 400  # training steps
-batch_size = 1024  # pairs of activations in a step
-n_eval_batches = 6  # batches of 2,048 fresh pairs to measure on
+batch_size = 1024  # pairs of activations per step
+n_eval_batches = 6  # evaluation batches of 2,048 new pairs
 text_pairs = 2000  # pairs of activations of the two language models, at the end
-text_steps = 100  # training steps on them, of 512 pairs
+text_steps = 100  # training steps on them, of 512 pairs each
 
 # %%
 import json
@@ -54,22 +54,22 @@ from sae_lens_dfc.metrics.recovery import Truth, recovery, recovery_of_calls
 from sae_lens_dfc.stats.affine_maps import fit_affine_maps
 from sae_lens_dfc.stats.moments import PairMoments
 
-# Products this small gain nothing from a second thread, and lose much where another program wants the core.
+# Matrix products this small gain nothing from a second thread, and slow down a lot if another program uses the core.
 torch.set_num_threads(1)
 
 # %% [markdown]
 # ## The architecture
 #
-# A crosscoder is a SAELens `TrainingSAE` on the two models' activations side by side. `TrainingCrosscoder` does what all of them share: one mean
-# and scale for each model, encoding and decoding, losses of each model, dead latents, saving. It asks two things of you:
+# A crosscoder is a SAELens `TrainingSAE` on the two models' concatenated activations. `TrainingCrosscoder` implements what all crosscoders share: one mean
+# and scale per model, encoding and decoding, a loss per model, dead latents, and saving. A subclass defines two methods:
 #
 # - `select(scores)`: which latents fire in training. A *score* is a pre-activation times the latent's decoder norm;
-# - `latent_thresholds()`: the score above which each latent fires **after** training. Everything is saved as a `crosscoder` with
-#   these thresholds, so that nobody needs your code to use what you trained. For JumpReLU the two are the same thing; BatchTopK has to
-#   learn its threshold beside the training.
+# - `latent_thresholds()`: the score above which each latent fires **after** training. Every architecture is saved as a `crosscoder` with
+#   these thresholds, so the saved crosscoder loads without your code. For JumpReLU both use the same thresholds; BatchTopK has to
+#   estimate its threshold during training.
 #
-# What else you change, you override: here the coefficients that SAELens' trainer warms up, and the losses. Sizes are in units of the activations'
-# norm, which training brings to `sqrt((d_a + d_b) / 2)` in each model, so that the defaults serve toy models and large ones. The fields' docstrings become the
+# Everything else can be overridden; here, the coefficients that SAELens' trainer warms up, and the losses. Sizes are in units of the activations'
+# norm, which training rescales to `sqrt((d_a + d_b) / 2)` in each model, so the same defaults suit toy models and large ones. The fields' docstrings become the
 # command line's help.
 
 # %%
@@ -90,13 +90,13 @@ class JumpReLUTrainingCrosscoderConfig(CrosscoderTrainingConfig):
     """Settings of a JumpReLU crosscoder."""
 
     target_l0: float = 32.0
-    """Latents active for each pair, on average."""
+    """Mean number of active latents per pair."""
     l0_coefficient: float = 0.006
-    """Weight of the squared distance from target_l0, for each dimension of the input."""
+    """Weight of the squared distance from target_l0, per input dimension."""
     l0_warm_up_steps: int = 0
     """Steps over which l0_coefficient rises from 0."""
     bandwidth: float = 0.1
-    """Distance from its threshold within which a score moves it, in norms of a model's activations; thresholds start there."""
+    """Width around a threshold within which scores have a gradient to it, in norms of a model's activations; also the initial threshold."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -104,7 +104,7 @@ class JumpReLUTrainingCrosscoderConfig(CrosscoderTrainingConfig):
 
 
 class JumpReLUTrainingCrosscoder(TrainingCrosscoder[JumpReLUTrainingCrosscoderConfig]):
-    """Every latent learns the score above which it fires."""
+    """A crosscoder in which every latent learns the score above which it fires."""
 
     def __init__(self, cfg: JumpReLUTrainingCrosscoderConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -133,17 +133,17 @@ _config = JumpReLUTrainingCrosscoderConfig
 register_sae_training_class(_config.architecture(), JumpReLUTrainingCrosscoder, _config)
 
 # %%
-architecture_cell = _i  # what IPython ran last
+architecture_cell = _i  # the last cell that IPython ran
 n_lines = len(architecture_cell.strip().splitlines())
 print(f"{n_lines} lines, imports, docstrings and blank lines included")
 assert n_lines <= 60
 
 # %% [markdown]
-# `register_sae_training_class` is SAELens' own: from here on SAELens knows the name. No file of the package was touched.
+# `register_sae_training_class` is SAELens' own function; it adds the architecture to SAELens' registry. No file of the package was changed.
 #
-# ## Training, by SAELens
+# ## Training with SAELens
 #
-# The same function trains both architectures: it asks the registry for the class of a configuration.
+# The same function trains both architectures: it gets the class of a configuration from the registry.
 
 
 # %%
@@ -189,10 +189,10 @@ pair = toy_pair(seeds[0], exclusive_fraction)
 in_training = train(CONFIGS["JumpReLU"], pair, seeds[0])
 
 # %% [markdown]
-# ## Saving and opening
+# ## Saving and loading
 #
-# Saved, it is a `crosscoder` like all others: raw activations in, one threshold a latent. Another Python process that has never heard of the cell
-# above opens it.
+# The saved form is a `crosscoder` like all others: it takes raw activations and has one threshold per latent. It loads in another Python process in which the cell
+# above never ran.
 
 # %%
 saved = Path(folder) / "toy"
@@ -214,10 +214,10 @@ print(f"feature activations of the two forms differ by {largest:.1e} at most")
 assert torch.allclose(in_training.encode(acts), opened.encode(acts), atol=1e-3)
 
 # %% [markdown]
-# ## Against BatchTopK, over seeds, beside the null
+# ## Comparison with BatchTopK, over seeds and with the null
 #
-# Each seed is another pair of toy models. The null is a pair in which every feature is shared. Both architectures have the same number of latents,
-# the same learning rate and the same target for the number of active latents; check the L0 that came out before you compare anything else.
+# Each seed gives another pair of toy models. The null is a pair in which every feature is shared. Both architectures have the same number of latents,
+# the same learning rate and the same target for the number of active latents. Compare the L0 that they reached before anything else.
 
 
 # %%
@@ -235,10 +235,10 @@ def measured(crosscoder, pair):
         "dead latents": int((result.firing.counts == 0).sum()),
         "shared features found": claims["shared_recall"],
         "exclusive features found, by decoder norm": claims["exclusive_recall"],
-        "called exclusive, by decoder norm": claims["exclusive_called"],
-        "called exclusive, with evidence": calls["evidence_called"],
+        "exclusive latents, by decoder norm": claims["exclusive_called"],
+        "exclusive latents, with evidence": calls["evidence_called"],
         "exclusive features found, with evidence": calls["evidence_recall"],
-        "precision of the calls": calls["evidence_precision"],
+        "precision with evidence": calls["evidence_precision"],
     }
 
 
@@ -247,7 +247,7 @@ rows = []
 
 
 def compare(configs, which):
-    """A row for each configuration and seed on one kind of pair."""
+    """Add a row per configuration and seed on one kind of pair."""
     for seed in seeds:
         pair = toy_pair(seed, PAIRS[which])
         for name, cfg in configs.items():
@@ -272,20 +272,20 @@ compare(CONFIGS, "null")
 over_seeds("null")
 
 # %% [markdown]
-# (± is the standard deviation over seeds; a dash: there is no exclusive feature, or no call.)
+# (± is the standard deviation over seeds. A dash means that there is no exclusive feature, or no exclusive latent.)
 #
-# More variance explained, fewer dead latents, more of the exclusive features found, and still nothing called on the null. Do not stop here.
+# JumpReLU explains more variance, has fewer dead latents and finds more of the exclusive features, and still no latent is significant on the null. That is not yet an explanation.
 #
-# ## Why? Take away one difference at a time
+# ## Why? Remove one difference at a time
 #
-# The tempting explanation is the one that JumpReLU was made for: thresholds of its own let a latent live that brings little when it fires, as one does that
-# writes to a single model. But there are two other differences. Its L0 has not come down all the way to the target, so it has more active latents. And BatchTopK
-# keeps `k` latents from the first step, while JumpReLU's thresholds begin low and rise, so that early on many more latents fire and learn. Each can be
-# taken away:
+# The obvious explanation is the reason why JumpReLU was designed: with its own threshold, a latent can survive that contributes little when it fires, such as one that
+# writes to a single model only. But the two architectures differ in two other ways. JumpReLU's L0 has not come down to the target, so it has more active latents. And BatchTopK
+# keeps `k` latents from the first step, while JumpReLU's thresholds start low and rise, so early in training many more latents fire and learn. Each difference can be
+# removed:
 #
-# - **JumpReLU with one threshold** for all latents: a few lines on top of yours;
-# - **BatchTopK with as many active latents** as JumpReLU came out with;
-# - **BatchTopK with `k` annealed** from six times its value, over two thirds of the training: two settings that are already there.
+# - **JumpReLU with one threshold** for all latents: a few lines more;
+# - **BatchTopK with the L0** that JumpReLU reached;
+# - **BatchTopK with `k` annealed** from six times its value, over two thirds of the training: two existing settings.
 
 
 # %%
@@ -321,7 +321,7 @@ colors = {"BatchTopK": "#555555", "BatchTopK, k as JumpReLU": "#8fb8de"}
 colors |= {"BatchTopK, k annealed": "#2e6f9e"}
 colors |= {"JumpReLU": "#d1495b", "JumpReLU, one threshold": "#e8a33d"}
 panels = [*((measure, "with differences") for measure in shown)]
-panels += [("called exclusive, with evidence", "null")]
+panels += [("exclusive latents, with evidence", "null")]
 for axis, (measure, which) in zip(axes, panels):
     for y, name in enumerate(colors):
         values = runs[(runs.crosscoder == name) & (runs.pair == which)][measure].astype(float)
@@ -333,15 +333,15 @@ axes[3].set_xlim(-0.5, 5)
 figure.tight_layout()
 
 # %% [markdown]
-# One dot for each seed; the controls were not run on the null. **The tempting explanation is wrong here**: with a single threshold JumpReLU does as well. That it has more active latents explains a part. Most of the rest comes
-# from many latents firing at first: BatchTopK, once its `k` is annealed, nearly closes the gap, with fewer active latents at the end. The gain was real and the
-# reason was another, which a table of two columns would not have told. On toy pairs, that is; on language models the comparison has not been made.
+# Each dot is a seed; the controls were not run on the null. **The obvious explanation is wrong here**: with a single threshold JumpReLU does as well. Its larger number of active latents explains a part of the gain. Most of the rest comes
+# from the many latents that fire early in training: BatchTopK with annealed `k` nearly closes the gap, with fewer active latents at the end. The gain was real, but its
+# cause was different, which a comparison of the two architectures alone would not have shown. These results are for toy pairs; the comparison has not been made on language models.
 
 # %% [markdown]
 # ## On two language models, from the command line
 #
-# The command line takes its architectures from SAELens' registry, so yours is among them once its code has run. Put the cell into a file, add a few lines,
-# and the file is the command `sae-lens-dfc` with one architecture more:
+# The command line takes its architectures from SAELens' registry, so a new one is available once its code has run. Write the cell to a file, add a few lines,
+# and the file is the command `sae-lens-dfc` with one more architecture:
 
 # %%
 script = Path(folder) / "jumprelu_crosscoder.py"
@@ -357,7 +357,7 @@ if __name__ == "__main__":
 
 
 def command(*args):
-    """Run the file as a command; what it answers, or its error."""
+    """Run the file as a command, and return its output or raise its error."""
     result = subprocess.run([sys.executable, script, *args], capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(result.stderr)
@@ -365,8 +365,8 @@ def command(*args):
 
 
 # %% [markdown]
-# One configuration trains several crosscoders on the same activations, here yours and BatchTopK, on SmolLM2-135M-Instruct and Gemma-3-270M (the demo's models,
-# from the package index) and the documentation that comes with Python. The sizes are a demonstration's: thousands of pairs, not millions.
+# One configuration trains several crosscoders on the same activations, here JumpReLU and BatchTopK. The models are SmolLM2-135M-Instruct and Gemma-3-270M (the demo's models,
+# from the package index), and the text is the documentation that ships with Python. The sizes are those of a demonstration: thousands of pairs, not millions.
 
 # %%
 model_a, model_b = (
@@ -399,9 +399,9 @@ config_file.write_text(json.dumps(config, indent=2))  # JSON is YAML
 print(command("train", "--config", str(config_file)))
 
 # %% [markdown]
-# `evaluate` measures both on text that neither has seen. Look at L0 first: so short a training has brought neither down to its 16, so the explained variances are not to be
-# compared; what is shown is that all of it runs. (The null of such a run, a pair with nothing to find, comes with `--output`; it takes minutes, and
-# [tutorial 3](3_reading_latents.ipynb) shows it. No latent of either is one-sided here, so there is nothing to hold against it.)
+# `evaluate` evaluates both on held-out text. Look at L0 first: this training is too short to bring either down to its target of 16, so the explained variances cannot be
+# compared. The point is only that the whole pipeline runs. (With `--output`, `evaluate` also trains the null, a pair without differences. It takes minutes, and
+# [tutorial 3](3_reading_latents.ipynb) shows it. No latent of either crosscoder is one-sided here, so there is no candidate to compare with it.)
 
 # %%
 names = {"JumpReLU": "0_jumprelu_crosscoder", "BatchTopK": "1_batchtopk_crosscoder"}

@@ -1,27 +1,27 @@
 # %% [markdown]
 # # 7. The paper's pairs on GPUs
 #
-# Llama-3.1-8B-Instruct against Qwen3-8B, as in arXiv 2602.11729: what it costs **before you rent anything**, the exact commands, the same commands
-# rehearsed on small models, and what to look at in the first ten minutes.
+# Llama-3.1-8B-Instruct against Qwen3-8B, as in arXiv 2602.11729: an estimate of the cost **before you rent a GPU**, the exact commands, a rehearsal of the same commands
+# on small models, and checks for the first ten minutes.
 #
-# **The run with the 8B models was not made.** No GPU could be had for this package. Every figure about one below is *reckoned*, from the recipe's settings, the
-# models' published shapes and the arithmetic of `docs/scaling.md`, and stands beside what the paper's authors say they spent. The rehearsal is real.
+# **The run with the 8B models was not made**, because no GPU was available for it. Every figure about that run is an *estimate*, from the recipe's settings, the
+# models' published shapes and the formulas of `docs/scaling.md`. Next to it is the cost that the paper's authors report. The rehearsal is real.
 #
-# **Time**: about 3 minutes on 2 idle cores, several times that on busy ones. **Memory**: 3.5 GB. No GPU, no hub: the rehearsal's two models and its text
-# come from the package index. **What to expect**: one 80 GB GPU is enough; about 2 TB of disk, or a tenth of a TB and a second
-# pass; between nine GPU-hours (reckoned) and 150 (what the paper's authors spent, with two nulls at that price); and a rehearsal in which the checks find something that one flag mends.
+# **Time**: about 3 minutes on 2 idle cores, several times that on busy ones. **Memory**: 3.5 GB. No GPU and no hub: the rehearsal's two models and its text
+# come from the package index. **What to expect**: one 80 GB GPU is enough. The run needs about 2 TB of disk, or a tenth of a TB and a second
+# pass, and between nine GPU-hours (our estimate) and 150 (the paper's figures, with two nulls at that price). In the rehearsal the checks find a problem that one flag fixes.
 
 # %% tags=["parameters"]
-folder = "runs/tutorial-7"  # where the rehearsal's files go
-dollars_per_hour = 3.0  # of one GPU: put in what you pay
+folder = "runs/tutorial-7"  # output folder of the rehearsal
+dollars_per_hour = 3.0  # price of one GPU: enter your own
 gpu_gb = 80.0  # memory of one GPU
-teraflops = 400.0  # dense bfloat16 products that are reached; an H100 has 989 on paper
-terabytes_per_second = 2.3  # memory traffic that is reached: 70 % of an H100's 3.35
-coverage = 0.85  # share of a model's tokens that pair; a guess for Llama and Qwen, `sae-lens-dfc align` counts it
+teraflops = 400.0  # achieved throughput of dense bfloat16 matrix products; an H100's peak is 989
+terabytes_per_second = 2.3  # achieved memory bandwidth: 70 % of an H100's 3.35
+coverage = 0.85  # share of a model's tokens that pair; a guess for Llama and Qwen, which `sae-lens-dfc align` replaces by a count
 rehearsal_pairs = 6000  # distinct pairs of the rehearsal
-rehearsal_steps = 100  # its training steps, of 512 pairs
-rehearsal_latents = 512  # its dictionary
-rehearsal_texts = 3  # texts on which its screening tests a latent
+rehearsal_steps = 100  # its training steps, of 512 pairs each
+rehearsal_latents = 512  # its dictionary size
+rehearsal_texts = 3  # test texts per latent of its screening
 
 # %%
 import io
@@ -43,9 +43,9 @@ from sae_lens_dfc.training.recipes.named import RECIPES
 from sae_lens_dfc.training.recipes.settings import recipe_config
 
 # %% [markdown]
-# ## What the paper ran
+# ## The paper's settings
 #
-# The recipe holds what the paper prints. What it does not print it asks for: "middle layers" has no index.
+# The recipe holds the settings that the paper prints, and asks for the missing ones: the paper gives no index for its "middle layers".
 
 # %%
 RECIPE = "llama3.1-8b-vs-qwen3-8b"
@@ -57,11 +57,11 @@ cfg = recipe_config(RECIPE, **{model: {"hook_name": hook} for model, hook in hoo
 pd.Series(
     {
         "latents": f"{cfg.sae.d_sae:,}",
-        "active on a pair (k)": f"{cfg.sae.k:.0f}",
+        "active latents per pair (k)": f"{cfg.sae.k:.0f}",
         "exclusive latents of each model": f"{cfg.sae.n_a_exclusive:,}",
         "distinct pairs": f"{cfg.max_unique_pairs:,}",
-        "pairs trained on, repeats counted": f"{cfg.training_tokens:,}",
-        "pairs in a step": f"{cfg.train_batch_size_tokens:,}",
+        "training pairs, repeats included": f"{cfg.training_tokens:,}",
+        "pairs per step": f"{cfg.train_batch_size_tokens:,}",
         "steps": f"{cfg.training_steps:,}",
         "bfloat16 encoder product": cfg.autocast,
         "normalization": cfg.sae.normalization,
@@ -71,12 +71,12 @@ pd.Series(
 ).to_frame()
 
 # %% [markdown]
-# The Llama weights and `lmsys/lmsys-chat-1m` are gated on the hub: accept their terms and log in (`hf auth login`) a day before you rent.
+# The Llama weights and `lmsys/lmsys-chat-1m` are gated on the hub: accept their terms and log in (`hf auth login`) a day before you rent a GPU.
 #
-# ## What it takes
+# ## Cost
 #
-# The models' shapes are those of their published configurations. Harvesting stops at the hook: the layers above are never run, and with `drop_unused_layers` not
-# kept.
+# The models' shapes are those of their published configurations. Activations are computed only up to the hook: the layers above it are never run, and with `drop_unused_layers` they are not kept
+# in memory.
 
 # %%
 SHAPES = {  # layers, width, MLP width, query heads x head, key and value heads x head, vocabulary; both have untied embeddings
@@ -92,7 +92,7 @@ def sizes(name, hook):
     return {
         "weights": layers * layer + 2 * vocabulary * width,
         "run": run
-        * layer,  # what a token is multiplied with up to the hook; attention adds 1 % at 128 tokens
+        * layer,  # weights that a token is multiplied by up to the hook; attention adds 1 % at 128 tokens
         "kept": run * layer
         + vocabulary * width,  # with drop_unused_layers: embedding and layers up to the hook
     }
@@ -100,11 +100,11 @@ def sizes(name, hook):
 
 a, b = (sizes(name, hook) for name, hook in zip(SHAPES, hooks.values()))
 models = pd.DataFrame({name: s for name, s in zip(SHAPES, (a, b))}).T / 1e9
-assert models.weights.round(1).tolist() == [8.0, 8.2]  # as their cards say
+assert models.weights.round(1).tolist() == [8.0, 8.2]  # as in their model cards
 models.round(2).rename(columns=lambda c: f"{c}, billion weights")
 
 # %% [markdown]
-# **Memory.** A crosscoder in training takes 16 bytes a weight: the weight, its gradient and Adam's two moments, in float32. To that comes one batch of all latents
+# **Memory.** A crosscoder in training takes 16 bytes per weight: the weight, its gradient and Adam's two moments, in float32. One batch of all latents comes on top
 # (measured for smaller sizes on CPU; `docs/scaling.md`).
 
 # %%
@@ -114,14 +114,14 @@ weights = 2 * d * n + n + d
 in_training = 16 * weights / 1e9
 batch_of_latents = 2 * batch * n / 1e9
 memory = {
-    "training, models run beside it": (
+    "training, with the models": (
         in_training,
         batch_of_latents,
         2 * (a["kept"] + b["kept"]) / 1e9,
         0,
     ),
     "training on a cache": (in_training, batch_of_latents, 0, 0),
-    # It trains a null beside the run's crosscoder, and wants whole models, which are to predict tokens.
+    # It trains a null while the run's crosscoder is loaded, and needs the whole models for token predictions.
     "evaluate --output": (
         in_training,
         batch_of_latents,
@@ -145,16 +145,16 @@ axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.3))
 memory.assign(sum=memory.sum(axis=1)).round(1)
 
 # %% [markdown]
-# So training fits on one 80 GB GPU with room to spare, and the full evaluation all but fills it: give each model a GPU of its own there
-# (`device: cuda:1`, `cuda:2` in the file), or rent a GPU with more. While models load they are whole, in the host's memory first, 32 GB together.
+# Training fits on one 80 GB GPU with room to spare. The full evaluation almost fills it: there, give each model its own GPU
+# (`device: cuda:1`, `cuda:2` in the file), or rent a larger one. During loading the models are whole and in the host's memory first, 32 GB together.
 #
-# **Time.** Per step, each part moves bytes or multiplies; these are the lines of `docs/scaling.md`, with what your GPU reaches.
+# **Time.** Each part of a step is limited by memory traffic or by matrix products. These are the formulas of `docs/scaling.md`, with the throughput of your GPU.
 
 
 # %%
 def step(
     gb_per_ms, flops_per_ms
-):  # milliseconds of each part of a training step, with the bfloat16 product
+):  # milliseconds per part of a training step, with the bfloat16 product
     moved = {
         "scores": 16 * batch * n,
         "active latents": 5.1 * 4 * k * batch * d,
@@ -182,15 +182,15 @@ print(
 )
 
 # %% [markdown]
-# **Three ways**, and the paper's own account beside them. A cache costs disk and saves the second pass; with one you can also train several crosscoders (seeds, the
-# BatchTopK baseline) at no harvest. **The nulls are not free**: `evaluate --output` trains a crosscoder like yours on each of two, as many steps, on at most
-# 100,000 distinct pairs. Left out: downloads, reading text, the evaluation itself, dead latents' loss (up to 110 ms a step if a quarter is dead), a first
-# hour of mistakes.
+# The table compares **three variants** with the paper's own figures. A cache costs disk space and saves the second pass; it also lets you train several crosscoders (seeds, the
+# BatchTopK baseline) without computing the activations again. **The nulls are not free**: `evaluate --output` trains a crosscoder like yours on each of two null pairs, for as many steps, on at most
+# 100,000 distinct pairs. The estimates omit downloads, reading text, the evaluation itself, the dead latents' loss (up to 110 ms per step if a quarter is dead), and an hour
+# for initial mistakes.
 
 # %%
 disk_of_runs = (
     4 * weights + 2 * 12 * weights
-) / 1e9  # the saved form; two checkpoints with Adam's moments
+) / 1e9  # the saved form, and two checkpoints with Adam's moments
 disk_of_models = 2 * (a["weights"] + b["weights"]) / 1e9
 
 
@@ -209,25 +209,25 @@ def way(harvest, training, cache_pairs, disk=disk_of_models + disk_of_runs):
 
 ways = pd.DataFrame(
     {
-        "reckoned: cached once": way(harvest_hours, training_hours, cfg.max_unique_pairs),
-        "reckoned: no cache, two passes": way(passes * harvest_hours, training_hours, 0),
-        "reckoned: 20 million pairs, 10 times": way(harvest_hours / 5, training_hours, 20e6),
-        "the paper's own, on H100s": way(72.0, 24.0, float("nan"), float("nan")),
+        "estimate: cached once": way(harvest_hours, training_hours, cfg.max_unique_pairs),
+        "estimate: no cache, two passes": way(passes * harvest_hours, training_hours, 0),
+        "estimate: 20 million pairs, 10 times": way(harvest_hours / 5, training_hours, 20e6),
+        "the paper's figures, on H100s": way(72.0, 24.0, float("nan"), float("nan")),
     }
 ).T
 ways.round(1)
 
 # %% [markdown]
-# The last row is from the paper's appendix A (three H100 for 24 hours for the activations of a pair, one for 24 hours for each crosscoder; two nulls at that price are ours).
-# It is many times our reckoning,
-# and it is a **measurement** while ours is not: believe ours when you have timed a hundred steps, and budget for theirs. Where the difference may lie: their step is dense (0.86 s), their
-# forward passes may not stop at the hook, and no kernel reaches all that the arithmetic grants.
+# The last row is from the paper's appendix A: three H100 for 24 hours for the activations of a pair, and one for 24 hours for each crosscoder. The two nulls at that price are our addition.
+# The paper's cost is many times our estimate,
+# and it is a **measurement** while ours is not. Trust our estimate only after timing a hundred steps, and budget for the paper's. Possible reasons for the difference: their step is dense (0.86 s), their
+# forward passes may not stop at the hook, and no kernel reaches the full throughput that the formulas assume.
 #
-# Fewer distinct pairs is the cheapest saving, and what it costs in quality on these models nobody has measured.
+# Using fewer distinct pairs saves the most; its effect on quality has not been measured on these models.
 #
 # ## The commands
 #
-# One file has what is yours; the recipe has the rest. These are the five commands that follow, and the rehearsal below runs **the same strings**.
+# One file holds your own settings, and the recipe holds the rest. The five commands follow; the rehearsal below runs **the same strings**.
 
 # %%
 gpu = {
@@ -253,23 +253,23 @@ print(
 )
 
 # %% [markdown]
-# Before you rent, on any laptop with the two tokenizers and some of your text, count how many tokens pair (it replaces the guess of `coverage` above):
+# Before you rent a GPU, count how many tokens pair, on any laptop with the two tokenizers and some of your text. The result replaces the guess of `coverage` above:
 #
 #     sae-lens-dfc align meta-llama/Llama-3.1-8B-Instruct Qwen/Qwen3-8B text.jsonl
 #
-# Killed, `cache` and `train` go on with `--resume`; `train --config` with a list under `sae` trains several crosscoders on one pass ([docs/data.md](../docs/data.md)).
+# If `cache` or `train` is interrupted, continue it with `--resume`. `train --config` with a list under `sae` trains several crosscoders in one pass ([docs/data.md](../docs/data.md)).
 #
 # ## The rehearsal
 #
-# The same recipe and the same commands on SmolLM2-135M-Instruct and Gemma-3-270M, other architectures, widths and tokenizers than each other's. **Only names and sizes differ**: what is
-# changed of the recipe is all in this file.
+# The rehearsal runs the same recipe and commands on SmolLM2-135M-Instruct and Gemma-3-270M, which also differ in architecture, width and tokenizer. **Only names and sizes differ**; this file holds all changes
+# to the recipe.
 
 # %%
 small_a, small_b = demo_models(DemoConfig())
 rehearsal = {
     "model_a": {"model_name": small_a.model_name, "hook_name": "blocks.15.hook_resid_post"},
     "model_b": {"model_name": small_b.model_name, "hook_name": "blocks.9.hook_resid_post"},
-    "dataset_path": "cpython-docs",  # takes the place of the recipe's sources
+    "dataset_path": "cpython-docs",  # replaces the recipe's sources
     "max_unique_pairs": rehearsal_pairs,
     "eval_pairs": rehearsal_pairs // 3,
     "cache_path": f"{folder}/cache",
@@ -287,7 +287,7 @@ rehearsal = {
         "k": 16,
         "k_initial": 64,
         "k_anneal_steps": rehearsal_steps // 5,
-        "topk_threshold_lr": 0.05,  # an average of step 0.01 needs more steps than there are
+        "topk_threshold_lr": 0.05,  # the default rate of 0.01 would need more steps than this
     },
 }
 config_file = Path(folder) / "rehearsal.yaml"
@@ -296,7 +296,7 @@ config_file.write_text(yaml.dump(rehearsal, sort_keys=False))
 
 
 def run(command, shown=True):
-    """As a shell would, in this process; stops the notebook where the command fails."""
+    """Run a command in this process, as a shell would; raise an error if it fails."""
     print(f"$ {command}")
     answer = io.StringIO()
     with redirect_stdout(answer):
@@ -310,7 +310,7 @@ filled = COMMANDS.format(
     recipe=RECIPE,
     config=config_file,
     run=rehearsal["output_path"],
-    # Less of the dearest measures: the rehearsal is of the pipeline.
+    # Fewer of the most expensive metrics: the rehearsal only tests the pipeline.
     evaluate_flags=" --overwrite --null self --downstream-pairs 0 --behavior-latents 0",
     screen_flags=f" --overwrite --keep 2 --texts {rehearsal_texts} --controls 2",
 )
@@ -328,12 +328,12 @@ run(screen)
 run(report)
 
 # %% [markdown]
-# All five ran. The measures are not worth reading for themselves, a few thousand pairs teach a crosscoder little; **what to look at** is.
+# All five commands ran. The metrics themselves are not informative, because a few thousand pairs are too few to train a crosscoder well. The checks are.
 #
 # ## The first ten minutes
 #
-# On the rented machine, run the five commands first on 50,000 pairs of the real models (`--max-unique-pairs 50000 --training-tokens 409600`, other `cache_path` and
-# `output_path`). Then look at these, in this order. Each line is computed here from files that those commands leave: the cache's `manifest.json` and the
+# On the rented machine, first run the five commands on 50,000 pairs of the real models (`--max-unique-pairs 50000 --training-tokens 409600`, with another `cache_path` and
+# `output_path`). Then run these checks, in this order. Each line is computed from files that the commands write: the cache's `manifest.json` and the
 # evaluation's `metrics.json`.
 
 
@@ -353,30 +353,40 @@ def checks(cache_folder, evaluation):
 
     for model, name in (("a", "A"), ("b", "B")):
         paired = counts["coverage"][f"coverage_{model}"]
-        why = "two tokenizers, or a chat template, cut the text apart"
+        why = "the two tokenizers, or a chat template, split the text differently"
         add(f"tokens of {name} that pair", paired, paired > 0.6, why)
         lost = counts[f"outlier_{model}"] / counts["pairs"]
-        why = "massive activations at other places than the first"
+        why = "massive activations at positions other than the first"
         add(f"pairs left out as outliers by {name}", lost, lost < 0.02, why)
         spread = norms[model]["std"] / norms[model]["mean"]
-        add(f"spread of {name}'s norms over their mean", spread, spread < 0.5, "a few tokens rule")
+        add(
+            f"spread of {name}'s norms over their mean",
+            spread,
+            spread < 0.5,
+            "a few tokens dominate",
+        )
     infinite = counts["not_finite"]
-    add("pairs that are not finite", infinite, infinite == 0, "a model's number format overflows")
+    add(
+        "pairs that are not finite",
+        infinite,
+        infinite == 0,
+        "a model overflows in its number format",
+    )
     l0, null = with_null("l0")
-    why = "the threshold lags behind the training"
+    why = "the threshold lags behind training"
     add("active latents over k", l0 / k, 0.8 < l0 / k < 1.25, why, null / k)
     lean, null = with_null("relative_decoder_norm/median")
-    why = "one model outweighs the other: normalization"
+    why = "one model dominates the other: check normalization"
     add("relative decoder norm, shared, median", lean, 0.4 < lean < 0.6, why, null)
     for name, most in (("shared", 0.3), ("a_exclusive", 0.7), ("b_exclusive", 0.7)):
         dead, null = with_null(f"dead_fraction/{name}")
-        why = "too many latents for the text, too few steps, too high an lr"
+        why = "too many latents for the text, too few steps, or too high a learning rate"
         add(f"dead share, {name}", dead, dead < most, why, null)
     for model, name in (("a", "A"), ("b", "B")):
         explained, null = with_null(f"explained_variance/{model}")
-        why = "the other model has taken the latents"
+        why = "the other model uses most latents"
         add(f"explained variance, {name}", explained, explained > 0.7 * null, why, null)
-    add("largest forbidden weight", m["leak"], m["leak"] == 0, "a defect: report it")
+    add("largest forbidden weight", m["leak"], m["leak"] == 0, "a bug: please report it")
     return pd.DataFrame(rows).set_index("check").round(3)
 
 
@@ -385,17 +395,17 @@ pd.set_option("display.max_colwidth", None)
 found.replace({"null": {float("nan"): "–"}})
 
 # %% [markdown]
-# The limits are our rules of thumb, set by the runs of this package, all of them on small models; they say where to look, not what is true. The null here is the same
-# pipeline on model A twice, whose variance is as easy to explain for both sides.
+# The limits are rules of thumb from this package's own runs, all of them on small models. They show where to look, not what is true. The null is the same
+# pipeline on model A twice, where the variance is equally easy to explain for both sides.
 #
-# Here some lines say LOOK, for two reasons.
+# Some lines say LOOK here, for two reasons.
 #
-# **One model outweighs the other.** The recipe's normalization is the paper's, `median_norm`: no centring, so a model whose activations have a large mean spends its norm on
-# that, and what varies in it weighs little. Shared latents then lean to the other model. Whether Llama and Qwen have this trouble we cannot say; that is what the
-# ten minutes are for. The remedy is a flag, tried below.
+# **One model dominates the other.** The recipe's normalization is the paper's, `median_norm`. It does not center the activations, so for a model with a large mean most of the norm is
+# the mean, and the part that varies has little weight. Shared latents then lean to the other model. We do not know whether Llama and Qwen have this problem; the
+# ten-minute check will show it. The cell below tries the remedy, a flag.
 #
-# **The exclusive partitions are all but dead**, in the null as here. A hundred steps are too few to blame anything else: in the demo's run of 300 steps none of A's and a quarter of
-# B's are dead. If they stay dead in a long run, `--sae.decoder-norm l2`, which is our default and not the paper's, is fairer to latents that write to one model
+# **The exclusive partitions are almost dead**, in the null as well. A hundred steps are too few to conclude anything else: in the demo's run of 300 steps none of A's and a quarter of
+# B's are dead. If they stay dead in a long run, try `--sae.decoder-norm l2`, which is our default but not the paper's. It is fairer to latents that write to one model only
 # ([benchmarks](../benchmarks/README.md)).
 
 # %%
@@ -417,16 +427,16 @@ axes[0].set_ylabel("latents")
 figure.tight_layout()
 
 # %% [markdown]
-# Both models' shared latents now stand about the middle. It is not free: of A, which had the larger part, less is explained, of B more.
+# Both models' shared latents are now near the middle. The remedy has a price: less of A's variance is explained, which dominated before, and more of B's.
 #
-# ## Before you press the button
+# ## Before you start the run
 #
-# - [ ] Terms of the gated model and data set accepted, `hf auth login` done, 33 GB of weights downloaded **before** the GPU's hour begins.
-# - [ ] `sae-lens-dfc align` on your text; `coverage` above set to it.
-# - [ ] Disk: both disk columns of the table, and a tenth to spare.
-# - [ ] The five commands on 50,000 pairs of the real models, and the checks above.
-# - [ ] A hundred steps timed, and the hours reckoned anew from that.
+# - [ ] Terms of the gated model and data set accepted, `hf auth login` done, 33 GB of weights downloaded **before** the paid GPU time begins.
+# - [ ] `sae-lens-dfc align` run on your text, and `coverage` above set to its result.
+# - [ ] Disk space: both disk columns of the table, plus a tenth.
+# - [ ] The five commands run on 50,000 pairs of the real models, and the checks above passed.
+# - [ ] A hundred steps timed, and the hours estimated again from them.
 # - [ ] The nulls in the budget, and a second seed. **A DFC without its null shows nothing** ([tutorial 1](1_toy_pair.ipynb)).
-# - [ ] `--n-checkpoints` as it is (10): a run that is killed goes on with `--resume`.
+# - [ ] `--n-checkpoints` at its default (10): an interrupted run continues with `--resume`.
 #
-# If you make this run, please send what a step took, and what the checks said: it would be the first measurement to stand here.
+# If you make this run, please send us the time per step and the results of the checks. They would be the first measurement to appear here.
