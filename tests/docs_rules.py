@@ -99,7 +99,7 @@ model, tokens = hooked.model, hooked.model.to_tokens([Path("my-text.txt").read_t
     "docs/architecture.md": Rules(
         declared={"cli            ": "the order of the folders, held by import-linter"}
     ),
-    "docs/measures.md": Rules(declared={"taken:  x_source": "a formula"}),
+    "docs/measures.md": Rules(declared={"ablated:  x_source": "a formula"}),
     "docs/how-to/fine-tune.md": Rules(
         replace={
             "my/base": "{llama}",

@@ -65,7 +65,7 @@ def describe(
     arXiv 2602.11729, appendix B.4, uses the 10 top-activating contexts.
 
     Args:
-        judge: Whom to ask, one question.
+        judge: The judge; it is asked one question.
         contexts: Contexts in which the latent fires.
         who: The model whose tokens are shown.
 
@@ -100,7 +100,7 @@ def detect(
     contexts, where this equals the accuracy, and calls latents with 0.8 or more interpretable.
 
     Args:
-        judge: Whom to ask, one question.
+        judge: The judge; it is asked one question.
         description: When the latent fires.
         firing: Contexts in which it fires, preferably not those used for the description.
         silent: Random contexts in which it does not fire, of similar length, so that length gives
@@ -143,7 +143,7 @@ def flag(
     ten types; a flag is a reason to look, not a finding.
 
     Args:
-        judge: Whom to ask, one question.
+        judge: The judge; it is asked one question.
         description: When the latent fires.
         contexts: Text on which it fires.
         concerns: What each type covers, by name; see `read_concerns`.
@@ -164,7 +164,7 @@ def flag(
     unknown = named - {name.casefold() for name in concerns}
     if unknown:
         logger.warning(
-            "A judge named concerns that are not asked for, left out: %s",
+            "A judge named unknown concerns, which are ignored: %s",
             quoted(", ".join(sorted(unknown))),
         )
     return [name for name in concerns if name.casefold() in named]

@@ -103,7 +103,7 @@ def parse_similarity(answer: str) -> int:
     values = {number.rstrip(".,") for number in numbers}
     if len(values) != 1 or not re.fullmatch("[1-5]", value := values.pop()):
         raise NoNumber(
-            f"A judge was asked for one number from 1 to 5 and answered {quoted(answer)}. Take a judge that follows "
+            f"A judge was asked for one number from 1 to 5 and answered {quoted(answer)}. Use a judge that follows "
             "instructions, or let it write more tokens."
         )
     return int(value)
@@ -136,11 +136,11 @@ class EndpointJudge:
     model: str
     """The model's name at the endpoint."""
     base_url: str | None = None
-    """The endpoint, e.g. http://localhost:8000/v1; none takes OpenAI's."""
+    """The endpoint, e.g. http://localhost:8000/v1; OpenAI's own if none."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key."""
     temperature: float | None = 0.0
-    """0 for reproducible answers; none omits it, for models that reject it."""
+    """0 for reproducible answers; omitted if none, for models that reject it."""
 
     @cached_property
     def _client(self) -> Any:
@@ -170,8 +170,8 @@ class EndpointJudge:
         except OpenAIError as error:
             raise ValueError(
                 f"Judge {self.model!r} at {client.base_url} did not answer: {type(error).__name__}: "
-                f"{said_by(error)} Check the model's name, the key and base_url; temperature=None leaves out a "
-                "temperature that a model refuses."
+                f"{said_by(error)} Check the model's name, the key and base_url; temperature=None omits a "
+                "temperature that the model rejects."
             ) from error
         return response.choices[0].message.content or ""
 
@@ -227,7 +227,7 @@ class LocalJudge:
         if room is not None and n_read + self.max_new_tokens > room:
             raise ValueError(
                 f"Judge {self.name!r} reads and writes at most {room} tokens; the question has {n_read}, the answer up "
-                f"to {self.max_new_tokens}. Take a judge with a longer context, or shorter texts."
+                f"to {self.max_new_tokens}. Use a judge with a longer context, or shorter texts."
             )
         written = model.generate(
             **inputs.to(self.device),
@@ -248,7 +248,7 @@ def judge_of(
 
     Args:
         spec: Kind and name, with a colon between them.
-        base_url: Endpoint of an `openai:` judge; none takes OpenAI's own.
+        base_url: Endpoint of an `openai:` judge; OpenAI's own if none.
         api_key_env: Environment variable that holds its key.
         device: Device of a `local:` judge.
 
