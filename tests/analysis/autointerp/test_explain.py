@@ -285,7 +285,7 @@ def test_flagged_are_the_types_that_were_asked_for_in_their_order(
     with caplog.at_level(logging.WARNING):
         assert flag(judge, "animals", [firing_on("cat")], concerns) == ["Debt trap", "hate"]
     assert caplog.messages == [
-        "A judge named concerns that are not asked for, left out: 'greed, hate speech'"
+        "A judge named unknown concerns, which are ignored: 'greed, hate speech'"
     ]
 
 
