@@ -143,7 +143,10 @@ def test_a_notebook_with_other_cells_than_its_source_is_found_and_nothing_is_run
     name = SOURCES[0]
     assert built(name, "--check").returncode == 0
     old = built(name, "--check", "--output", str(tmp_path))
-    assert (old.returncode, old.stdout.startswith(f"Other cells than the source: {name}.")) == (
+    assert (
+        old.returncode,
+        old.stdout.startswith(f"Notebooks that differ from their source: {name}."),
+    ) == (
         1,
         True,
     )

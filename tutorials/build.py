@@ -1,9 +1,9 @@
-"""Notebooks from their sources: reads `N_name.py`, runs it, writes `N_name.ipynb` with what it printed and drew.
+"""Builds the notebooks from their sources: runs `N_name.py` and writes `N_name.ipynb` with its outputs and figures.
 
-python tutorials/build.py                      # all of them, at the setting that is committed
+python tutorials/build.py                      # all, at the committed settings
 python tutorials/build.py 1_toy_pair           # one
 python tutorials/build.py --small --output DIR # with the values of small.yaml, elsewhere
-python tutorials/build.py --check              # runs nothing: names the notebooks that have other cells than their source
+python tutorials/build.py --check              # runs nothing: lists the notebooks whose cells differ from their source
 """
 
 import argparse
@@ -24,12 +24,12 @@ from nbformat import NotebookNode
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-# Papermill's, for the reader and for the tests; times of the day and folders would change with every build.
+# Papermill's metadata that readers and tests use; dates and folders would change with every build.
 KEPT_METADATA = ("duration", "exception", "version")
 
 
 def sources() -> list[str]:
-    """Names of the notebooks, in the order in which they are read."""
+    """Names of the notebooks, in reading order."""
     return sorted(path.stem for path in FOLDER.glob("[0-9]_*.py"))
 
 
@@ -59,7 +59,7 @@ def parameters(notebook: NotebookNode) -> set[str]:
 
 
 def small_parameters(name: str, output: Path) -> dict[str, Any]:
-    """What differs in the small setting; its files go beside its notebook.
+    """Parameters of the small setting; its files are written next to its notebook.
 
     Raises:
         ValueError: small.yaml names something that the source does not set.
@@ -67,12 +67,12 @@ def small_parameters(name: str, output: Path) -> dict[str, Any]:
     values = yaml.safe_load((FOLDER / "small.yaml").read_text(encoding="utf-8")).get(name) or {}
     unknown = sorted(set(values) - parameters(source(name)))
     if unknown:
-        raise ValueError(f"small.yaml sets {unknown}, which {name}.py has not as a parameter.")
+        raise ValueError(f"small.yaml sets {unknown}, which are not parameters of {name}.py.")
     return {**values, "folder": str(output / name)}
 
 
 def build(name: str, output: Path, changes: Mapping[str, Any]) -> Path:
-    """Run a source, with some parameters changed, and write the notebook into a folder, if it runs to its end."""
+    """Run a source with some parameters changed, and write the notebook to a folder if the run succeeds."""
     notebook = papermill.execute_notebook(
         source(name),
         None,
@@ -80,7 +80,7 @@ def build(name: str, output: Path, changes: Mapping[str, Any]) -> Path:
         kernel_name=KERNEL["name"],
         progress_bar=False,
         cwd=str(ROOT),
-        # It says on each start that what goes over localhost is not encrypted.
+        # The kernel warns at each start that traffic over localhost is not encrypted.
         extra_arguments=["--log-level=ERROR"],
     )
     tidy(notebook)
@@ -91,12 +91,12 @@ def build(name: str, output: Path, changes: Mapping[str, Any]) -> Path:
 
 
 def cells(notebook: NotebookNode) -> list[tuple[str, str]]:
-    """What a notebook says, without what it printed."""
+    """A notebook's cells, without outputs."""
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
 def stale(names: Sequence[str], folder: Path = FOLDER) -> list[str]:
-    """Those whose notebook is missing or has other cells than its source."""
+    """The names whose notebook is missing or differs from its source."""
     return [
         name
         for name in names
@@ -106,7 +106,7 @@ def stale(names: Sequence[str], folder: Path = FOLDER) -> list[str]:
 
 
 def tidy(notebook: NotebookNode) -> None:
-    """Leave in a run notebook what its reader wants, and nothing that another machine would write otherwise."""
+    """Remove from a run notebook all that would differ on another machine or is of no use to its reader."""
     about = notebook.metadata.papermill
     notebook.metadata = NotebookNode(
         kernelspec=KERNEL,
@@ -124,7 +124,7 @@ def tidy(notebook: NotebookNode) -> None:
 
 
 def joined_streams(outputs: Sequence[NotebookNode]) -> Iterator[NotebookNode]:
-    """What was printed, in one piece, without progress and logs, which go to standard error."""
+    """The printed output in one piece, without standard error (progress and logs)."""
     last = None
     for result in outputs:
         if result.output_type != "stream":
@@ -140,7 +140,7 @@ def joined_streams(outputs: Sequence[NotebookNode]) -> Iterator[NotebookNode]:
 
 
 def without_folders(result: NotebookNode) -> None:
-    """Say where files are as seen from the repository, or from home."""
+    """Make paths in the output relative to the repository or to home."""
     texts = result if "text" in result else result.get("data", {})
     for key, text in texts.items():
         if key == "text" or key.startswith("text/"):
@@ -149,12 +149,12 @@ def without_folders(result: NotebookNode) -> None:
 
 
 def set_environment() -> None:
-    """For the kernel and the commands that it runs: this copy of the package, its commands, no progress bars."""
+    """Environment of the kernel and its commands: this copy of the package, and no progress bars."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     os.environ["TQDM_DISABLE"] = "1"
-    # What the kernel says about being debugged.
+    # The kernel's warning about the debugger.
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
 
 
@@ -183,7 +183,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if options.check:
         old = stale(list(todo), output)
         if old:
-            print(f"Other cells than the source: {', '.join(old)}. Run python tutorials/build.py.")
+            print(
+                f"Notebooks that differ from their source: {', '.join(old)}. Run python tutorials/build.py."
+            )
         return 1 if old else 0
     for name, changes in todo.items():
         path = build(name, output, changes)

@@ -1,4 +1,4 @@
-"""Two tiny untrained models as a planted organism's folder: what CI runs tutorial 5 on, where fine-tuning would take minutes."""
+"""Writes two tiny untrained models as a planted organism's folder, on which CI runs tutorial 5 without fine-tuning."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,7 @@ from sae_lens_dfc.organisms.organism import MANIFEST
 
 
 def write_untrained(folder: Path) -> None:
-    """Model A, the same with noise of low rank in one layer as model B, also as a LoRA, text, and one prompt; nothing is planted, and
-    nothing can be found."""
+    """Write model A, model B (A with low-rank noise in one layer, also as a LoRA), text and one prompt. Nothing is planted."""
     tokenizer = AutoTokenizer.from_pretrained(unpack(DEMO_A))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
