@@ -187,7 +187,7 @@ def test_a_judge_stands_before_the_steering(
     [
         (("--keep", "0"), "keep must be 1 or more"),
         (("--texts", "11"), "texts must be at most 10"),
-        (("--flagged-only"), "only apply with --judge"),
+        (("--flagged-only",), "only apply with --judge"),
         (("--evidence", "nowhere"), "nowhere"),
     ],
 )
