@@ -2,12 +2,19 @@
 
 import re
 import sys
+from functools import lru_cache
 
 # Control characters except newline and tab; bidirectional and invisible characters; and lone
 # surrogates, which cannot be encoded.
 ORDERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
+# The same and more, without joiners, which scripts and emoji need.
+HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+PICTURES = {"\n": "↵", "\t": "⇥", "\x7f": "␡", **{chr(i): chr(0x2400 + i) for i in range(9)}}
 MOST_SAID = 300
 """Maximum length of another library's error message, in characters; some quote a whole page."""
 MOST_OF_OURS = 2_000
@@ -29,6 +36,23 @@ def printable(text: str) -> str:
     a\u001b[2Jb\u202e
     """
     return ORDERS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+@lru_cache(maxsize=100_000)
+def visible(text: str, keep_lines: bool = False) -> str:
+    """Replace invisible and bidirectional control characters by visible symbols.
+
+    >>> visible("a\\nb\\x00\\u202e")
+    'a↵b␀⟨U+202E⟩'
+    """
+
+    def sign(match: re.Match[str]) -> str:
+        char = match[0]
+        if keep_lines and char == "\n":
+            return char
+        return PICTURES.get(char, f"⟨U+{ord(char):04X}⟩")
+
+    return HIDDEN.sub(sign, text)
 
 
 def print_result(text: str) -> None:

@@ -1,9 +1,8 @@
 """Formats a latent for the terminal: one line of statistics, and its top max-activating example."""
 
-from collections.abc import Sequence
-
 from sae_lens_dfc.analysis.latents.cards import LatentCard
 from sae_lens_dfc.analysis.latents.contrast import Contrast
+from sae_lens_dfc.core.terminal import visible
 from sae_lens_dfc.crosscoders.groups import B_EXCLUSIVE
 
 N_PROMOTED = 3
@@ -26,7 +25,8 @@ def latent_line(card: LatentCard, compared: Contrast | None = None) -> str:
         values = contrast_of(compared, card.latent)
         cells.append(f"AUROC {values['auroc']:.3f}, d {values['cohens_d']:+.2f}")
     for m, effect in card.logit_effects.items():
-        cells.append(f"promotes in {m.upper()} {_quoted(effect.promoted[:N_PROMOTED])}")
+        quoted = " ".join(f"'{visible(text)}'" for text, _ in effect.promoted[:N_PROMOTED])
+        cells.append(f"promotes in {m.upper()} {quoted}")
     if card.verdict:
         cells.append(card.verdict.partition(":")[0])
     return " · ".join(cells)
@@ -35,10 +35,6 @@ def latent_line(card: LatentCard, compared: Contrast | None = None) -> str:
 def contrast_of(compared: Contrast, latent: int) -> dict[str, float]:
     """One latent's Cohen's d and AUROC by name."""
     return {name: x[latent].item() for name, x in compared._asdict().items()}
-
-
-def _quoted(tokens: Sequence[tuple[str, float]]) -> str:
-    return " ".join(f"'{printable(text)}'" for text, _ in tokens)
 
 
 def marked_text(card: LatentCard) -> str:
@@ -52,14 +48,4 @@ def marked_text(card: LatentCard) -> str:
     # The firing segment is the one whose activation equals the example's.
     fires = [view.activation for view in best.segments].index(best.activation)
     texts[fires] = f"«{texts[fires]}»"
-    return f"[document {best.document}] {printable(''.join(texts))}"
-
-
-def printable(text: str) -> str:
-    r"""Replace line ends and control characters before printing untrusted text.
-
-    >>> printable("a\nb\x1b[31m")
-    'a↵b·[31m'
-    """
-    shown = text.replace("\n", "↵")
-    return "".join(c if c.isprintable() else "·" for c in shown)
+    return f"[document {best.document}] {visible(''.join(texts))}"

@@ -167,7 +167,9 @@ class Cloud(NamedTuple):
 def clouds(cards: Sequence[LatentCard]) -> tuple[list[Cloud], list[Tick]]:
     """A scatter plot of each model's candidates, and the ticks of the firing rate; empty without
     evidence."""
-    cards = [c for c in cards if _known(c.evidence.get("auc")) and c.firing_rate > 0]
+    cards = [
+        c for c in cards if math.isfinite(c.evidence.get("auc", math.nan)) and c.firing_rate > 0
+    ]
     candidates = [c for c in cards if c.evidence.get("is_candidate")]
     if not candidates:
         return [], []
@@ -185,10 +187,6 @@ def clouds(cards: Sequence[LatentCard]) -> tuple[list[Cloud], list[Tick]]:
         result.append(Cloud(model, shared, path(own), path(called), len(own), len(called)))
     ticks = [Tick(_across(10.0**i, lowest), f"{10.0**i:.6%}") for i in range(lowest, 1)]
     return result, [Tick(at, label.rstrip("0%").rstrip(".") + " %") for at, label in ticks]
-
-
-def _known(value: float | bool | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _across(rate: float, lowest: int) -> int:

@@ -6,13 +6,14 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from sae_lens.saes.sae import SAE
 
+from sae_lens_dfc.analysis.report.page_data import templates
 from sae_lens_dfc.analysis.report.results import METRICS_FILENAME
 from sae_lens_dfc.analysis.report.tables import difference_tables, measures_table
 from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.models.opening.adapters import is_hub_name
 from sae_lens_dfc.stats.jackknife import SE
 
 CROSSCODER_ID = "crosscoder"
@@ -71,14 +72,7 @@ def render_card(
     head, rows = measures_table(metrics)
     called = [metrics.get(f"exclusive/significant/{m}_exclusive") for m in "ab"]
     # The template escapes everything that is not marked as Markdown.
-    environment = Environment(
-        loader=PackageLoader("sae_lens_dfc.analysis.report"),
-        undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(plain, keep_trailing_newline=True)
     return environment.get_template("model_card.md").render(
         front_matter=Markup(_front_matter(models, license)),
         name=lambda m: models[m].get("model_name") or f"model {m.upper()}",
@@ -141,23 +135,13 @@ def check_repo_id(name: str) -> None:
 
 
 def _front_matter(models: Mapping[str, Mapping[str, Any]], license: str | None) -> str:
-    """The card's metadata. Only valid Hub names are listed as models, because the Hub rejects a
-    card with others."""
+    """The card's metadata. Only valid Hub names with an account are listed as models, because the
+    Hub rejects a card with others."""
     names = [str(model.get("model_name", "")) for model in models.values()]
-    base_models = [name for name in dict.fromkeys(names) if _is_on_hub(name)]
+    base_models = [name for name in dict.fromkeys(names) if "/" in name and is_hub_name(name)]
     return ModelCardData(
         library_name="saelens", tags=TAGS, license=license, base_model=base_models or None
     ).to_yaml()
-
-
-def _is_on_hub(name: str) -> bool:
-    """Whether a name looks like account/model on the Hub; folders and legacy models have no
-    account."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
 
 
 def _models_table(crosscoder: Crosscoder, models: Mapping[str, Mapping[str, Any]]) -> Markup:

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from sae_lens_dfc.analysis.latents.cards import ContextView, LatentCard
 from sae_lens_dfc.analysis.latents.text_view import latent_line
-from sae_lens_dfc.analysis.report.page_data import visible
+from sae_lens_dfc.core.terminal import visible
 
 SHADE = "236,112,20"
 

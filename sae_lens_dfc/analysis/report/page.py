@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from sae_lens_dfc.analysis.latents.cards import LatentCard
@@ -22,9 +22,10 @@ from sae_lens_dfc.analysis.report.charts import (
     share_marks,
 )
 from sae_lens_dfc.analysis.report.findings import Finding, Screening
-from sae_lens_dfc.analysis.report.page_data import embedded, page_data, visible
+from sae_lens_dfc.analysis.report.page_data import embedded, page_data, templates
 from sae_lens_dfc.analysis.report.summary import headlines, lead, warnings
-from sae_lens_dfc.analysis.report.tables import COLUMNS, GROUPS, cell, number
+from sae_lens_dfc.analysis.report.tables import GROUPS, cell, columns_of, number
+from sae_lens_dfc.core.terminal import visible
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.metrics.exclusivity.evidence import MAX_FALSE_DISCOVERIES, MIN_FIRINGS
 
@@ -58,21 +59,15 @@ class ReportData:
 
 def render_report(data: ReportData) -> str:
     """Render the page. Text from data sets, model names and settings is escaped."""
-    environment = Environment(
-        loader=PackageLoader("sae_lens_dfc.analysis.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(visible, autoescape=True)
     style, script = (
         Markup("\n".join(_source(environment, name) for name in names))
         for names in (["report.css"], SCRIPTS)
     )
     bars, bar_ticks = histograms(data.histogram)
     dots, dot_ticks = clouds(data.cards)
-    findings = _findings(data)
+    screened = [] if data.screening is None else data.screening.findings
+    findings = sorted(screened, key=lambda finding: finding.rank)
     return environment.get_template("report.html").render(
         data=data,
         lead=lead(data.metrics, data.screening),
@@ -103,10 +98,6 @@ def render_report(data: ReportData) -> str:
     )
 
 
-def _findings(data: ReportData) -> list[Finding]:
-    return [] if data.screening is None else sorted(data.screening.findings, key=lambda f: f.rank)
-
-
 def _carried(data: ReportData, findings: Sequence[Finding]) -> dict[str, Any]:
     """Data for the script; the findings come first in the table, in order."""
     ranks = {finding.latent: finding.rank for finding in findings}
@@ -114,10 +105,6 @@ def _carried(data: ReportData, findings: Sequence[Finding]) -> dict[str, Any]:
     names = {"a": visible(data.name_a), "b": visible(data.name_b)}
     titles = {"names": names, "partitions": PARTITION_TITLES}
     return page_data(cards, findings, data.metrics) | titles
-
-
-def _shown(value: Any) -> Any:
-    return value if isinstance(value, Markup) else visible(str(value))
 
 
 def _source(environment: Environment, name: str) -> str:
@@ -132,12 +119,7 @@ def _hash(text: str) -> str:
 
 def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """Prefix, title and shape of the columns that have values."""
-    keys = [key for group in GROUPS for key, _ in group.rows]
-    return [
-        (prefix, title, kind(prefix))
-        for prefix, title in COLUMNS
-        if any(prefix + key in metrics for key in keys)
-    ]
+    return [(prefix, title, kind(prefix)) for prefix, title in columns_of(metrics)]
 
 
 def _measures(metrics: Mapping[str, float]) -> list[dict[str, Any]]:

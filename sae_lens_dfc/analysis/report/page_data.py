@@ -3,22 +3,17 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Any
 
-from sae_lens_dfc.analysis.latents.cards import ContextView, LatentCard
-from sae_lens_dfc.analysis.report.findings import Finding, SteeringSample
-from sae_lens_dfc.metrics.exclusivity.evidence import MAX_FALSE_DISCOVERIES, MIN_FIRINGS
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-# Control, bidirectional and invisible characters. Joiners are kept, because scripts and emoji need
-# them.
-HIDDEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
-    "\U000e0000-\U000e007f]"
-)
-PICTURES = {"\n": "↵", "\t": "⇥", "\x7f": "␡", **{chr(i): chr(0x2400 + i) for i in range(9)}}
+from sae_lens_dfc.analysis.latents.cards import ContextView, LatentCard
+from sae_lens_dfc.analysis.report.findings import Finding
+from sae_lens_dfc.core.terminal import visible
+from sae_lens_dfc.metrics.exclusivity.evidence import MAX_FALSE_DISCOVERIES, MIN_FIRINGS
 
 EVIDENCE = {
     "is_candidate": (
@@ -82,21 +77,17 @@ _GROUPS = [
 ]
 
 
-@lru_cache(maxsize=100_000)
-def visible(text: str, keep_lines: bool = False) -> str:
-    """Replace invisible and bidirectional control characters by visible symbols.
-
-    >>> visible("a\\nb\\x00\\u202e")
-    'a↵b␀⟨U+202E⟩'
-    """
-
-    def sign(match: re.Match[str]) -> str:
-        char = match[0]
-        if keep_lines and char == "\n":
-            return char
-        return PICTURES.get(char, f"⟨U+{ord(char):04X}⟩")
-
-    return HIDDEN.sub(sign, text)
+def templates(shown: Callable[[str], str], **options: Any) -> Environment:
+    """The templates of the report and the model card, in which `shown` escapes every value that is
+    not marked as escaped."""
+    return Environment(
+        loader=PackageLoader("sae_lens_dfc.analysis.report"),
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else shown(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
+    )
 
 
 def embedded(value: Any) -> str:
@@ -218,12 +209,11 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "description": None if description is None else visible(description),
         "verdict": visible(finding.verdict),
         "said": [visible(text) for text in (*finding.concerns, *finding.reasons)],
-        "samples": [_sample(sample) for sample in finding.samples],
-    }
-
-
-def _sample(sample: SteeringSample) -> dict[str, Any]:
-    return {
-        name: visible(value, keep_lines=True) if isinstance(value, str) else value
-        for name, value in asdict(sample).items()
+        "samples": [
+            {
+                name: visible(value, keep_lines=True) if isinstance(value, str) else value
+                for name, value in asdict(sample).items()
+            }
+            for sample in finding.samples
+        ],
     }

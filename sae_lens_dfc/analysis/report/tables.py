@@ -189,17 +189,18 @@ COLUMNS = [
 ]
 
 
+def columns_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Prefix and title of the columns that have values."""
+    return [(p, title) for p, title in COLUMNS if any(p + key in metrics for key, _ in ROWS)]
+
+
 def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of measures, without empty columns and rows.
 
     >>> measures_table({"l0": 31.5, "null/self/l0": 30.0})
     (['measure', 'this run', 'null: model A twice'], [['Active latents per pair (L0)', '31.50', '30.00']])
     """
-    columns = [
-        (prefix, title)
-        for prefix, title in COLUMNS
-        if any(prefix + key in metrics for key, _ in ROWS)
-    ]
+    columns = columns_of(metrics)
     rows = [
         [title, *(cell(metrics, prefix + key) for prefix, _ in columns)]
         for key, title in ROWS

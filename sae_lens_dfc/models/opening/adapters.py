@@ -99,10 +99,10 @@ def find_adapter(
     """
     inside = subfolder or ""
     config = None
-    if Path(name).is_dir() or _is_hub_name(name):
+    if Path(name).is_dir() or is_hub_name(name):
         config = find_adapter_config_file(name, revision=revision, subfolder=inside)
     if config is None:
-        elsewhere = _in_subfolders(Path(name))
+        elsewhere = sorted(path.parent.name for path in Path(name).glob(f"*/{CONFIG}"))
         if elsewhere and (subfolder or not (Path(name) / "config.json").is_file()):
             raise ValueError(
                 f"{name!r} has no {Path(inside, CONFIG)}, and an adapter in {', '.join(map(repr, elsewhere[:SHOWN]))}. Name its "
@@ -147,12 +147,8 @@ def find_adapter(
     )
 
 
-def _in_subfolders(folder: Path) -> list[str]:
-    """The direct subfolders that hold an adapter."""
-    return sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-
-
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether a name is that of a repository on the hub, and not of a file or folder here."""
     try:
         validate_repo_id(name)
     except HFValidationError:
