@@ -5,15 +5,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.activations import PairedRows, after_first_position
-from sae_lens_dfc.data.alignment.segments import Segments
-from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.activations import PairedRows
 from sae_lens_dfc.metrics.evaluation_data import regrouped
 from sae_lens_dfc.metrics.sparsity import ActivationStats
 from sae_lens_dfc.models.config import ModelName
@@ -55,39 +52,6 @@ def acts_of_one(
     else:
         guess = other.to(acts).expand(*acts.shape[:-1], -1)
     return torch.cat([acts, guess] if model == "a" else [guess, acts], dim=-1)
-
-
-@torch.no_grad()
-def paired_feature_acts(
-    crosscoder: Crosscoder, pair: ModelPair, context: Segments, latents: Sequence[int]
-) -> dict[ModelName, Float[Tensor, "1 _ n_latents"]]:
-    """Latents' activations at each token of a text in each model, computed from both models, for
-    `latent_change`.
-
-    They are 0 at unpaired tokens, where the crosscoder is undefined, and at each model's first
-    token.
-
-    Args:
-        crosscoder: The saved crosscoder.
-        pair: The two models.
-        context: The text, e.g. `pair.segments(text)[0].after(pair.bos_segment)`.
-        latents: Which.
-    """
-    [acts] = pair.activations([context])
-    found = latent_acts(crosscoder, acts, latents).cpu()
-    found[~after_first_position(context)] = 0
-    return {
-        "a": _at(context.last_a, found, len(context.ids_a)),
-        "b": _at(context.last_b, found, len(context.ids_b)),
-    }
-
-
-def _at(
-    positions: Int[np.ndarray, " n"], values: Float[Tensor, "n n_latents"], n_tokens: int
-) -> Float[Tensor, "1 n_tokens n_latents"]:
-    result = torch.zeros(1, n_tokens, values.shape[1])
-    result[0, torch.from_numpy(positions)] = values
-    return result
 
 
 @torch.no_grad()

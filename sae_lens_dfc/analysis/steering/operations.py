@@ -79,7 +79,6 @@ def latent_change(
     max_activations: Float[Tensor, " d_sae"] | None = None,
     *,
     other: AffineMaps | Float[Tensor, " d_other"] | None = None,
-    feature_acts: Float[Tensor, "_ pos n_operations"] | None = None,
     mapped_by: AffineMaps | None = None,
 ) -> Change:
     """A change for `steering.changed` that applies all operations at once, each to the unchanged
@@ -87,14 +86,9 @@ def latent_change(
 
     All operations but `add` need the latents' activations `f`. For a latent exclusive to this
     model, `f` depends on this model alone. For a shared latent it depends on both models, of which
-    only one runs, so the caller provides one of:
-
-    - `other`: a stand-in for the other model's activations when computing `f`: an affine map from
-      this model's, or one vector for all tokens, such as their mean. The approximation is as good
-      as the map; `latent_acts.explained_by` measures it.
-    - `feature_acts`: `f` itself, computed from both models beforehand
-      (`latent_acts.paired_feature_acts`). Exact where the two models' tokens pair. Valid for one
-      pass over the same tokens; any other raises.
+    only one runs, so the caller provides `other`, a stand-in for the other model's activations: an
+    affine map from this model's, or one vector for all tokens, such as their mean. The
+    approximation is as good as the map; `latent_acts.explained_by` measures it.
 
     The crosscoder was not trained on first tokens, so `f` is meaningless there: exclude them with
     `positions_of(..., first=False)`.
@@ -105,20 +99,18 @@ def latent_change(
         operations: Operations, each on a different latent.
         max_activations: Each latent's maximum activation on natural text; for `add` and `clamp`.
         other: See above.
-        feature_acts: See above; one column per operation, and one row per text or one for all.
         mapped_by: Steer with the other model's decoder direction, moved by this map with its norm
             kept (`metrics.exclusivity.moved_decoders`), in place of this model's own; for `add`
             only.
 
     Raises:
         ValueError: A latent is out of range, given twice, has no decoder to steer with or no
-            maximum activation; neither `other` nor `feature_acts` is given for a shared latent; or,
-            when called, `feature_acts` are of other tokens.
+            maximum activation; or `other` is not given for a shared latent.
     """
     check_operations(crosscoder, model, operations, mapped_by is not None)
     rows = _decoders(crosscoder, model, [o.latent for o in operations], mapped_by)
     constant, factor = _terms(operations, max_activations)
-    code = _code(crosscoder, model, operations, other, feature_acts)
+    code = _code(crosscoder, model, operations, other)
 
     def change(acts: Tensor) -> Tensor:
         amount = constant.to(acts.device)
@@ -220,41 +212,21 @@ def _code(
     model: ModelName,
     operations: Sequence[LatentOperation],
     other: AffineMaps | Tensor | None,
-    feature_acts: Tensor | None,
 ) -> Callable[[Tensor], Tensor] | None:
     """Computes the latents' activations from the model's; none if no operation needs them."""
     if not any(o.operation in READS_FEATURE_ACTS for o in operations):
         return None
-    if feature_acts is not None:
-        return _given(feature_acts, len(operations))
     if other is None:
         for latent in untold(crosscoder, model, operations):
             raise ValueError(
                 f"The activation of latent {latent} is needed, but the latent is shared and model {model} alone does not determine it. "
-                f"Give other (a map, or model {_other(model)}'s mean) for an approximation, or feature_acts."
+                f"Give other (a map, or model {_other(model)}'s mean) for an approximation."
             )
         # The value does not matter: this model's exclusive latents have zero weights in the other
         # model.
         other = torch.zeros(crosscoder.cfg.d_b if model == "a" else crosscoder.cfg.d_a)
     stand_in, latents = other, [o.latent for o in operations]
     return lambda acts: latent_acts(crosscoder, acts_of_one(model, acts, stand_in), latents)
-
-
-def _given(feature_acts: Tensor, n_operations: int) -> Callable[[Tensor], Tensor]:
-    if feature_acts.shape[-1] != n_operations:
-        raise ValueError(
-            f"feature_acts need a column for each of {n_operations} operations, got shape {tuple(feature_acts.shape)}."
-        )
-
-    def code(acts: Tensor) -> Tensor:
-        if feature_acts.shape[1] != acts.shape[1] or len(feature_acts) not in (1, len(acts)):
-            raise ValueError(
-                f"feature_acts have shape {tuple(feature_acts.shape[:2])} (texts, tokens), but the model reads "
-                f"{tuple(acts.shape[:2])}. They are valid only for a pass over the same text; give other for any other."
-            )
-        return feature_acts.to(acts)
-
-    return code
 
 
 def _other(model: ModelName) -> ModelName:

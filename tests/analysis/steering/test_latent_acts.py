@@ -1,15 +1,12 @@
 import pytest
 import torch
-from torch import Tensor
 
 from sae_lens_dfc.analysis.steering.latent_acts import (
     acts_of_one,
     explained_by,
     latent_acts,
-    paired_feature_acts,
 )
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 from tests.helpers import make_acts, make_firing_dfc
 
@@ -76,28 +73,3 @@ def test_how_much_is_explained_of_a_silent_latent_is_not_known(crosscoder: Cross
     crosscoder.threshold.data[20] = 1e9
     found = explained_by(crosscoder, "a", [20], torch.zeros(7), [make_acts(9, 12)])
     assert found.isnan().all()
-
-
-def test_paired_activations_stand_at_each_models_own_tokens(pair: ModelPair) -> None:
-    torch.manual_seed(1)
-    crosscoder = make_firing_dfc(d_a=16, d_b=24)
-    context = pair.segments("The cat sat on the mat in 1989.")[0].after(pair.bos_segment)
-    latents = [1, 20]
-    found = paired_feature_acts(crosscoder, pair, context, latents)
-    [acts] = pair.activations([context])
-    code: Tensor = crosscoder.encode(acts)[:, latents]
-    n_paired = 0
-    for name, ids, last in (
-        ("a", context.ids_a, context.last_a),
-        ("b", context.ids_b, context.last_b),
-    ):
-        of_model = found["a" if name == "a" else "b"]
-        assert of_model.shape == (1, len(ids), 2)
-        for position in range(len(ids)):
-            row = of_model[0, position]
-            if position == 0 or position not in last:
-                assert row.tolist() == [0, 0]
-            else:
-                n_paired += 1
-                torch.testing.assert_close(row, code[last.tolist().index(position)])
-    assert n_paired > 6 and len(context.ids_a) > len(context.last_a)

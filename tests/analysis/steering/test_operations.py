@@ -6,7 +6,6 @@ from torch import Tensor
 
 from sae_lens_dfc.analysis.steering.generate import answer
 from sae_lens_dfc.analysis.steering.hooks import Change, changed, logits
-from sae_lens_dfc.analysis.steering.latent_acts import paired_feature_acts
 from sae_lens_dfc.analysis.steering.operations import LatentOperation, latent_change
 from sae_lens_dfc.analysis.steering.options import Sampling
 from sae_lens_dfc.analysis.steering.positions import positions_of
@@ -209,40 +208,6 @@ def test_a_shared_latent_is_read_with_what_stands_in_for_the_other_model(
         expected = x - f * decoder(crosscoder, SHARED)
         torch.testing.assert_close(acts_when(model, change), expected, rtol=1e-4, atol=1e-4)
         assert (f > 0).any()
-
-
-def test_given_activations_of_the_pair_are_taken_as_they_are(
-    pair: ModelPair, crosscoder: Crosscoder
-) -> None:
-    context = pair.segments("The cat sat on the mat in 1989.")[0].after(pair.bos_segment)
-    latents = [SHARED, SHARED + 1]
-    given = paired_feature_acts(crosscoder, pair, context, latents)
-    [joined] = pair.activations([context])
-    contribution = crosscoder.encode(joined)[:, latents] @ crosscoder.W_dec[latents]
-    assert contribution[1:].abs().max() > 0.1
-    operations = [LatentOperation(i, "ablate") for i in latents]
-    for name, model, ids, last, part in (
-        ("a", pair.a, context.ids_a, context.last_a, slice(0, 16)),
-        ("b", pair.b, context.ids_b, context.last_b, slice(16, None)),
-    ):
-        row = torch.from_numpy(ids)[None]
-        expected = model.activations(row, torch.ones_like(row))
-        expected[0, last[1:]] -= contribution[1:, part].detach()
-        change = latent_change(crosscoder, name, operations, feature_acts=given[name])  # type: ignore[arg-type]
-        with changed(model, change):
-            found = model.activations(row, torch.ones_like(row))
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-            with pytest.raises(
-                ValueError, match="They are valid only for a pass over the same text"
-            ):
-                model.activations(row[:, :-1], torch.ones_like(row[:, :-1]))
-
-
-def test_given_activations_have_a_column_for_each_operation(crosscoder: Crosscoder) -> None:
-    with pytest.raises(ValueError, match="a column for each of 1 operations, got shape"):
-        latent_change(
-            crosscoder, "a", [LatentOperation(A, "ablate")], feature_acts=torch.zeros(1, 4, 2)
-        )
 
 
 def test_a_latent_that_does_not_fire_has_no_unit(crosscoder: Crosscoder) -> None:
