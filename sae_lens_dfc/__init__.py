@@ -11,35 +11,6 @@ from typing import TYPE_CHECKING, Any
 # where the package `kernels` is there.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
-__all__ = [
-    "BatchTopKTrainingCrosscoder",
-    "BatchTopKTrainingCrosscoderConfig",
-    "CacheConfig",
-    "Crosscoder",
-    "CrosscoderConfig",
-    "CrosscoderRunnerConfig",
-    "CrosscoderSAETrainer",
-    "CrosscoderTrainingRunner",
-    "DFCTrainingCrosscoder",
-    "DFCTrainingCrosscoderConfig",
-    "DSFTrainingCrosscoder",
-    "DSFTrainingCrosscoderConfig",
-    "DeltaTrainingCrosscoder",
-    "DeltaTrainingCrosscoderConfig",
-    "HookedModel",
-    "ModelConfig",
-    "ModelPair",
-    "PairedActivationsCache",
-    "Partition",
-    "SourceConfig",
-    "StandardTrainingCrosscoder",
-    "StandardTrainingCrosscoderConfig",
-    "ToyPair",
-    "ToyPairConfig",
-    "cache_activations",
-    "load_crosscoder",
-]
-
 
 def _is_the_command_line() -> bool:
     """Whether this process is the command `sae-lens-dfc`, or a script that sets
@@ -63,38 +34,12 @@ def _is_the_module() -> bool:
 
 
 if TYPE_CHECKING or not _is_the_command_line():
-    from sae_lens_dfc.api import (
-        BatchTopKTrainingCrosscoder,
-        BatchTopKTrainingCrosscoderConfig,
-        CacheConfig,
-        Crosscoder,
-        CrosscoderConfig,
-        CrosscoderRunnerConfig,
-        CrosscoderSAETrainer,
-        CrosscoderTrainingRunner,
-        DeltaTrainingCrosscoder,
-        DeltaTrainingCrosscoderConfig,
-        DFCTrainingCrosscoder,
-        DFCTrainingCrosscoderConfig,
-        DSFTrainingCrosscoder,
-        DSFTrainingCrosscoderConfig,
-        HookedModel,
-        ModelConfig,
-        ModelPair,
-        PairedActivationsCache,
-        Partition,
-        SourceConfig,
-        StandardTrainingCrosscoder,
-        StandardTrainingCrosscoderConfig,
-        ToyPair,
-        ToyPairConfig,
-        cache_activations,
-        load_crosscoder,
-    )
+    from sae_lens_dfc.api import *
+    from sae_lens_dfc.api import __all__ as __all__
 else:
 
     def __getattr__(name: str) -> Any:
         """Import what a command uses when it uses it."""
-        if name not in __all__:
+        if name.startswith("__") and name != "__all__":
             raise AttributeError(f"Module {__name__!r} has no attribute {name!r}.")
         return getattr(import_module("sae_lens_dfc.api"), name)

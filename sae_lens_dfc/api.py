@@ -1,9 +1,6 @@
 """Exports the public API of `sae_lens_dfc`; importing it registers the architectures with
 SAELens."""
 
-# The imports are re-exports.
-# pyright: reportUnusedImport=false
-
 from sae_lens import register_sae_class, register_sae_training_class
 
 from sae_lens_dfc.crosscoders.architectures.batchtopk import (
@@ -38,6 +35,35 @@ from sae_lens_dfc.synthetic import ToyPair, ToyPairConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 from sae_lens_dfc.training.trainer import CrosscoderSAETrainer
+
+__all__ = [
+    "BatchTopKTrainingCrosscoder",
+    "BatchTopKTrainingCrosscoderConfig",
+    "CacheConfig",
+    "Crosscoder",
+    "CrosscoderConfig",
+    "CrosscoderRunnerConfig",
+    "CrosscoderSAETrainer",
+    "CrosscoderTrainingRunner",
+    "DFCTrainingCrosscoder",
+    "DFCTrainingCrosscoderConfig",
+    "DSFTrainingCrosscoder",
+    "DSFTrainingCrosscoderConfig",
+    "DeltaTrainingCrosscoder",
+    "DeltaTrainingCrosscoderConfig",
+    "HookedModel",
+    "ModelConfig",
+    "ModelPair",
+    "PairedActivationsCache",
+    "Partition",
+    "SourceConfig",
+    "StandardTrainingCrosscoder",
+    "StandardTrainingCrosscoderConfig",
+    "ToyPair",
+    "ToyPairConfig",
+    "cache_activations",
+    "load_crosscoder",
+]
 
 for _config, _crosscoder in (
     (StandardTrainingCrosscoderConfig, StandardTrainingCrosscoder),
