@@ -63,8 +63,8 @@ class FeatureActsDifference:
         """
         if len(acts) == 0:
             return
-        sums = {f"acts/{n}": x for n, x in moments((acts - self.center).double()).items()}
-        sums |= {f"feature_acts/{n}": x for n, x in moments(two.double()).items()}
+        sums = moments((acts - self.center).double(), "acts/")
+        sums |= moments(two.double(), "feature_acts/")
         sums["code_error"] = (two - one).double().pow(2).sum(dim=0)
         fires_two, fires_one = two > 0, one > 0
         sums["two"], sums["one"] = fires_two.sum(dim=0), fires_one.sum(dim=0)
@@ -88,10 +88,8 @@ class FeatureActsDifference:
 
     def _measures(self, sums: Sums) -> dict[str, float]:
         n = sums["acts/n"]
-        total = squared_deviations({name: sums[f"acts/{name}"] for name in ("n", "x", "xx")}).sum()
-        deviations = squared_deviations(
-            {name: sums[f"feature_acts/{name}"] for name in ("n", "x", "xx")}
-        )
+        total = squared_deviations(sums, "acts/").sum()
+        deviations = squared_deviations(sums, "feature_acts/")
         result = {
             "l0/crosscoder": (sums["two"].sum() / n).item(),
             "l0/exported": (sums["one"].sum() / n).item(),

@@ -100,8 +100,7 @@ class CrossReconstruction:
             guesses = {"": means[models[other]].expand_as(x)}
             if to_other is not None:
                 guesses["/mapped"] = to_other(acts[:, models[known]])
-            centered = (x - means[models[other]]).double()
-            sums |= {f"{other}/{name}": value for name, value in moments(centered).items()}
+            sums |= moments((x - means[models[other]]).double(), f"{other}/")
             for name, guess in guesses.items():
                 rebuilt = reconstructed_from(self.crosscoder, known, acts, guess)
                 key = f"cross_reconstruction/{other}_from_{known}{name}"
@@ -118,10 +117,7 @@ class CrossReconstruction:
 
 
 def _explained(sums: Sums) -> dict[str, float]:
-    total = {
-        model: squared_deviations({name: sums[f"{model}/{name}"] for name in ("n", "x", "xx")})
-        for model in ("a", "b")
-    }
+    total = {model: squared_deviations(sums, f"{model}/") for model in ("a", "b")}
     prefix = "cross_reconstruction/"
     return {
         name: (1 - error / total[name.removeprefix(prefix)[0]].sum()).item()

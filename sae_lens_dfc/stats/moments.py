@@ -64,17 +64,17 @@ class PairMoments:
         return self._sums["xx"] / self.n - torch.outer(center, center)
 
 
-def moments(x: Float[Tensor, "n d"]) -> dict[str, Tensor]:
-    """The sums over rows needed for variances: `n`, `x (d,)` and `xx (d,)`."""
+def moments(x: Float[Tensor, "n d"], prefix: str = "") -> dict[str, Tensor]:
+    """The sums over rows needed for variances: `n`, `x (d,)` and `xx (d,)`, each after a prefix."""
     n = torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)
-    return {"n": n, "x": x.sum(dim=0), "xx": x.pow(2).sum(dim=0)}
+    return {f"{prefix}n": n, f"{prefix}x": x.sum(dim=0), f"{prefix}xx": x.pow(2).sum(dim=0)}
 
 
-def squared_deviations(sums: Sums) -> Float[Tensor, " d"]:
+def squared_deviations(sums: Sums, prefix: str = "") -> Float[Tensor, " d"]:
     """Each dimension's sum of squared deviations from its mean, from sums of `moments` over
     batches.
 
     >>> squared_deviations(moments(torch.tensor([[1.0], [2.0], [3.0]])))
     tensor([2.])
     """
-    return variation(sums["n"], sums["x"], sums["xx"])
+    return variation(*(sums[f"{prefix}{name}"] for name in ("n", "x", "xx")))

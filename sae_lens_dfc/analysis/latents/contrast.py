@@ -84,11 +84,6 @@ class ContextMaxima:
         keys = torch.rand(len(row), generator=self._generator, dtype=torch.double)
         self._sample.update(latent, keys, {"maximum": maxima[row, latent]})
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory used, in bytes."""
-        return self._sums.nbytes + self._firings.nbytes + self._sample.n_bytes
-
     def moments(self) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
         """Mean and variance (divided by `n - 1`) over the contexts.
 

@@ -121,11 +121,6 @@ class LatentCollector:
         keys = torch.rand(len(found.latent), generator=self._generator, dtype=torch.double)
         self.sampled.update(found.latent, keys, found._asdict())
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory of the stored places, in bytes."""
-        return self.strongest.n_bytes + self.sampled.n_bytes
-
     def finish(self) -> MaxActivatingExamples:
         """The collected examples, on the CPU."""
         strongest, sampled = (

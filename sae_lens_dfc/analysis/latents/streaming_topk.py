@@ -101,11 +101,6 @@ class StreamingTopK:
         """Which slots hold a firing, (d_sae, n)."""
         return self.keys > -torch.inf
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory of all slots, in bytes."""
-        return sum(x.nbytes for x in (self.keys, *self.values.values()))
-
     def update(
         self, latent: Int[Tensor, " m"], keys: Float[Tensor, " m"], values: Mapping[str, Tensor]
     ) -> None:

@@ -39,21 +39,12 @@ RowsState = dict[str, Any]
 exactly what would have come next."""
 
 
-def load_texts(
-    dataset_path: str,
-    text_column: str = "text",
-    split: str = "train",
-    streaming: bool = True,
-    dataset_name: str | None = None,
-) -> Iterable[str]:
+def load_texts(dataset_path: str, text_column: str = "text") -> Iterable[str]:
     """Documents of a data set, one string each; can be iterated several times.
 
     Args:
         dataset_path: As in `open_rows`.
         text_column: The column that holds the text.
-        split: Which split of the data set.
-        streaming: Whether to read a hub data set as it downloads.
-        dataset_name: Which configuration of a hub data set.
 
     Raises:
         ValueError: The file or data set does not exist, or has no such column.
@@ -61,7 +52,7 @@ def load_texts(
     >>> sum(len(text) for text in load_texts("cpython-docs")) > 1_000_000
     True
     """
-    rows = open_rows(dataset_path, text_column, split, streaming, dataset_name)
+    rows = open_rows(dataset_path, text_column)
     if text_column not in rows.columns:
         raise ValueError(
             f"Data set {dataset_path!r} has no text column {text_column!r}; its columns are {rows.columns}. "

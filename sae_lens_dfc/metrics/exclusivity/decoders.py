@@ -71,29 +71,11 @@ def _check_widths(crosscoder: Crosscoder, affine_maps: AffineMaps | None) -> Non
         )
 
 
-def decoders_in_b(
-    crosscoder: Crosscoder, affine_maps: AffineMaps | None = None
-) -> tuple[Float[Tensor, "d_sae d_b"], Float[Tensor, "d_sae d_b"]]:
-    """Each latent's decoder in A, mapped to B, and its decoder in B, in B's raw units.
-
-    Args:
-        crosscoder: The saved crosscoder.
-        affine_maps: See `moved_decoders`; without maps, A's decoder is used unchanged, including its
-            norm.
-
-    Raises:
-        ValueError: Without a map the two widths differ.
-    """
-    _check_widths(crosscoder, affine_maps)
-    in_a, in_b = (crosscoder.W_dec.float()[:, m] for m in crosscoder.partition.models.values())
-    return (in_a if affine_maps is None else moved_decoders(crosscoder, affine_maps)[0]), in_b
-
-
 @torch.no_grad()
 def decoder_differences(
     crosscoder: Crosscoder, affine_maps: AffineMaps | None = None
 ) -> Float[Tensor, "d_sae d_b"]:
-    """`d_b - d_a` of each latent, in B's raw units; see `decoders_in_b`.
+    """`d_b - d_a` of each latent, in B's raw units; see `both_decoder_differences`.
 
     It equals the decoder of a B-exclusive latent, and is 0 for a latent with the same decoder in
     both models. `f (d_b - d_a)` is the part of the models' activation difference that the latent
@@ -117,10 +99,18 @@ def both_decoder_differences(
     Raises:
         ValueError: Without a map the two widths differ.
     """
+    in_a, in_b, to_a, to_b = _all_decoders(crosscoder, affine_maps)
+    return in_a - to_a, in_b - to_b
+
+
+def _all_decoders(
+    crosscoder: Crosscoder, affine_maps: AffineMaps | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The decoders in A and in B, and B's mapped to A and A's to B; unchanged without maps."""
     _check_widths(crosscoder, affine_maps)
     in_a, in_b = (crosscoder.W_dec.float()[:, m] for m in crosscoder.partition.models.values())
     to_b, to_a = moved_decoders(crosscoder, affine_maps) if affine_maps else (in_a, in_b)
-    return in_a - to_a, in_b - to_b
+    return in_a, in_b, to_a, to_b
 
 
 @torch.no_grad()
@@ -135,10 +125,10 @@ def relative_decoder_differences(
 
     Args:
         crosscoder: The saved crosscoder.
-        affine_maps: See `decoders_in_b`.
+        affine_maps: See `both_decoder_differences`.
     """
-    in_a, in_b = decoders_in_b(crosscoder, affine_maps)
-    return relative_difference(in_a, in_b)
+    _, in_b, _, to_b = _all_decoders(crosscoder, affine_maps)
+    return relative_difference(to_b, in_b)
 
 
 def relative_difference(

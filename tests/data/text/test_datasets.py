@@ -18,6 +18,10 @@ from sae_lens_dfc.data.text.datasets import load_texts, open_rows
 from sae_lens_dfc.data.text.messages import check_messages
 
 
+def texts_in(path: str, **how: Any) -> list[str]:
+    return [row["text"] for row, _ in open_rows(path, **how).read()]
+
+
 @given(st.text(), st.integers(1, 20))
 def test_pieces_join_to_the_text_and_none_is_too_long(text: str, max_chars: int) -> None:
     pieces = list(split_text(text, max_chars))
@@ -59,7 +63,7 @@ def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
 def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "x"}')
     with pytest.raises(ValueError, match="Could not read data set"):
-        load_texts(str(tmp_path / "d.jsonl"), split="nosuch")
+        open_rows(str(tmp_path / "d.jsonl"), split="nosuch")
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
@@ -165,8 +169,8 @@ def test_a_folder_of_files_has_the_splits_that_they_are_named_by(
     (tmp_path / "d" / "README.md").write_text("Mine.\n")
     (tmp_path / "d" / "train.png").write_bytes(b"png")
     path, streaming = str(tmp_path / "d"), ".json" in train
-    assert list(load_texts(path, streaming=streaming)) == ["learnt"]
-    assert list(load_texts(path, split="test", streaming=streaming)) == ["held out"]
+    assert texts_in(path, streaming=streaming) == ["learnt"]
+    assert texts_in(path, split="test", streaming=streaming) == ["held out"]
 
 
 CARD = """---
@@ -190,10 +194,10 @@ def test_a_folder_has_the_configurations_that_its_card_names(tmp_path: Path) -> 
     (tmp_path / "fr").mkdir()
     (tmp_path / "fr" / "a.csv").write_text("n;text\n1;un\n")
     (tmp_path / "README.md").write_text(CARD)
-    assert list(load_texts(str(tmp_path), streaming=False)) == ["one"]
-    assert list(load_texts(str(tmp_path), streaming=False, dataset_name="fr")) == ["un"]
+    assert texts_in(str(tmp_path), streaming=False) == ["one"]
+    assert texts_in(str(tmp_path), streaming=False, dataset_name="fr") == ["un"]
     with pytest.raises(ValueError, match=r"its configurations are \['en', 'fr'\]"):
-        load_texts(str(tmp_path), dataset_name="de")
+        open_rows(str(tmp_path), dataset_name="de")
 
 
 def test_the_files_of_the_hubs_cache_are_links_that_are_followed(tmp_path: Path) -> None:
