@@ -29,7 +29,7 @@ from benchmarks.peers.dictionary_learning import (
 )
 from benchmarks.provenance import commit, provenance
 from benchmarks.timing import medians, ranges, timed, write_json_results
-from sae_lens_dfc.core.schema import require_positive
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.crosscoders.architectures.dfc import (
     DFCTrainingCrosscoder,
     DFCTrainingCrosscoderConfig,
@@ -171,7 +171,7 @@ def least_memory(cfg: StepConfig) -> int:
 
 
 def _checked_device(cfg: StepConfig) -> torch.device:
-    require_positive(cfg, ("d_a", "d_b", "d_sae", "k", "batch", "rounds"))
+    require(cfg, ("d_a", "d_b", "d_sae", "k", "batch", "rounds"))
     if cfg.reference is not None and cfg.d_a != cfg.d_b:
         raise ValueError(
             f"The reference needs models of equal width, got d_a={cfg.d_a} and d_b={cfg.d_b}. "

@@ -15,6 +15,7 @@ from sae_lens.synthetic import (
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.crosscoders.partition import Partition, zero_forbidden_
 
 
@@ -75,25 +76,14 @@ class ToyPairConfig:
     """Seed of directions, map and frequencies; samples have their own seed."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "n_features",
-            "d_a",
-            "d_b",
-            "frequency_rank",
-            "active_features",
-            "min_frequency",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-        for name in (
-            *("map_bias", "map_noise", "frequency_variance", "frequency_decay"),
-            *("firing_correlation", "noise", "frequency_factor_variance"),
-        ):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        for name in ("a_exclusive_fraction", "b_exclusive_fraction", "pairing_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        require(
+            self, ("n_features", "d_a", "d_b", "frequency_rank", "active_features", "min_frequency")
+        )
+        scales = ("map_bias", "map_noise", "frequency_variance", "frequency_decay")
+        scales += ("firing_correlation", "noise", "frequency_factor_variance")
+        require(self, scales, "at least 0")
+        shares = ("a_exclusive_fraction", "b_exclusive_fraction", "pairing_noise")
+        require(self, shares, "at least 0 and at most 1")
         if not 0 <= self.min_magnitude <= self.max_magnitude:
             raise ValueError(
                 "min_magnitude must be at least 0 and at most max_magnitude, "

@@ -172,7 +172,7 @@ def test_two_million_samples_take_less_than_a_minute_of_one_core() -> None:
     ("overrides", "message"),
     [
         ({"n_features": 0}, "n_features must be above 0"),
-        ({"pairing_noise": 1.5}, r"pairing_noise must be in \[0, 1\], got 1.5"),
+        ({"pairing_noise": 1.5}, r"pairing_noise must be at least 0 and at most 1, got 1.5"),
         ({"a_exclusive_fraction": 0.6, "b_exclusive_fraction": 0.6}, "smaller than its exclusive"),
         ({"noise": -1.0}, "noise must be at least 0, got -1.0"),
         ({"frequency_variance": -1.0}, "frequency_variance must be at least 0"),

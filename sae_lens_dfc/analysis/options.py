@@ -7,7 +7,7 @@ from typing import Literal
 from simple_parsing import field
 
 from sae_lens_dfc.core.flags import switch
-from sae_lens_dfc.core.schema import check_seed
+from sae_lens_dfc.core.schema import check_seed, require
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.data.config import MAX_FIT_PAIRS
 
@@ -123,8 +123,7 @@ class LatentsOptions(HeldOutOptions):
     on this one."""
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ValueError(f"top must be at least 1, got {self.top}.")
+        require(self, ("top",), "at least 1")
         if self.sort == CONTRAST and self.against is None:
             raise ValueError(
                 "--sort contrast compares two texts. Name the other one with --against."
@@ -208,11 +207,9 @@ class ScreenOptions(Judging):
     """With --judge: test only latents flagged with one of these types."""
 
     def __post_init__(self) -> None:
-        for name, least in (("keep", 1), ("texts", MIN_TEXTS), ("controls", 2), ("fit_pairs", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
-        if self.texts > N_TOP // 2:
-            raise ValueError(f"texts must be at most {N_TOP // 2}, got {self.texts}.")
+        require(self, ("keep", "fit_pairs"), "at least 1")
+        require(self, ("controls",), "at least 2")
+        require(self, ("texts",), f"at least {MIN_TEXTS} and at most {N_TOP // 2}")
         check_seed(self.seed)
 
 

@@ -79,7 +79,8 @@ def with_files(
     args = [command, *with_long_names(command, args[1:])] if args else []
     config = _value_of(args, "--config")
     values = {} if config is None else _read_config(Path(config))
-    if isinstance(saes := values.get("sae", {}), list) and not _are_settings(saes):
+    saes = values.get("sae", {})
+    if saes == [] or (isinstance(saes, list) and not all(isinstance(s, Mapping) for s in saes)):
         raise ValueError(
             f"If sae is a list, it must be a nonempty list of mappings of settings, got {saes!r:.80}."
         )
@@ -167,10 +168,6 @@ def _with_recipe(recipe: str, values: Mapping[str, Any], args: Sequence[str]) ->
     given |= set.intersection(*({f"sae.{name}" for name in sae} for sae in saes))
     settings = recipe_settings(recipe, given)
     return merge(settings, {**values, "sae": [merge(settings["sae"], sae) for sae in saes]})
-
-
-def _are_settings(saes: Sequence[Any]) -> bool:
-    return len(saes) > 0 and all(isinstance(sae, Mapping) for sae in saes)
 
 
 def _source(values: Any) -> Any:

@@ -52,7 +52,8 @@ def parsed(args: Sequence[str], command: str, summary: str, options: type, aroun
 
     def parse(flags: Sequence[str]) -> argparse.Namespace:
         parser, commands = around(ArgumentParser)
-        _add_flags(commands.add_parser(command, **STYLE, **_about(summary)), command, options)
+        about: dict[str, Any] = {"help": summary, "description": summary, "allow_abbrev": False}
+        _add_flags(commands.add_parser(command, **STYLE, **about), command, options)
         return parser.parse_args(flags)
 
     found = parsed_with_lists(arguments, parse).options
@@ -74,10 +75,6 @@ def settings_taken() -> dict[str, set[str]]:
         "train": of_training,
         "cache": {f.name for f in fields(CacheOptions)},
     }
-
-
-def _about(summary: str) -> dict[str, Any]:
-    return {"help": summary, "description": summary, "allow_abbrev": False}
 
 
 def _add_flags(parser: ArgumentParser, command: str, options: type) -> None:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 try:
@@ -13,17 +14,14 @@ try:
 except ImportError:  # Windows has no such module
     resource = None
 
-STATM = Path("/proc/self/statm")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 UNIT_OF_PEAK = 1 if sys.platform == "darwin" else 1024
 """Unit of `ru_maxrss`, in bytes."""
 
 
 def resident_memory() -> int:
-    """Resident memory of this process in bytes; its peak if the system does not report it."""
-    if not STATM.exists():
-        return peak_memory()
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Resident memory of this process in bytes."""
+    return psutil.Process().memory_info().rss
 
 
 def peak_memory() -> int:
@@ -44,9 +42,8 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def memory_of(device: torch.device) -> int | None:
-    """Memory in bytes that a GPU has available for this process, or that the machine has; None if
-    the system does not report it.
+def memory_of(device: torch.device) -> int:
+    """Memory in bytes that a GPU has available for this process, or that the machine has.
 
     >>> memory_of(torch.device("cpu")) > 1_000_000
     True
@@ -54,9 +51,7 @@ def memory_of(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    if not hasattr(os, "sysconf"):
-        return None
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    physical = psutil.virtual_memory().total
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else ""
     return min(physical, int(limit)) if limit.isdigit() else physical
 
@@ -68,7 +63,5 @@ def free_disk(path: Path) -> int:
 
 
 def load() -> float:
-    """Load average of the last minute per core; 0 if the system does not report it."""
-    if not hasattr(os, "getloadavg"):
-        return 0.0
-    return os.getloadavg()[0] / (os.cpu_count() or 1)
+    """Load average of the last minute per core."""
+    return psutil.getloadavg()[0] / (os.cpu_count() or 1)

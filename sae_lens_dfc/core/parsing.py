@@ -8,10 +8,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import (
-    Any,
-    TypeVar,
-)
+from typing import Any
 
 import yaml
 from typing_extensions import override
@@ -30,8 +27,6 @@ MAX_YAML_VALUES = 10_000
 processor."""
 MAX_DEPTH = 40
 """Maximum nesting depth, because settings are processed recursively."""
-
-T = TypeVar("T")
 
 
 def read_text(path: Path, max_bytes: int) -> str:
@@ -113,7 +108,7 @@ def read_object(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:
     """
     value = read_json(path, max_bytes)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, and holds {_named(value)}.")
+        raise ValueError(f"{path} must hold a JSON object, and holds {value!r:.80}.")
     return value
 
 
@@ -211,7 +206,3 @@ def _check_values(value: Any, finite: bool) -> None:
             return
         level = following
     raise ValueError("it is nested too deep.")
-
-
-def _named(value: Any) -> str:
-    return "null" if value is None else f"a value of type {type(value).__name__}"

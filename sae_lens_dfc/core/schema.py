@@ -1,83 +1,97 @@
-"""Checks plain values against a dataclass's types, and merges nested settings."""
+"""Builds dataclasses from plain values of JSON and YAML, and merges nested settings."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
-from types import NoneType, UnionType
-from typing import (
-    Any,
-    Literal,
-    Union,  # noqa: TID251  (what older annotations of SAELens are made of)
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar
 
-from sae_lens_dfc.core.parsing import T, _named
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from sae_lens_dfc.core.terminal import MOST_OF_OURS, said_by
+
+T = TypeVar("T")
+Extra = Literal["forbid", "ignore"]
 
 
-def from_plain(cls: type[T], values: Any, what: str) -> T:
-    """Build a dataclass from plain values, with the right type for each field and no unknown
-    fields.
+def from_plain(cls: type[T], values: Any, what: str, extra: Extra = "forbid") -> T:
+    """Build a dataclass, and those in it, from plain values: each of its field's type, unconverted.
 
     Args:
         cls: The dataclass.
-        values: Its fields by name; nested dataclasses must already be built.
+        values: Its fields by name, as JSON or YAML gives them.
         what: Name of the object in messages.
+        extra: Whether unknown fields are refused or left out.
 
     Raises:
         ValueError: A field is missing, unknown or of another type, or the dataclass refuses its
             value.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a mapping of settings, and is {_named(values)}.")
-    own = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
-    unknown = [name for name in values if name not in own]
-    if unknown:
-        raise ValueError(
-            f"{what} has a setting {unknown[0]!r:.80}, which this version does not know."
-        )
-    missing = [
-        n for n, f in own.items() if n not in values and f.default is f.default_factory is MISSING
-    ]
-    if missing:
-        raise ValueError(f"{what} has no {missing[0]!r}.")
-    check_types(cls, values, what)
-    return cls(**values)
+    try:
+        text = json.dumps([values], ensure_ascii=False)
+        [made] = _reader(cls, extra).validate_json(text.translate(_AWAY))
+    except ValidationError as error:
+        raise ValueError(_first_of(error, values, what)) from None
+    except TypeError as error:
+        raise ValueError(f"{what} cannot be written as JSON: {said_by(error)}") from None
+    return made if text == text.translate(_AWAY) else _back(made)
 
 
-def check_types(cls: type, values: Mapping[str, Any], what: str) -> None:
-    """Refuse a value of another type than its field's; names that are not fields are ignored.
-
-    Raises:
-        ValueError: A value has the wrong type.
-    """
-    for name, hint in get_type_hints(cls).items():
-        if name in values and not _fits(values[name], hint):
-            said = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-            raise ValueError(f"{what}: {name} must be {said}, and is {values[name]!r:.80}.")
+# Lone surrogates, which names of files may hold and pydantic does not read, stand meanwhile at the
+# end of the private characters.
+_AWAY = {code: code + 0x102000 for code in range(0xD800, 0xE000)}
+_BACK = {code: surrogate for surrogate, code in _AWAY.items()}
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return any(type(value) is type(arg) and value == arg for arg in args)
-    if origin in (list, Sequence):
-        return isinstance(value, list) and all(_fits(one, args[0]) for one in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(one, args[1]) for one in value.values())
-    if hint is Any:
-        return True
-    if hint is float:
-        return _is_number(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (None, NoneType):
-        return value is None
-    # In Python 3.10 a parametrized type, such as tuple[int, int], is itself a type to isinstance.
-    return origin is not None or not isinstance(hint, type) or isinstance(value, hint)
+def _back(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.translate(_BACK)
+    if isinstance(value, list):
+        return [_back(one) for one in value]
+    if isinstance(value, dict):
+        return type(value)({_back(key): _back(one) for key, one in value.items()})
+    if is_dataclass(value):
+        for name, one in vars(value).items():
+            object.__setattr__(value, name, _back(one))
+    return value
+
+
+@cache
+def _reader(cls: type[Any], extra: Extra) -> Any:
+    # A configuration cannot be given for a dataclass alone, only for what it is in.
+    config = ConfigDict(strict=True, extra=extra, arbitrary_types_allowed=True)
+    return TypeAdapter(tuple[cls], config=config)  # type: ignore[valid-type]
+
+
+def _first_of(error: ValidationError, values: Any, what: str) -> str:
+    """The first problem, as one sentence."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    path, kind, name = _path(first, values), first["type"], _back(first["loc"][-1])
+    where = f"{what}: {path:.200}" if path else what
+    if kind == "missing":
+        return f"{where} has no {name!r}."
+    if kind == "unexpected_keyword_argument":
+        return f"{where} has a setting {name!r:.80}, which this version does not know."
+    if kind == "value_error":
+        said = said_by(first.get("ctx", {})["error"], MOST_OF_OURS)
+        return f"{path:.200}: {said}" if path else said
+    alike = [problem["msg"] for problem in problems if _path(problem, values) == path]
+    wanted = " or ".join(said.removeprefix("Input should be ") for said in alike)
+    return f"{where} must be {wanted}, and is {_back(first['input'])!r:.80}."
+
+
+def _path(problem: Mapping[str, Any], values: Any) -> str:
+    """The names that lead to a value, without the members of a union, which pydantic adds."""
+    names: list[str] = []
+    is_of_a_name = problem["type"] in ("missing", "unexpected_keyword_argument")
+    for key in problem["loc"][1 : -1 if is_of_a_name else None]:
+        if isinstance(values, dict | list):
+            names.append(str(key))
+            values = values[key]  # type: ignore[index]
+    return ".".join(names)
 
 
 def _is_number(value: Any) -> bool:
@@ -134,15 +148,32 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def require_positive(cfg: object, names: Sequence[str]) -> None:
-    """Raise ValueError for the first of these settings that is set and not a finite number above
-    0."""
+_BOUNDS: dict[str, Callable[[Any, float], bool]] = {
+    "at least": operator.ge,
+    "above": operator.gt,
+    "at most": operator.le,
+    "below": operator.lt,
+}
+
+
+def require(cfg: object, names: Sequence[str], bounds: str = "above 0 and finite") -> None:
+    """Raise ValueError for the first of these settings that is set and not within the bounds.
+
+    Args:
+        cfg: Has the settings as attributes.
+        names: Of the settings.
+        bounds: In words, joined by "and": at least N, above N, at most N, below N, finite.
+    """
     for name in names:
         value = getattr(cfg, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}.")
-        if value is not None and value == math.inf:
-            raise ValueError(f"{name} must be finite, got {value}. Give a large number.")
+        if value is not None and not all(_is_within(value, one) for one in bounds.split(" and ")):
+            wanted = bounds.removesuffix(" and finite") if math.isfinite(value) else bounds
+            raise ValueError(f"{name} must be {wanted}, got {value}.")
+
+
+def _is_within(value: float, bound: str) -> bool:
+    words, _, limit = bound.rpartition(" ")
+    return _BOUNDS[words](value, float(limit)) if words else math.isfinite(value)
 
 
 def check_seed(seed: int) -> None:

@@ -1,28 +1,17 @@
 """Defines `CrosscoderTrainingConfig`, the settings that all crosscoders share."""
 
-import math
 from abc import ABC
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+from pydantic import GetCoreSchemaHandler, PlainValidator
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainingSAEConfig
 from typing_extensions import override
 
-from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
+from sae_lens_dfc.core.schema import from_plain, require
+from sae_lens_dfc.crosscoders.inference import CrosscoderConfig, check_metadata
 from sae_lens_dfc.crosscoders.partition import Partition
-
-
-def require_finite(cfg: object, names: Sequence[str]) -> None:
-    """Check that these settings are finite and at least 0.
-
-    Raises:
-        ValueError: One is not; the message names the first.
-    """
-    for name in names:
-        value = getattr(cfg, name)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
 
 
 @dataclass(kw_only=True)
@@ -87,15 +76,9 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
                 f"A crosscoder's dtype must be float32 or float64, got {self.dtype!r}: raw activations lose their mean "
                 "in less. For speed set autocast in the runner."
             )
-        if self.k_aux is not None and self.k_aux < 1:
-            raise ValueError(f"k_aux must be at least 1, got {self.k_aux}.")
-        if self.decoder_init_norm is not None and not 0 < self.decoder_init_norm < math.inf:
-            raise ValueError(
-                f"decoder_init_norm must be a finite number above 0, got {self.decoder_init_norm}."
-            )
-        require_finite(self, ("aux_loss_coefficient",))
-        if self.d_sae < 1:
-            raise ValueError(f"d_sae must be at least 1, got {self.d_sae}.")
+        require(self, ("k_aux", "d_sae"), "at least 1")
+        require(self, ("decoder_init_norm",))
+        require(self, ("aux_loss_coefficient",), "at least 0 and finite")
         _ = self.partition  # raises when the sizes do not fit
         super().__post_init__()
 
@@ -113,9 +96,39 @@ class CrosscoderTrainingConfig(TrainingSAEConfig, ABC):
     def partition(self) -> Partition:
         return Partition.of(self.d_a, self.d_b, self.d_sae, self.n_a_exclusive, self.n_b_exclusive)
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> Any:
+        if cls is CrosscoderTrainingConfig:
+            return handler.generate_schema(Annotated[Any, PlainValidator(_registered)])
+        return handler(source)
+
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
         return CrosscoderConfig
+
+
+def _registered(values: Any) -> CrosscoderTrainingConfig:
+    """Settings of whichever architecture they name."""
+    if not isinstance(values, dict) or not isinstance(name := values.get("architecture"), str):
+        raise ValueError(
+            f"The run's crosscoder must be a mapping with its architecture, got {values!r:.80}."
+        )
+    if name not in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"The run's architecture {name!r} is not registered with SAELens here. If it is your own, import the module that "
+            "registers it first (tutorials/6_your_own_architecture.ipynb shows a command that does)."
+        )
+    config_class = SAE_TRAINING_CLASS_REGISTRY[name][1]
+    if not issubclass(config_class, CrosscoderTrainingConfig):
+        raise ValueError(
+            f"The run's architecture {name!r} is a SAELens SAE for one model, not a crosscoder."
+        )
+    metadata = values.get("metadata", {})
+    check_metadata(metadata)
+    own = {name: value for name, value in values.items() if name != "metadata"}
+    cfg = from_plain(config_class, own, f"The run's {name}", extra="ignore")
+    cfg.metadata = SAEMetadata(**metadata)
+    return cfg
 
 
 T_CONFIG = TypeVar("T_CONFIG", bound=CrosscoderTrainingConfig)

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_dfc.core.parsing import read_object
-from sae_lens_dfc.core.schema import check_types
+from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.core.tensor_files import tensors_in
 from sae_lens_dfc.core.terminal import said_by
 from sae_lens_dfc.crosscoders.export import exported
@@ -206,8 +206,8 @@ def _check_sizes(cfg: Mapping[str, Any], path: Path) -> None:
     Raises:
         ValueError: Shapes or dtypes do not match, or a setting has the wrong type.
     """
-    check_types(CrosscoderConfig, cfg, str(path / SAE_CFG_FILENAME))
-    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
+    made = from_plain(CrosscoderConfig, cfg, str(path / SAE_CFG_FILENAME), extra="ignore")
+    d_in, d_sae = made.d_in, made.d_sae
     wanted = {
         "W_enc": (d_in, d_sae),
         "W_dec": (d_sae, d_in),

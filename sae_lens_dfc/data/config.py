@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sae_lens_dfc.core.flags import switch
-from sae_lens_dfc.core.schema import check_seed, require_positive
+from sae_lens_dfc.core.schema import check_seed, require
 from sae_lens_dfc.models.config import ModelConfig
 
 MAX_FIT_PAIRS = 50_000
@@ -117,15 +117,13 @@ class DataConfig:
     """Number of ranks that share the text; torchrun sets it."""
 
     def __post_init__(self) -> None:
-        require_positive(self, POSITIVE)
+        require(self, POSITIVE)
         if self.eval_every_n_documents < 2:
             raise ValueError(
                 f"eval_every_n_documents must be at least 2, got {self.eval_every_n_documents}: 1 would leave nothing to train on."
             )
-        if self.context_size < 2:
-            raise ValueError(f"context_size must be at least 2, got {self.context_size}.")
-        if self.n_ranks > MAX_RANKS:
-            raise ValueError(f"n_ranks must be at most {MAX_RANKS}, got {self.n_ranks}.")
+        require(self, ("context_size",), "at least 2")
+        require(self, ("n_ranks",), f"at most {MAX_RANKS}")
         check_seed(self.seed)
 
     @property
@@ -162,6 +160,6 @@ class CacheConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, ("shard_rows", "n_writers"))
+        require(self, ("shard_rows", "n_writers"))
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume contradict each other. Choose one.")

@@ -4,7 +4,7 @@ length; resumable."""
 import logging
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -71,19 +71,6 @@ class PairCounts:
         """The counts as plain values, for JSON."""
         return {**vars(self), "coverage": self.coverage.to_dict()}
 
-    def load(self, values: Any) -> None:
-        """Restore the counts from `to_dict`.
-
-        Raises:
-            ValueError: The values are not such counts.
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"The counts must be a mapping, got {values!r:.80}.")
-        coverage = Coverage.from_dict(values.get("coverage"))
-        vars(self).update(
-            vars(from_plain(PairCounts, {**values, "coverage": coverage}, "The counts"))
-        )
-
 
 class Context(NamedTuple):
     """A stretch of one document that both models read in one context."""
@@ -106,6 +93,7 @@ class ContextBatch(NamedTuple):
     """Position of the next batch."""
 
 
+@dataclass
 class ContextStream:
     """Contexts from several sources, mixed so that each source's share of the pairs is proportional
     to its weight.
@@ -113,38 +101,21 @@ class ContextStream:
     The next context comes from the source that is furthest behind its share. A pass ends when that
     source is exhausted (in all ranks' shares), or after `n_pairs` pairs. Contexts of similar length
     are batched together to reduce padding, and batches are shuffled with `seed`.
-
-    Args:
-        pair: The two models.
-        sources: The data sets.
-        context_size: Tokens in a context, in either model.
-        batch_size_prompts: Number of contexts of `context_size` tokens per batch; more if they are
-            shorter.
-        part: Which documents to read: every `eval_every_n_documents`-th document of a source is held out.
-        eval_every_n_documents: See `part`.
-        n_pairs: Maximum number of pairs.
-        seed: Seed of the order of batches.
     """
 
-    def __init__(
-        self,
-        pair: ModelPair,
-        sources: Sequence[Source],
-        context_size: int,
-        batch_size_prompts: int = 16,
-        part: Part = "all",
-        eval_every_n_documents: int = 10,
-        n_pairs: int | None = None,
-        seed: int = 0,
-    ):
-        self.pair = pair
-        self.sources = sources
-        self.context_size = context_size
-        self.batch_size_prompts = batch_size_prompts
-        self.part = part
-        self.eval_every_n_documents = eval_every_n_documents
-        self.n_pairs = n_pairs
-        self.seed = seed
+    pair: ModelPair
+    sources: Sequence[Source]
+    context_size: int
+    """Tokens in a context, in either model."""
+    batch_size_prompts: int = 16
+    """Contexts of `context_size` tokens per batch; more if they are shorter."""
+    part: Part = "all"
+    """Which documents to read: every `eval_every_n_documents`-th of a source is held out."""
+    eval_every_n_documents: int = 10
+    n_pairs: int | None = None
+    """Maximum number of pairs."""
+    seed: int = 0
+    """Seed of the order of batches."""
 
     def batches(self, counts: PairCounts, place: RowsState | None = None) -> Iterator[ContextBatch]:
         """The batches from a position on; `counts` is updated in place and includes earlier
@@ -274,8 +245,8 @@ class _SourceReading:
             self.n_pairs, n_taken = place["n_pairs"], place["n_taken"]
             self.n_read, self.n_unreadable = place["n_read"], place["n_unreadable"]
             self.n_empty = place.get("n_empty", 0)  # checkpoints of earlier versions have none
-            self.coverage_before = Coverage.from_dict(place["coverage_before"])
-            self.coverage = Coverage.from_dict(place["coverage_before"])
+            self.coverage_before = from_plain(Coverage, place["coverage_before"], "Its coverage")
+            self.coverage = deepcopy(self.coverage_before)
         self.documents = source.read_aligned(stream.pair, self.before)
         self.n_documents = self.n_before
         self.contexts: Iterator[Segments] = iter(())

@@ -78,8 +78,8 @@ def fit_affine_maps(
                 f"No map between the models: over {moments.n} pairs the variance of model {model}'s activations is {variance:g}. "
                 "Check its hook, and give more text."
             )
-    a_to_b = _ridge(covariance[a, a], covariance[a, b], ridge)
-    b_to_a = _ridge(covariance[b, b], covariance[b, a], ridge)
+    a_to_b = ridge_weights(covariance[a, a], covariance[a, b], ridge)
+    b_to_a = ridge_weights(covariance[b, b], covariance[b, a], ridge)
     maps = a_to_b.float(), b_to_a.float()
     if not all(x.isfinite().all() for x in maps):
         raise ValueError(
@@ -89,9 +89,10 @@ def fit_affine_maps(
     return AffineMaps(mean[a].float(), mean[b].float(), *maps)
 
 
-def _ridge(
+def ridge_weights(
     own: Float[Tensor, "d_from d_from"], cross: Float[Tensor, "d_from d_to"], ridge: float
 ) -> Float[Tensor, "d_from d_to"]:
+    """Ridge regression from covariances, with a penalty of `ridge` times the mean variance."""
     penalty = ridge * own.diagonal().mean() * torch.eye(len(own)).to(own)
     return torch.linalg.solve(own + penalty, cross)
 

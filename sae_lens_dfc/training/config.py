@@ -5,19 +5,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import SAEMetadata
 from simple_parsing import field as flag
 from simple_parsing.utils import str2bool
 
 from sae_lens_dfc.core.flags import switch
-from sae_lens_dfc.core.schema import check_types, from_plain, require_positive
-from sae_lens_dfc.core.terminal import said_by
+from sae_lens_dfc.core.schema import from_plain, require
 from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
-from sae_lens_dfc.crosscoders.inference import check_metadata
-from sae_lens_dfc.data.config import DataConfig, SourceConfig
-from sae_lens_dfc.models.config import AUTO, ModelConfig
+from sae_lens_dfc.data.config import DataConfig
+from sae_lens_dfc.models.config import AUTO
 from sae_lens_dfc.models.hooked_model import check_device
 from sae_lens_dfc.models.number_formats import fast_dtype
 
@@ -41,30 +37,6 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _sae_from_dict(values: Any) -> CrosscoderTrainingConfig:
-    if not isinstance(values, dict) or not isinstance(name := values.get("architecture"), str):
-        raise ValueError(
-            f"The run's crosscoder must be a mapping with its architecture, got {values!r:.80}."
-        )
-    if name not in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"The run's architecture {name!r} is not registered with SAELens here. If it is your own, import the module that "
-            "registers it first (tutorials/6_your_own_architecture.ipynb shows a command that does)."
-        )
-    config_class = SAE_TRAINING_CLASS_REGISTRY[name][1]
-    if not issubclass(config_class, CrosscoderTrainingConfig):
-        raise ValueError(
-            f"The run's architecture {name!r} is a SAELens SAE for one model, not a crosscoder."
-        )
-    metadata = values.get("metadata", {})
-    check_metadata(metadata)
-    check_types(config_class, {**values, "metadata": SAEMetadata()}, f"The run's {name}")
-    try:
-        return config_class.from_dict(values)
-    except TypeError as error:
-        raise ValueError(f"The run's {name} lacks a setting: {said_by(error)}") from error
-
-
 def _bool_or_auto(said: str) -> bool | str:
     return said if said == AUTO else str2bool(said)
 
@@ -76,10 +48,6 @@ BOOL_OR_AUTO: dict[str, Any] = {
     "metavar": "bool|auto",
 }
 """Options of a command-line flag that takes a bool or `auto`; without a value it is true."""
-
-
-def _no_wandb() -> LoggingConfig:
-    return LoggingConfig(log_to_wandb=False)
 
 
 @dataclass(kw_only=True)
@@ -163,12 +131,12 @@ class CrosscoderRunnerConfig(DataConfig):
     """Number of checkpoints during training, evenly spaced; the last two are kept."""
     checkpoint_path: str | None = None
     """Folder for checkpoints."""
-    logger: LoggingConfig = field(default_factory=_no_wandb)
+    logger: LoggingConfig = field(default_factory=lambda: LoggingConfig(log_to_wandb=False))
     """Logging to Weights & Biases; off by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, POSITIVE)
+        require(self, POSITIVE)
         check_device(self.device)
         if self.training_tokens < self.train_batch_size_tokens:
             raise ValueError(
@@ -188,15 +156,9 @@ class CrosscoderRunnerConfig(DataConfig):
             raise ValueError("resume needs a checkpoint_path: the one of the training to resume.")
 
     def _check_schedule(self) -> None:
-        for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}.")
-        for name in ("adam_beta1", "adam_beta2", "activations_mixing_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}."
-                )
+        require(self, NOT_NEGATIVE, "at least 0")
+        fractions = ("adam_beta1", "adam_beta2", "activations_mixing_fraction")
+        require(self, fractions, "at least 0 and below 1")
         if self.lr_scheduler_name.lower() not in SCHEDULERS:
             raise ValueError(
                 f"There is no lr_scheduler_name {self.lr_scheduler_name!r}. Choose from {', '.join(SCHEDULERS)}."
@@ -275,20 +237,7 @@ class CrosscoderRunnerConfig(DataConfig):
         Raises:
             ValueError: A setting is missing, has the wrong type, or is unknown to this version.
         """
-        lists = {name: values.get(name) for name in ("other_saes", "sources")}
-        for name, value in lists.items():
-            if not isinstance(value, list):
-                raise ValueError(f"{name} must be a list, got {value!r:.80}.")
-        parsed: dict[str, Any] = {
-            **values,
-            "sae": _sae_from_dict(values.get("sae")),
-            "other_saes": [_sae_from_dict(sae) for sae in values["other_saes"]],
-            "model_a": from_plain(ModelConfig, values.get("model_a"), "model_a"),
-            "model_b": from_plain(ModelConfig, values.get("model_b"), "model_b"),
-            "logger": from_plain(LoggingConfig, values.get("logger"), "logger"),
-            "sources": [from_plain(SourceConfig, one, "A source") for one in values["sources"]],
-        }
-        return from_plain(cls, parsed, "The run")
+        return from_plain(cls, values, "The run")
 
     def to_sae_trainer_config(self) -> SAETrainerConfig:
         """The settings of SAELens' trainer."""

@@ -1,16 +1,15 @@
 """Completes a training's settings from the cache that it reads."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sae_lens_dfc.core.identity import deciding
-from sae_lens_dfc.core.schema import check_types, from_plain
+from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.data.cache.build import PLACE, data_settings
 from sae_lens_dfc.data.cache.reader import PairedActivationsCache
-from sae_lens_dfc.data.config import DataConfig, SourceConfig
+from sae_lens_dfc.data.config import DataConfig
 from sae_lens_dfc.data.sources import Source
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
@@ -36,10 +35,7 @@ def with_cache(
     taken: dict[str, Any] = {}
     given, default = data_settings(cfg), data_settings(DataConfig())
     made_of = cache.manifest["data"]
-    # The cache may come from elsewhere: check that its settings have the right types.
-    check_types(DataConfig, {**made_of, "sources": []}, f"The cache in {cache.folder}")
-    if not isinstance(made_of.get("sources", []), list):
-        raise ValueError(f"The cache in {cache.folder} has no list as sources.")
+    made_with = from_plain(DataConfig, made_of, f"The cache in {cache.folder}", extra="ignore")
     own = {*OWN_IN_TRAINING, *(PLACE if _has_moved(cfg, cache) else ())}
     for name, made in made_of.items():
         if name in own:
@@ -57,23 +53,16 @@ def with_cache(
             logger.info("Using the cache's setting: %s=%r, not %r", name, made, given[name])
         taken[name] = made
     if "sources" not in own:
-        taken["sources"] = _sources(made_of)
+        taken["sources"] = made_with.sources
     configs = {name: _config_of(cache, name) for name in ("model_a", "model_b")}
     return replace(cfg, **taken, **configs)
-
-
-def _sources(made_of: Mapping[str, Any]) -> list[SourceConfig]:
-    return [
-        from_plain(SourceConfig, source, "A source of the cache")
-        for source in made_of.get("sources", [])
-    ]
 
 
 def _has_moved(cfg: DataConfig, cache: PairedActivationsCache) -> bool:
     """Whether the requested text is the cache's text at another path."""
     made_of = cache.manifest["data"]
-    place = {name: made_of[name] for name in PLACE if name in made_of}
-    made = replace(DataConfig(), **{**place, "sources": _sources(made_of)}).all_sources
+    place = {name: made_of[name] for name in (*PLACE, "sources") if name in made_of}
+    made = from_plain(DataConfig, place, f"The cache in {cache.folder}").all_sources
     asked = cfg.all_sources
     if asked in (made, DataConfig().all_sources):
         return False

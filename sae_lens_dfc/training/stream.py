@@ -7,6 +7,7 @@ from typing import Any
 
 from sae_lens_dfc.core import distributed
 from sae_lens_dfc.core.interrupts import GracefulShutdown
+from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.data.activations import PairedRows, StatefulBatch, StreamState
 from sae_lens_dfc.data.batches import Batches, epochs, epochs_in_memory, shuffled
 from sae_lens_dfc.data.cache.reader import PairedActivationsCache
@@ -72,7 +73,7 @@ class TrainingStream:
         """
         self.counts, self._is_counted = PairCounts(), False
         if counts is not None:
-            self.counts.load(counts)
+            self.counts = from_plain(PairCounts, counts, "The counts")
             rows = None if start is None else start.values.get("rows")
             self._is_counted = isinstance(rows, dict) and rows.get("epoch", 0) != 0
         return Batches(self._shuffled(start, stop), self.cfg.prefetch_llm_batches, start, stop)

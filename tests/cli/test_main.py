@@ -199,7 +199,7 @@ def test_align_prints_coverage_and_reasons(
         (["--sae.k", "65"], "k must be above 0 and at most d_sae, got k=65 and d_sae=64"),
         (
             ["--sae.a-exclusive-fraction", "0.5"],
-            "a_exclusive_fraction must be in [0, 0.5), got 0.5",
+            "a_exclusive_fraction must be at least 0 and below 0.5, got 0.5",
         ),
         (
             ["--model-a.hook-name", "blocks.9.hook_resid_post"],

@@ -448,8 +448,11 @@ def test_folding_decoder_norms_changes_nothing_that_is_computed() -> None:
     [
         ({"k": 25}, "k must be above 0 and at most d_sae, got k=25 and d_sae=24"),
         ({"k": 0}, "k must be above 0"),
-        ({"a_exclusive_fraction": 0.5}, r"a_exclusive_fraction must be in \[0, 0.5\), got 0.5"),
-        ({"b_exclusive_fraction": -0.1}, r"b_exclusive_fraction must be in \[0, 0.5\)"),
+        (
+            {"a_exclusive_fraction": 0.5},
+            r"a_exclusive_fraction must be at least 0 and below 0.5, got 0.5",
+        ),
+        ({"b_exclusive_fraction": -0.1}, r"b_exclusive_fraction must be at least 0 and below 0.5"),
         ({"a_exclusive_fraction": 0.01}, "less than one latent"),
         ({"d_in": 13}, r"d_in=13, but d_a \+ d_b = 12"),
         ({"d_a": -1}, "d_a and d_b must be at least 1"),

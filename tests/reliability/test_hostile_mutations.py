@@ -33,6 +33,7 @@ from sae_lens_dfc.analysis.screening.verdicts import CausalTest
 from sae_lens_dfc.cli.arguments import with_files
 from sae_lens_dfc.cli.parser import settings_taken
 from sae_lens_dfc.core.journal import Journal as Kept
+from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.core.tensor_files import checksum, load_state, save_state
 from sae_lens_dfc.core.terminal import text_table
 from sae_lens_dfc.crosscoders.inference import load_crosscoder
@@ -468,7 +469,7 @@ def test_a_damaged_screening_that_is_under_way(tmp_path: Path, n_mutations: int)
 
     def read() -> None:
         for result in Kept(path, {"seed": 0}).results.values():
-            CausalTest.from_dict(result)
+            from_plain(CausalTest, result, "A causal test")
 
     check("progress.jsonl", Artifact(path, of_lines, read), n_mutations)
 

@@ -150,8 +150,8 @@ def test_a_trainer_of_a_million_steps_takes_no_more_memory_than_one_of_a_hundred
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": math.nan}, "lr must be above 0, got nan"),
-        ({"lr": math.inf}, "lr must be finite, got inf"),
+        ({"lr": math.nan}, "lr must be above 0 and finite, got nan"),
+        ({"lr": math.inf}, "lr must be above 0 and finite, got inf"),
         ({"lr_warm_up_steps": -1}, "lr_warm_up_steps must be at least 0, got -1"),
         ({"lr_decay_steps": -1}, "lr_decay_steps must be at least 0, got -1"),
         ({"dead_feature_window": -1}, "dead_feature_window must be at least 0, got -1"),
@@ -165,8 +165,8 @@ def test_a_trainer_of_a_million_steps_takes_no_more_memory_than_one_of_a_hundred
         ({"adam_beta1": 1.0}, "adam_beta1 must be at least 0 and below 1, got 1.0"),
         ({"adam_beta2": math.nan}, "adam_beta2 must be at least 0 and below 1, got nan"),
         ({"activations_mixing_fraction": math.nan}, "activations_mixing_fraction must be"),
-        ({"outlier_factor": math.nan}, "outlier_factor must be above 0, got nan"),
-        ({"outlier_factor": math.inf}, "outlier_factor must be finite, got inf"),
+        ({"outlier_factor": math.nan}, "outlier_factor must be above 0 and finite, got nan"),
+        ({"outlier_factor": math.inf}, "outlier_factor must be above 0 and finite, got inf"),
         ({"n_checkpoints": -1}, "n_checkpoints must be at least 0, got -1"),
     ],
 )

@@ -210,8 +210,9 @@ def verify(
         def closer(one: Tensor) -> Tensor:
             return baseline - jensen_shannon(next_token(m, one), other)
 
+        norm = direction.float().norm()
         beside = {
-            kind: torch.stack([closer(one) for one in _as_long(of_models[m], direction)])
+            kind: torch.stack([closer(one * norm) for one in normalize(of_models[m].float())])
             for kind, of_models in controls.items()
         }
         return Effect(closer(direction), beside)
@@ -219,10 +220,6 @@ def verify(
     return Verification(
         baseline.mean().item(), effect(own.source, -own.own), effect(target, own.moved)
     )
-
-
-def _as_long(directions: Float[Tensor, "k d"], like: Float[Tensor, " d"]) -> Float[Tensor, "k d"]:
-    return normalize(directions.float()) * like.float().norm()
 
 
 def _models(pair: ModelPair) -> dict[ModelName, HookedModel]:

@@ -27,6 +27,7 @@ from sae_lens_dfc.analysis.causal.shared_vocabulary import (
 from sae_lens_dfc.analysis.steering.generate import stop_ids
 from sae_lens_dfc.analysis.steering.hooks import added, changed, logits
 from sae_lens_dfc.analysis.steering.prompts import prompt_ids
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.data.alignment.align import aligned_positions
 from sae_lens_dfc.data.alignment.tokens import tokenize
 from sae_lens_dfc.data.pair import ModelPair
@@ -60,9 +61,7 @@ class BehaviorOptions:
             raise ValueError("Behavior needs at least one prompt and one strength. Give some.")
         if not all(0 < s < math.inf for s in self.strengths):
             raise ValueError(f"Each of strengths must be above 0, got {self.strengths}.")
-        for name in ("n_continuation", "n_random"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}.")
+        require(self, ("n_continuation", "n_random"), "at least 0")
 
 
 class LatentBehavior(NamedTuple):

@@ -23,6 +23,7 @@ from sae_lens_dfc.analysis.causal.directions import (
 from sae_lens_dfc.analysis.steering.generate import answer
 from sae_lens_dfc.analysis.steering.options import Sampling
 from sae_lens_dfc.analysis.steering.prompts import prompt_ids
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.text.cleaning import clean
 from sae_lens_dfc.models.hooked_model import HookedModel
@@ -63,8 +64,7 @@ class JudgedOptions(Sampling):
             raise ValueError("Behavior needs at least one prompt and one strength. Give some.")
         if not all(0 <= s < inf for s in self.strengths):
             raise ValueError(f"Each of strengths must be 0 or above, got {self.strengths}.")
-        if self.n_random < 0:
-            raise ValueError(f"n_random must be 0 or above, got {self.n_random}.")
+        require(self, ("n_random",), "at least 0")
 
 
 class Judged(NamedTuple):

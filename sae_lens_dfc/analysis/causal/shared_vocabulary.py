@@ -39,7 +39,8 @@ def common_outcomes(a: HookedModel, b: HookedModel) -> tuple[Outcomes, Outcomes]
     have no comparable text.
     """
     texts_a, texts_b = (
-        {token: _word(text) for token, text in token_texts(m).items()} for m in (a, b)
+        {token: text.strip().casefold() or " " for token, text in token_texts(m).items()}
+        for m in (a, b)
     )
     shared = {
         text: i for i, text in enumerate(sorted(set(texts_a.values()) & set(texts_b.values())))
@@ -54,10 +55,6 @@ def common_outcomes(a: HookedModel, b: HookedModel) -> tuple[Outcomes, Outcomes]
         return Outcomes(tokens, outcomes, len(shared) + 1)
 
     return one(texts_a), one(texts_b)
-
-
-def _word(text: str) -> str:
-    return text.strip().casefold() or " "
 
 
 def token_texts(model: HookedModel) -> dict[int, str]:

@@ -17,6 +17,7 @@ from sae_lens_dfc.analysis.causal.judged_behavior import (
     n_judgments,
 )
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.evaluate import Evaluation, evaluate
@@ -46,9 +47,7 @@ class CausalOptions:
     probabilities."""
 
     def __post_init__(self) -> None:
-        for name in ("downstream_pairs", "behavior_latents"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}.")
+        require(self, ("downstream_pairs", "behavior_latents"), "at least 0")
 
 
 def train_crosscoder(case: PairTask) -> Crosscoder:

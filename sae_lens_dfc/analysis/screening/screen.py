@@ -53,6 +53,7 @@ from sae_lens_dfc.analysis.screening.verdicts import (
 from sae_lens_dfc.core.atomic_write import atomic_folder
 from sae_lens_dfc.core.journal import Journal
 from sae_lens_dfc.core.output_folder import locked_output
+from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.core.terminal import print_result, text_table
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.data.alignment.segments import Segments
@@ -90,7 +91,15 @@ def screen_run(options: ScreenOptions) -> None:
     if options.json:
         print_result(json.dumps(asdict(found)))
         return
-    rows = [[s.stage, str(s.intake), str(s.output), _why(s.dropped)] for s in found.stages]
+    rows = [
+        [
+            s.stage,
+            str(s.intake),
+            str(s.output),
+            "; ".join(f"{n} {why}" for why, n in s.dropped.items()),
+        ]
+        for s in found.stages
+    ]
     print_result(text_table(["stage", "in", "out", "left out"], rows))
     head = [
         "",
@@ -103,10 +112,6 @@ def screen_run(options: ScreenOptions) -> None:
     ]
     print_result("\n" + text_table(head, [_line(one) for one in found.findings]))
     print_result(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
-
-
-def _why(dropped: Mapping[str, int]) -> str:
-    return "; ".join(f"{n} {why}" for why, n in dropped.items())
 
 
 def _line(one: Finding) -> list[str]:
@@ -125,40 +130,36 @@ def screen(options: ScreenOptions) -> Screening:
             difference.
     """
     with locked_output(options.output, options.overwrite, "screening", (SCREENING_FILENAME,)):
-        return _screened(options)
-
-
-def _screened(options: ScreenOptions) -> Screening:
-    concerns = CONCERNS if options.concerns is None else read_concerns(options.concerns)
-    judge = judge_for(options)
-    if judge is None and (options.concerns is not None or options.flagged_only):
-        raise ValueError("--concerns and --flagged-only only apply with --judge. Give it too.")
-    if judge is not None:
-        logger.warning("%s", what_it_costs(options.keep, concerns))
-    stored = stored_metrics(options.evidence or options.run, options.run, options)
-    on = _opened(options)
-    output = Path(options.output)
-    progress = Journal(output.with_name(f"{output.name}.progress.jsonl"), _settings(options))
-    made = differences_made(on.crosscoder, on.gathered, on.own, on.affine_maps)
-    evidence = on.evaluation.evidence
-    assert evidence is not None  # `measure` maps the models
-    first = candidates(evidence, on.gathered, made, options.keep, on.affine_maps is None)
-    if not first.latents:
-        raise ValueError(
-            f"No latent of {options.run} fires on held-out text and could be a difference. Check with `evaluate` that the run is trained."
-        )
-    said: dict[int, Explained] = {}
-    if judge is not None:
-        asked = Asked(judge, concerns, options.flagged_only, options.seed)
-        first, said = explained(
-            on.crosscoder, on.pair, on.data, on.gathered, first, asked, progress
-        )
-    results = _tested(on, first.latents, options, progress)
-    found = findings(on.crosscoder, first.latents, results, said, evidence.is_exclusive)
-    screening = Screening([*first.stages, verdict_stage(found)], found)
-    _write(on, screening, stored, options)
-    progress.forget()
-    return screening
+        concerns = CONCERNS if options.concerns is None else read_concerns(options.concerns)
+        judge = judge_for(options)
+        if judge is None and (options.concerns is not None or options.flagged_only):
+            raise ValueError("--concerns and --flagged-only only apply with --judge. Give it too.")
+        if judge is not None:
+            logger.warning("%s", what_it_costs(options.keep, concerns))
+        stored = stored_metrics(options.evidence or options.run, options.run, options)
+        on = _opened(options)
+        output = Path(options.output)
+        progress = Journal(output.with_name(f"{output.name}.progress.jsonl"), _settings(options))
+        made = differences_made(on.crosscoder, on.gathered, on.own, on.affine_maps)
+        evidence = on.evaluation.evidence
+        assert evidence is not None  # `measure` maps the models
+        first = candidates(evidence, on.gathered, made, options.keep, on.affine_maps is None)
+        if not first.latents:
+            raise ValueError(
+                f"No latent of {options.run} fires on held-out text and could be a difference. Check with `evaluate` that the run is trained."
+            )
+        said: dict[int, Explained] = {}
+        if judge is not None:
+            asked = Asked(judge, concerns, options.flagged_only, options.seed)
+            first, said = explained(
+                on.crosscoder, on.pair, on.data, on.gathered, first, asked, progress
+            )
+        results = _tested(on, first.latents, options, progress)
+        found = findings(on.crosscoder, first.latents, results, said, evidence.is_exclusive)
+        screening = Screening([*first.stages, verdict_stage(found)], found)
+        _write(on, screening, stored, options)
+        progress.forget()
+        return screening
 
 
 def _opened(options: ScreenOptions) -> Screened:
@@ -205,7 +206,9 @@ def _tested(
     results: dict[int, CausalTest | None] = {}
     for latent in tqdm(latents, "Testing", unit=" latents"):
         result = progress.done(f"tested {latent}", lambda latent=latent: test_one(latent))
-        results[latent] = None if result is None else CausalTest.from_dict(result)
+        results[latent] = (
+            None if result is None else from_plain(CausalTest, result, "A causal test")
+        )
     return results
 
 

@@ -4,7 +4,7 @@ continuations that show it."""
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -23,7 +23,6 @@ from sae_lens_dfc.analysis.steering.generate import answer
 from sae_lens_dfc.analysis.steering.hooks import changed
 from sae_lens_dfc.analysis.steering.options import Sampling
 from sae_lens_dfc.analysis.steering.positions import positions_of
-from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.models.config import ModelName
@@ -60,25 +59,6 @@ class CausalTest:
     beyond_ablated: bool
     beyond_patched: bool
     samples: list[SteeringSample]
-
-    @classmethod
-    def from_dict(cls, values: Any) -> "CausalTest":
-        """Restore from the output of `dataclasses.asdict`.
-
-        Raises:
-            ValueError: The values have another structure.
-        """
-        if not isinstance(values, Mapping) or not all(
-            isinstance(values.get(name), list) for name in ("effects", "samples")
-        ):
-            raise ValueError(
-                f"A causal test must have lists of effects and samples, got {values!r:.80}."
-            )
-        parts: dict[str, Any] = {
-            "effects": [from_plain(EffectView, one, "An effect") for one in values["effects"]],
-            "samples": [from_plain(SteeringSample, one, "A sample") for one in values["samples"]],
-        }
-        return from_plain(cls, {**values, **parts}, "A causal test")
 
 
 def tested(

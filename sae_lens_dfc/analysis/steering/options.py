@@ -1,12 +1,11 @@
 """Defines the sampling options and the options of `generate`. `--help` imports this file without
 any model."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_lens_dfc.core.flags import switch
-from sae_lens_dfc.core.schema import check_seed
+from sae_lens_dfc.core.schema import check_seed, require
 from sae_lens_dfc.models.config import ModelConfig
 
 
@@ -29,15 +28,9 @@ class Sampling:
     """Prompts per batch; HookedTransformer always uses 1."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature must be a finite number of 0 or above, got {self.temperature}."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        require(self, ("max_new_tokens", "batch_size"), "at least 1")
+        require(self, ("temperature",), "at least 0 and finite")
+        require(self, ("top_p",), "above 0 and at most 1")
 
 
 @dataclass(kw_only=True)
@@ -69,8 +62,7 @@ class GenerateOptions(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_prompts is not None and self.n_prompts < 1:
-            raise ValueError(f"n_prompts must be at least 1, got {self.n_prompts}.")
+        require(self, ("n_prompts",), "at least 1")
         if Path(self.output).suffix != ".jsonl":
             raise ValueError(f"output must be a .jsonl file, got {self.output!r}. Name one.")
         check_seed(self.seed)

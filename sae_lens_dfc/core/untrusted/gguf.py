@@ -1,7 +1,7 @@
 """Checks the lengths in a GGUF file's header before the file is read, because the reader trusts
 them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -11,32 +11,6 @@ from sae_lens_dfc.core.terminal import said_by
 # Size of a value in bytes, by its type number; the other types are strings and arrays.
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
-# Elements and bytes of a block, by the tensor's type. The gguf package has the same table, but is
-# not used, so that the check does not depend on its version or presence; a test compares the two.
-BLOCKS = {
-    **{
-        0: (1, 4),
-        1: (1, 2),
-        30: (1, 2),
-        28: (1, 8),
-        24: (1, 1),
-        25: (1, 2),
-        26: (1, 4),
-        27: (1, 8),
-    },
-    **{2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 20: (32, 18)},
-    **{
-        10: (256, 84),
-        11: (256, 110),
-        12: (256, 144),
-        13: (256, 176),
-        14: (256, 210),
-        15: (256, 292),
-    },
-    **{16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 21: (256, 110), 22: (256, 82)},
-    **{23: (256, 136), 29: (256, 56), 34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36)},
-    41: (128, 18),
-}
 ANY_BLOCK = (8, 1)
 """Block of an unknown, newer type: at least one bit per element."""
 VERSIONS = (2, 3)
@@ -47,12 +21,18 @@ def check_gguf(path: Path) -> None:
     """Refuse a file whose header claims values, strings, arrays or tensors beyond its end.
 
     Raises:
-        ValueError: It does, or is not a GGUF file.
+        ValueError: It does, is not a GGUF file, or the package gguf is not installed.
         OSError: It cannot be read.
     """
     try:
+        from gguf.constants import GGML_QUANT_SIZES
+    except ImportError:
+        raise ValueError(
+            f"To read {path} needs the package gguf. Install it: pip install 'sae-lens-dfc[demo]'."
+        ) from None
+    try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            _walk(_Cursor(content))
+            _walk(_Cursor(content), {int(kind): size for kind, size in GGML_QUANT_SIZES.items()})
     except ValueError as error:
         raise ValueError(f"{path} is not a sound GGUF file: {said_by(error)}") from None
 
@@ -88,7 +68,8 @@ class _Cursor:
             one()
 
 
-def _walk(at: _Cursor) -> None:
+def _walk(at: _Cursor, blocks: Mapping[int, tuple[int, int]]) -> None:
+    """Check the header, given the elements and bytes of a block by the tensor's type."""
     magic, version = at.content[:4], at.content[4:8]
     if magic != b"GGUF" or int.from_bytes(version, "little") not in VERSIONS:
         raise ValueError(f"it begins with {magic!r}, version {version!r}.")
@@ -96,7 +77,7 @@ def _walk(at: _Cursor) -> None:
     n_tensors, n_values = at.number(8), at.number(8)
     at.several(n_values, 13, lambda: _named_value(at))
     claims: list[tuple[int, int]] = []
-    at.several(n_tensors, 24, lambda: claims.append(_tensor(at)))
+    at.several(n_tensors, 24, lambda: claims.append(_tensor(at, blocks)))
     left = len(at.content) - at.place
     # Tensors must not share bytes either, because unpacking copies the bytes for each.
     claimed = max(sum(size for _, size in claims), max((sum(one) for one in claims), default=0))
@@ -107,19 +88,12 @@ def _walk(at: _Cursor) -> None:
 def _named_value(at: _Cursor) -> None:
     at.string()
     kind = at.number(4)
-    if kind != ARRAY:
-        return _value(at, kind)
-    kind, n = at.number(4), at.number(8)
+    n = 1
+    if kind == ARRAY:
+        kind, n = at.number(4), at.number(8)
     if kind == STRING:
         return at.several(n, 8, at.string)
     return at.skip(n * _size(kind))
-
-
-def _value(at: _Cursor, kind: int) -> None:
-    if kind == STRING:
-        at.string()
-    else:
-        at.skip(_size(kind))
 
 
 def _size(kind: int) -> int:
@@ -128,12 +102,12 @@ def _size(kind: int) -> int:
     return SIZES[kind]
 
 
-def _tensor(at: _Cursor) -> tuple[int, int]:
+def _tensor(at: _Cursor, blocks: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
     """Offset and size of a tensor, in bytes."""
     at.string()
     n_dimensions = at.number(4)
     if n_dimensions > MAX_DIMENSIONS:
         raise ValueError(f"it has a tensor of {n_dimensions:,} dimensions.")
     n_numbers = prod(at.number(8) for _ in range(n_dimensions))
-    numbers, n_bytes = BLOCKS.get(at.number(4), ANY_BLOCK)
+    numbers, n_bytes = blocks.get(at.number(4), ANY_BLOCK)
     return at.number(8), n_numbers * n_bytes // numbers

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.crosscoders.architectures.topk import (
     TopKTrainingCrosscoder,
     TopKTrainingCrosscoderConfig,
 )
 from sae_lens_dfc.crosscoders.base import PartialLoss
-from sae_lens_dfc.crosscoders.config import require_finite
 from sae_lens_dfc.crosscoders.losses import difference_loss
 
 
@@ -51,18 +51,14 @@ class DeltaTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
                 "A Delta-Crosscoder learns from the difference of the two models' activations, which needs one width "
                 f"and one basis; got d_a={self.d_a} and d_b={self.d_b}. Use dfc or batchtopk_crosscoder."
             )
-        if not 0 <= self.shared_fraction <= 1:
-            raise ValueError(f"shared_fraction must be from 0 to 1, got {self.shared_fraction}.")
+        require(self, ("shared_fraction",), "at least 0 and at most 1")
         if not 0 < self.n_delta < self.d_sae:
             raise ValueError(
                 f"shared_fraction={self.shared_fraction} of d_sae={self.d_sae} leaves {self.n_delta} latents for the "
                 "difference; there must be some of both."
             )
-        require_finite(self, ("delta_loss_coefficient",))
-        if not 0 < self.k_shared_ratio < math.inf:
-            raise ValueError(
-                f"k_shared_ratio must be above 0 and finite, got {self.k_shared_ratio}."
-            )
+        require(self, ("delta_loss_coefficient",), "at least 0 and finite")
+        require(self, ("k_shared_ratio",))
 
     @property
     def n_delta(self) -> int:

@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.crosscoders.architectures.reassignment import (
     OTHER_MODEL,
     Evidence,
@@ -69,16 +70,14 @@ class DFCTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
     @override
     def __post_init__(self) -> None:
         for name in ("a_exclusive_fraction", "b_exclusive_fraction"):
+            require(self, (name,), "at least 0 and below 0.5")
             fraction = getattr(self, name)
-            if not 0 <= fraction < 0.5:
-                raise ValueError(f"{name} must be in [0, 0.5), got {fraction}.")
             if fraction > 0 and math.floor(fraction * self.d_sae) == 0:
                 raise ValueError(
                     f"{name}={fraction} of d_sae={self.d_sae} is less than one latent. "
                     "Raise either, or set the fraction to 0."
                 )
-        if not 0.5 < self.min_own_share < 1:
-            raise ValueError(f"min_own_share must be in (0.5, 1), got {self.min_own_share}.")
+        require(self, ("min_own_share",), "above 0.5 and below 1")
         gaps = [
             after - before for before, after in zip([0, *self.reassign_steps], self.reassign_steps)
         ]

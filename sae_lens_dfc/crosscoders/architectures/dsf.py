@@ -11,11 +11,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_dfc.core import distributed
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.crosscoders.architectures.topk import (
     TopKTrainingCrosscoder,
     TopKTrainingCrosscoderConfig,
 )
 from sae_lens_dfc.crosscoders.base import ROUNDING
+from sae_lens_dfc.stats.affine_maps import ridge_weights
+
+RIDGE = 1e-3
 
 
 @dataclass(kw_only=True)
@@ -48,8 +52,7 @@ class DSFTrainingCrosscoderConfig(TopKTrainingCrosscoderConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.tied_fraction <= 1:
-            raise ValueError(f"tied_fraction must be from 0 to 1, got {self.tied_fraction}.")
+        require(self, ("tied_fraction",), "at least 0 and at most 1")
         if not 0 < self.n_tied < self.d_sae:
             raise ValueError(
                 f"tied_fraction={self.tied_fraction} of d_sae={self.d_sae} ties {self.n_tied} latents; "
@@ -129,10 +132,8 @@ class DSFTrainingCrosscoder(TopKTrainingCrosscoder[DSFTrainingCrosscoderConfig])
 
 
 @torch.no_grad()
-def linear_map(
-    x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], ridge: float = 1e-3
-) -> Float[Tensor, "d_x d_y"]:
-    """Ridge regression from `x` to `y` over all ranks, both centered; the penalty is `ridge` times
+def linear_map(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> Float[Tensor, "d_x d_y"]:
+    """Ridge regression from `x` to `y` over all ranks, both centered; the penalty is `RIDGE` times
     `x`'s mean variance.
 
     Raises:
@@ -152,5 +153,4 @@ def linear_map(
             f"No linear map can be fitted: model A's {d_x} dimensions do not vary over {n} pairs. Check model A's hook "
             "and the text, or give more pairs (n_batches_for_norm_estimate)."
         )
-    covariance += ridge * covariance.diagonal().mean() * torch.eye(d_x).to(covariance)
-    return torch.linalg.solve(covariance, products).to(dtype)
+    return ridge_weights(covariance, products, RIDGE).to(dtype)

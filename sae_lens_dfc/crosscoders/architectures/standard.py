@@ -7,8 +7,9 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
-from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig, require_finite
+from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,7 @@ class StandardTrainingCrosscoderConfig(CrosscoderTrainingConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_finite(self, ("l1_coefficient", "l1_warm_up_steps"))
+        require(self, ("l1_coefficient", "l1_warm_up_steps"), "at least 0 and finite")
 
     @override
     @classmethod

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_dfc.core import distributed
+from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.crosscoders.base import DEAD, WHOLE, Step, StepActs, TrainingCrosscoder
 from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.partition import zero_forbidden_
@@ -79,10 +80,7 @@ class TopKTrainingCrosscoderConfig(CrosscoderTrainingConfig, ABC):
                 raise ValueError(
                     f"{name} must be above 0 and at most d_sae, got {name}={k:g} and d_sae={self.d_sae}."
                 )
-        if not 0 < self.topk_threshold_lr <= 1:
-            raise ValueError(
-                f"topk_threshold_lr must be above 0 and at most 1, got {self.topk_threshold_lr}."
-            )
+        require(self, ("topk_threshold_lr",), "above 0 and at most 1")
         if self.k_anneal_steps < 0 or (self.k_initial is None) != (self.k_anneal_steps == 0):
             raise ValueError(
                 "Annealing needs both k_initial and k_anneal_steps (above 0), or neither; "

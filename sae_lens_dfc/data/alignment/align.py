@@ -2,15 +2,15 @@
 counts the others by reason."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
+from pydantic import ConfigDict
 
-from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.data.alignment.segments import Segment, Segments
 from sae_lens_dfc.data.alignment.spans import LETTER_OF_BYTE_TOKEN
 from sae_lens_dfc.data.alignment.tokens import UNKNOWN, Tokens
@@ -42,6 +42,9 @@ class Coverage:
     >>> coverage.a, coverage.b
     (0.8, 1.0)
     """
+
+    # The shares, which `to_dict` adds for the reader, follow from the counts.
+    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
 
     tokens_a: int = 0
     tokens_b: int = 0
@@ -79,30 +82,6 @@ class Coverage:
             "dropped_a": dict(self.dropped_a),
             "dropped_b": dict(self.dropped_b),
         }
-
-    @classmethod
-    def from_dict(cls, values: Any) -> "Coverage":
-        """Restore the counts from `to_dict`.
-
-        Raises:
-            ValueError: The values are not such counts.
-
-        >>> Coverage.from_dict(Coverage(10, 8, 8).to_dict()) == Coverage(10, 8, 8)
-        True
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"A coverage must be a mapping of counts, got {values!r:.80}.")
-        dropped = {name: values.get(name) for name in ("dropped_a", "dropped_b")}
-        if not all(
-            isinstance(d, dict) and all(isinstance(n, int) for n in d.values())
-            for d in dropped.values()
-        ):
-            raise ValueError(
-                f"A coverage must count the dropped tokens by reason, got {dropped!r:.80}."
-            )
-        own = {name: values.get(name) for name in ("tokens_a", "tokens_b", "pairs")}
-        counters = {name: Counter(d) for name, d in dropped.items()}
-        return from_plain(cls, {**own, **counters}, "A coverage")
 
     def drop(self, reason: str) -> None:
         """Turn a pair that cannot be used into unpaired tokens."""

@@ -127,20 +127,14 @@ class WriterProgress:
         try:
             values, tensors = load_state(path)
             a, b = (NormStatistics.of(tensors.pop(f"statistics_{model}")) for model in "ab")
-            counts, after = PairCounts(), values["after"]
-            counts.load(values["counts"])
-            if not isinstance(values["header"], dict) or not isinstance(after, dict | None):
+            header, after, _ = (values.pop(name) for name in ("header", "after", "format"))
+            if not isinstance(header, dict) or not isinstance(after, dict | None):
                 raise ValueError("its header or its state has an unexpected type.")
-            parts = {
-                "shards": [from_plain(Shard, shard, "A shard") for shard in values["shards"]],
-                "after": None if after is None else StreamState(after, tensors),
-                "skip": values["skip"],
-                "counts": counts,
-                "statistics": (a, b),
-                "done": values["done"],
-            }
-            return from_plain(cls, parts, "The progress"), values["header"]
-        except (ValueError, KeyError, TypeError) as error:
+            progress = from_plain(cls, values, "The progress")
+            progress.after = None if after is None else StreamState(after, tensors)
+            progress.statistics = (a, b)
+            return progress, header
+        except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{path} is damaged: {said_by(error)} Cache again with --overwrite."
             ) from error

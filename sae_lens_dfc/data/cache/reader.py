@@ -69,9 +69,7 @@ class PairedActivationsCache:
     @cached_property
     def counts(self) -> PairCounts:
         """Counts of the text that the cache was made from."""
-        counts = PairCounts()
-        counts.load(self.manifest["counts"])
-        return counts
+        return from_plain(PairCounts, self.manifest["counts"], "The counts")
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
@@ -287,7 +285,7 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         model, width = manifest["models"].get(name), manifest[f"d_{name[-1]}"]
         if not isinstance(model, dict) or model.get("d_model") != width or width < 1:
             raise ValueError(f"{name} is not {width} wide.")
-    PairCounts().load(manifest["counts"])
+    from_plain(PairCounts, manifest["counts"], "The counts")
     shards = [from_plain(Shard, shard, "A shard") for shard in manifest["shards"]]
     of_row = str_to_dtype(manifest["dtype"]).itemsize * (manifest["d_a"] + manifest["d_b"])
     if not shards or any(shard.rows < 1 or shard.rows * of_row > shard.size for shard in shards):

@@ -2,7 +2,7 @@
 its checkpoint."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,7 +154,9 @@ class Loading(NamedTuple):
     def _remedy(self) -> str:
         if self.mismatched:
             return "Correct config.json, or resize the model before saving it."
-        if self.missing and not self.unexpected and _is_head(self.missing):
+        ends = ("head", "embed_out", "output")
+        is_head = all(name.rpartition(".")[0].endswith(ends) for name in self.missing)
+        if self.missing and not self.unexpected and is_head:
             return f"It was saved without its head: save it whole, with {PLAIN}."
         if self.missing and not self.unexpected:
             return "Is a file of weights missing? Copy all of them into the folder."
@@ -169,10 +171,6 @@ def whole_model_weights(config: PretrainedConfig) -> set[str]:
     with torch.device("meta"):
         whole = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     return {name for name, _ in whole.named_parameters()}
-
-
-def _is_head(names: Collection[str]) -> bool:
-    return all(name.rpartition(".")[0].endswith(("head", "embed_out", "output")) for name in names)
 
 
 def some_names(names: Sequence[str], kind: str) -> str:

@@ -211,7 +211,7 @@ def _not_enough(needs: Needs, cfg: CrosscoderRunnerConfig) -> Iterator[str]:
         if not room.is_enough:
             where = "the machine" if device == PROCESSOR else device
             yield (
-                f"Training takes {size(room.takes.total)} of memory, and {where} has {size(room.there or 0)}. Take fewer latents "
+                f"Training takes {size(room.takes.total)} of memory, and {where} has {size(room.there)}. Take fewer latents "
                 "(sae.d_sae), a smaller buffer (n_batches_in_buffer), models in bfloat16 or with drop_unused_layers, or cache first."
             )
     if needs.disk.total > needs.disk_there:

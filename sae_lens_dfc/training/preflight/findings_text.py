@@ -139,7 +139,7 @@ def _needs(found: Findings) -> Iterator[str]:
     yield from _wrapped(f"time    {_time(needs, found.seconds_to_open)}", 2, indent="  ")
     for device, room in needs.memory.items():
         takes = room.takes
-        there = "" if room.there is None else f" of {size(room.there)}"
+        there = f" of {size(room.there)}"
         where = "" if device == PROCESSOR else f" on {device}"
         yield (
             f"  memory  {size(takes.total)}{there}{where}: models {size(takes.models)}, "

@@ -15,7 +15,7 @@ from datasets import Dataset
 from sae_lens_dfc.core.terminal import counted
 from sae_lens_dfc.data.alignment.align import REASONS, Coverage
 from sae_lens_dfc.data.config import DataConfig
-from sae_lens_dfc.data.contexts import Context, ContextBatch, ContextStream, PairCounts
+from sae_lens_dfc.data.contexts import Context, ContextStream, PairCounts
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.sources import Source
 from sae_lens_dfc.data.text.datasets import Rows
@@ -139,7 +139,7 @@ def look(
             # The first segment is the beginning-of-sequence token's.
             pairs[context.document] += len(context.segments) - 1
         found.contexts += batch.contexts if keep_contexts else ()
-        if _ends_what_was_read(batch) and time.perf_counter() - begin > seconds:
+        if batch.after["batches"] == 0 and time.perf_counter() - begin > seconds:
             found.is_whole = False
             break
     found.seconds = time.perf_counter() - begin
@@ -187,10 +187,6 @@ def _stream(pair: ModelPair, source: Source, cfg: DataConfig) -> ContextStream:
         part="training",
         eval_every_n_documents=cfg.eval_every_n_documents,
     )
-
-
-def _ends_what_was_read(batch: ContextBatch) -> bool:
-    return batch.after["batches"] == 0
 
 
 def n_documents(rows: Rows) -> int | None:

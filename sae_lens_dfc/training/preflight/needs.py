@@ -39,12 +39,12 @@ class Room(NamedTuple):
     """Memory that a training takes on a device, and memory that the device has."""
 
     takes: Memory
-    there: int | None
-    """Bytes that the device has; none if the system does not say."""
+    there: int
+    """Bytes that the device has."""
 
     @property
     def is_enough(self) -> bool:
-        return self.there is None or self.takes.total <= self.there
+        return self.takes.total <= self.there
 
 
 @dataclass(frozen=True)

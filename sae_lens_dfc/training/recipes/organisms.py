@@ -118,10 +118,7 @@ def organisms() -> dict[str, Organism]:
     ('google/gemma-3-1b-it', 12, 'false tips for baking cakes')
     """
     said = read_yaml(FILE)
-    bases = {
-        name: from_plain(Base, {"name": name, **values}, name)
-        for name, values in said["bases"].items()
-    }
+    bases = {name: {"name": name, **values} for name, values in said["bases"].items()}
     return {
         name: from_plain(Organism, {"name": name, **values, "base": bases[values["base"]]}, name)
         for name, values in said["organisms"].items()

@@ -242,7 +242,7 @@ def test_prompts_without_room_for_an_answer_are_left_out_and_counted(
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"n_prompts": 0}, "n_prompts must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must be a finite number of 0 or above, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
         ({"output": "rows.csv"}, "output must be a .jsonl file, got 'rows.csv'"),
         ({"text_column": "body"}, "has no text column 'body'"),
         ({"max_new_tokens": 256}, "leaves room for max_new_tokens=256 in both"),

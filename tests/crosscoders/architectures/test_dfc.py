@@ -237,7 +237,7 @@ def test_tests_after_shares_outside_the_training_are_refused() -> None:
         ({"reassign_steps": [100, 120]}, r"got reassign_steps=\[100, 120\]"),
         ({"reassign_steps": [100], "evidence_window": 1}, r"\(at least 2\)"),
         ({"reassign_steps": [100], "selection": "partition"}, "Set selection='pooled'"),
-        ({"min_own_share": 0.5}, r"min_own_share must be in \(0.5, 1\), got 0.5"),
+        ({"min_own_share": 0.5}, r"min_own_share must be above 0.5 and below 1, got 0.5"),
     ],
 )
 def test_tests_that_cannot_be_are_refused(overrides: dict[str, Any], message: str) -> None:

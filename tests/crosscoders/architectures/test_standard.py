@@ -50,7 +50,5 @@ def test_the_penalty_warms_up_and_a_higher_one_leaves_fewer_latents_active() -> 
 
 
 def test_a_negative_penalty_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="l1_coefficient must be a finite number of at least 0, got -1"
-    ):
+    with pytest.raises(ValueError, match="l1_coefficient must be at least 0, got -1"):
         make_standard(l1_coefficient=-1)
