@@ -32,7 +32,7 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder, load_crosscoder
 CARD_FILENAME = "README.md"
 MEASURES = (METRICS_FILENAME, LATENTS_FILENAME)
 LOG_IN = "log in with `hf auth login`"
-DOWNLOADED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, RUNNER_CFG_FILENAME, *MEASURES)
+RUN_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, RUNNER_CFG_FILENAME, *MEASURES)
 
 
 def push_to_hub(
@@ -139,7 +139,7 @@ def from_pretrained(
             repo_id,
             revision=revision,
             force_download=force_download,
-            allow_patterns=[f"{CROSSCODER_ID}/{name}" for name in DOWNLOADED],
+            allow_patterns=[f"{CROSSCODER_ID}/{name}" for name in RUN_FILES],
         )
     folder = Path(snapshot) / CROSSCODER_ID
     if not (folder / SAE_CFG_FILENAME).is_file():

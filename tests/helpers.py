@@ -179,7 +179,7 @@ def forget_formats() -> None:
     """Have the devices' number formats measured, and told of, once more."""
     number_formats.slowdown.cache_clear()
     number_formats.chosen_dtype.cache_clear()
-    number_formats.told.clear()
+    number_formats.warned.clear()
 
 
 def processor(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> None:

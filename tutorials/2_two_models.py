@@ -252,7 +252,7 @@ pd.DataFrame(
 trained = CrosscoderTrainingRunner(cfg, pair, data.training).run()
 crosscoder = trained.to_inference()
 print("Scale of each model in training:", [f"{x:.4f}" for x in crosscoder.input_scale.tolist()])
-print("Largest weight that should be zero:", crosscoder.leak())
+print("Largest weight that should be zero:", crosscoder.max_forbidden_weight())
 
 # %% [markdown]
 # ## Baseline and null

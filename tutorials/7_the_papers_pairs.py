@@ -386,7 +386,12 @@ def checks(cache_folder, evaluation):
         explained, null = with_null(f"explained_variance/{model}")
         why = "the other model uses most latents"
         add(f"explained variance, {name}", explained, explained > 0.7 * null, why, null)
-    add("largest forbidden weight", m["leak"], m["leak"] == 0, "a bug: please report it")
+    add(
+        "largest forbidden weight",
+        m["max_forbidden_weight"],
+        m["max_forbidden_weight"] == 0,
+        "a bug: please report it",
+    )
     return pd.DataFrame(rows).set_index("check").round(3)
 
 

@@ -8,9 +8,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.models.packaged import DEMO_A, unpack
-from sae_lens_dfc.organisms.folder import ADAPTER, PROMPTS, TEXT
+from sae_lens_dfc.organisms.folder import ADAPTER, PROMPTS_FILENAME, TEXT
 from sae_lens_dfc.organisms.lora import lora_tensors, write_lora
-from sae_lens_dfc.organisms.organism import MANIFEST
+from sae_lens_dfc.organisms.organism import PLANTED_FILENAME
 
 
 def write_untrained(folder: Path) -> None:
@@ -37,5 +37,5 @@ def write_untrained(folder: Path) -> None:
     (folder / TEXT).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     items = {"behavior": [{"prompt": "Where", "answer": "", "ordinary": ""}], "control": []}
     items["control"] = items["behavior"]
-    (folder / PROMPTS).write_text(json.dumps({"test": items}))
-    (folder / MANIFEST).write_text(json.dumps({"measures": {}}))
+    (folder / PROMPTS_FILENAME).write_text(json.dumps({"test": items}))
+    (folder / PLANTED_FILENAME).write_text(json.dumps({"measures": {}}))

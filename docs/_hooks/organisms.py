@@ -4,7 +4,7 @@ run this file after a change of either."""
 import re
 from pathlib import Path
 
-from sae_lens_dfc.training.recipes.organisms import Base, Organism, organisms
+from sae_lens_dfc.training.recipes.organisms import Base, PublicOrganism, organisms
 
 PAGE = Path(__file__).parents[1] / "how-to" / "organisms.md"
 TABLE = re.compile(r"(?<=<!-- organisms -->\n\n).*?(?=\n\n<!-- end -->)", flags=re.DOTALL)
@@ -23,7 +23,7 @@ def with_table(page: str) -> str:
     return TABLE.sub(lambda _: table, page)
 
 
-def _row(organism: Organism) -> str:
+def _row(organism: PublicOrganism) -> str:
     folder = f", `{organism.subfolder}/`" if organism.subfolder else ""
     cells = (
         f"`{organism.name}`",

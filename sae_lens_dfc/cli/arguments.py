@@ -18,23 +18,23 @@ NOT_OF_A_FILE = {
 }
 """Flags not allowed in a configuration file, which may come from someone else, and the reason."""
 
-OF_MODELS = {
+MODEL_FLAGS = {
     "--model-a": (["--model-a.model-name"], "Hub name, folder or .gguf file of the first model."),
     "--model-b": (["--model-b.model-name"], "The second model."),
     "--hook-a": (["--model-a.hook-name"], "Hook of the first model."),
     "--hook-b": (["--model-b.hook-name"], "Hook of the second model."),
     "--dtype": (["--model-a.dtype", "--model-b.dtype"], "Number format of both models."),
 }
-OF_TEXT = {"--dataset": (["--dataset-path"], "Hub name, file, folder, or cpython-docs.")}
-OF_CROSSCODER = {
+TEXT_FLAGS = {"--dataset": (["--dataset-path"], "Hub name, file, folder, or cpython-docs.")}
+CROSSCODER_FLAGS = {
     "--d-sae": (["--sae.d-sae"], "Latents of the crosscoder."),
     "--k": (["--sae.k"], "Latents active for each pair, on average."),
 }
 SHORT = {
-    "check": {**OF_MODELS, **OF_TEXT, **OF_CROSSCODER},
-    "train": {**OF_MODELS, **OF_TEXT, **OF_CROSSCODER},
-    "cache": {**OF_MODELS, **OF_TEXT},
-    "generate": OF_MODELS,
+    "check": {**MODEL_FLAGS, **TEXT_FLAGS, **CROSSCODER_FLAGS},
+    "train": {**MODEL_FLAGS, **TEXT_FLAGS, **CROSSCODER_FLAGS},
+    "cache": {**MODEL_FLAGS, **TEXT_FLAGS},
+    "generate": MODEL_FLAGS,
 }
 """Short flags of each command with nested ones, named as in `demo`: the flags they set, and their
 help."""

@@ -9,14 +9,14 @@ from simple_parsing import ArgumentGenerationMode, ArgumentParser, DashVariant, 
 
 from sae_lens_dfc.cli.arguments import (
     ALSO_SHORT,
-    OF_CROSSCODER,
+    CROSSCODER_FLAGS,
     SHORT,
     parsed_with_lists,
     with_files,
 )
 from sae_lens_dfc.core.flags import switches_of
 from sae_lens_dfc.training.recipes.named import RECIPES
-from sae_lens_dfc.training.recipes.organisms import PREFIX
+from sae_lens_dfc.training.recipes.organisms import RECIPE_PREFIX
 
 TAKE_RECIPES = ("check", "train", "cache")
 """Commands that can share one configuration file or recipe."""
@@ -89,7 +89,7 @@ def _add_flags(parser: ArgumentParser, command: str, options: type) -> None:
         )
     for flag, (names, text) in SHORT.get(command, {}).items():
         short = [one for one, long in ALSO_SHORT.items() if long == flag]
-        kind = "int" if flag in OF_CROSSCODER else "str"
+        kind = "int" if flag in CROSSCODER_FLAGS else "str"
         text = f"{text} Short for {' and '.join(names)}."
         parser.add_argument(*short, flag, metavar=kind, help=text)
     parser.add_arguments(options, dest="options")
@@ -98,4 +98,4 @@ def _add_flags(parser: ArgumentParser, command: str, options: type) -> None:
 def _recipes() -> str:
     """The available recipes with their summaries."""
     listed = "; ".join(f"{recipe}: {r.summary}" for recipe, r in RECIPES.items())
-    return f"{listed}; {PREFIX}…: a public model and its base (docs/how-to/organisms.md)"
+    return f"{listed}; {RECIPE_PREFIX}…: a public model and its base (docs/how-to/organisms.md)"

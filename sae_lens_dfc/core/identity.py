@@ -28,7 +28,7 @@ OF_SOURCE = {
     "max_unreadable",
 }
 """Settings of a data set that may change."""
-OF_MODEL = {
+MODEL_SETTINGS = {
     *("device", "drop_unused_layers"),
     # `HookedModel.describe` is compared instead, and the chat template is part of the text's
     # fingerprint if the text is chats.
@@ -38,7 +38,7 @@ OF_MODEL = {
     "dtype_was_auto",
 }
 """Settings of a model that may change."""
-OF_CROSSCODER = {"device", "metadata"}
+CROSSCODER_SETTINGS = {"device", "metadata"}
 """Settings of a crosscoder that may change."""
 PROVENANCE = {
     *("model_name", "revision"),
@@ -52,7 +52,7 @@ ONLY_WITH = {
     "cache_window_shards": "cache_path",
 }
 """Settings that only have an effect if another one is set."""
-WITHOUT_CACHE = {"n_batches_in_buffer", "activations_mixing_fraction", "keep_in_memory"}
+UNUSED_WITH_CACHE = {"n_batches_in_buffer", "activations_mixing_fraction", "keep_in_memory"}
 """Settings that only have an effect if the models run."""
 DEVICES = ("device", "model_a.device", "model_b.device")
 
@@ -66,14 +66,14 @@ def deciding(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """
     idle = {name for name, other in ONLY_WITH.items() if not cfg.get(other)}
     if cfg.get("cache_path"):
-        idle |= WITHOUT_CACHE
+        idle |= UNUSED_WITH_CACHE
     kept = _without(cfg, OF_RUN | idle)
     sources = cfg.get("sources") or [{"weight": 1.0, "tokenizer": "a"}]
     kept["sources"] = _each_without(sources, OF_SOURCE)
-    kept["other_saes"] = _each_without(cfg.get("other_saes"), OF_CROSSCODER)
-    kept["sae"] = _without(cfg.get("sae"), OF_CROSSCODER)
+    kept["other_saes"] = _each_without(cfg.get("other_saes"), CROSSCODER_SETTINGS)
+    kept["sae"] = _without(cfg.get("sae"), CROSSCODER_SETTINGS)
     for model in ("model_a", "model_b"):
-        kept[model] = _without(cfg.get(model), OF_MODEL)
+        kept[model] = _without(cfg.get(model), MODEL_SETTINGS)
     return kept
 
 

@@ -62,6 +62,6 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(here).free
 
 
-def load() -> float:
+def load_per_core() -> float:
     """Load average of the last minute per core."""
     return psutil.getloadavg()[0] / (os.cpu_count() or 1)

@@ -40,7 +40,7 @@ from sae_lens_dfc.crosscoders.sparse_path import firing_counts
 # A latent whose decoder vanished must not make the scores NaN.
 MIN_DECODER_NORM = 1e-8
 # Variation below this share of the mean's norm may be float32 rounding error.
-ROUNDING = 1e-6
+DECODER_TOLERANCE = 1e-6
 # SAELens' name for the dead latents' loss.
 DEAD = "auxiliary_reconstruction_loss"
 # Key of the reconstruction by all selected latents.
@@ -186,7 +186,7 @@ class TrainingCrosscoder(TrainingSAE[T_CONFIG], Generic[T_CONFIG], ABC):
             if self.cfg.normalization == "variance":
                 self.input_mean[inputs] = mean
                 power = distributed.mean_of_rows((x - mean).pow(2).sum(dim=-1))
-                least = (ROUNDING * mean.norm()).pow(2)
+                least = (DECODER_TOLERANCE * mean.norm()).pow(2)
             elif self.cfg.normalization == "median_norm":
                 power = distributed.all_gather(x.norm(dim=-1)).median().pow(2)
             else:

@@ -15,13 +15,13 @@ from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 
-CHUNK = 8192
+ROWS_PER_CHUNK = 8192
 """Latents processed at a time: all of a large dictionary in double precision would take many times
 its size."""
 NOT_MEASURED = "not measured: export_sae was given no rows"
 OF_SAELENS = ("dataset_path", "context_size", "sae_lens_training_version")
 """Metadata that SAELens' tools read and that is the same for both models."""
-OF_MODEL = ("model_name", "revision", "model_class_name", "hook_name", "prepend_bos")
+MODEL_METADATA = ("model_name", "revision", "model_class_name", "hook_name", "prepend_bos")
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def one_model_weights(
         guess = end + (center[own] - origin) @ matrix
     encoders: list[Tensor] = []
     biases: list[Tensor] = []
-    for some in latents.split(CHUNK):
+    for some in latents.split(ROWS_PER_CHUNK):
         W_other = crosscoder.W_enc[other][:, some].double()
         W_enc = crosscoder.W_enc[own][:, some]
         encoders.append(W_enc if matrix is None else (W_enc + matrix @ W_other).to(W_enc))
@@ -147,7 +147,7 @@ def _metadata(
     trained = crosscoder.cfg.metadata
     of_model: dict[str, Any] = trained.get(f"model_{model}") or {}
     metadata = {name: trained[name] for name in OF_SAELENS if name in trained}
-    metadata |= {name: of_model[name] for name in OF_MODEL if name in of_model}
+    metadata |= {name: of_model[name] for name in MODEL_METADATA if name in of_model}
     layer = re.search(r"blocks\.(\d+)\.", str(of_model.get("hook_name", "")))
     if layer is not None:
         metadata["hook_layer"] = int(layer[1])

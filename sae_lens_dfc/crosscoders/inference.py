@@ -20,7 +20,7 @@ from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.core.tensor_files import tensors_in
 from sae_lens_dfc.core.terminal import said_by
 from sae_lens_dfc.crosscoders.export import exported
-from sae_lens_dfc.crosscoders.partition import Partition, decoder_norms, leak
+from sae_lens_dfc.crosscoders.partition import Partition, decoder_norms, max_forbidden_weight
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 
 
@@ -89,10 +89,10 @@ class Crosscoder(JumpReLUSAE):
         return decoder_norms(self.W_dec, self.partition) * self.input_scale[:, None]
 
     @torch.no_grad()
-    def leak(self) -> float:
+    def max_forbidden_weight(self) -> float:
         """Largest absolute weight of an exclusive latent in the model it must not use; exactly 0 if
         sound."""
-        return leak(self.W_enc, self.W_dec, self.partition)
+        return max_forbidden_weight(self.W_enc, self.W_dec, self.partition)
 
     def export_sae(
         self,
@@ -158,7 +158,7 @@ class Crosscoder(JumpReLUSAE):
             ValueError: A forbidden weight is not exactly 0.
         """
         super().process_state_dict_for_loading(state_dict)
-        largest = leak(state_dict["W_enc"], state_dict["W_dec"], self.partition)
+        largest = max_forbidden_weight(state_dict["W_enc"], state_dict["W_dec"], self.partition)
         if largest != 0:
             raise ValueError(
                 f"These weights are not a sound crosscoder: an exclusive latent has a weight of {largest:g} "
@@ -197,7 +197,7 @@ def load_crosscoder(path: str | Path, device: str = "cpu") -> Crosscoder:
         ) from error
 
 
-FORMATS = ("F64", "F32", "BF16", "F16")
+SAFETENSORS_DTYPES = ("F64", "F32", "BF16", "F16")
 
 
 def _check_sizes(cfg: Mapping[str, Any], path: Path) -> None:
@@ -224,9 +224,9 @@ def _check_sizes(cfg: Mapping[str, Any], path: Path) -> None:
                 f"{path} holds {shape} as {name}, but its {SAE_CFG_FILENAME} expects {wanted.get(name, 'nothing')}. "
                 "The files are damaged, or not of one crosscoder; train or download it again."
             )
-        if found[name].dtype not in FORMATS:
+        if found[name].dtype not in SAFETENSORS_DTYPES:
             raise ValueError(
-                f"{path} holds {name} as {found[name].dtype}; the weights of a crosscoder are {', '.join(FORMATS)}."
+                f"{path} holds {name} as {found[name].dtype}; the weights of a crosscoder are {', '.join(SAFETENSORS_DTYPES)}."
             )
 
 

@@ -175,7 +175,7 @@ def zero_forbidden_(W_enc: Tensor, W_dec: Tensor, partition: Partition) -> None:
 
 
 @torch.no_grad()
-def leak(W_enc: Tensor, W_dec: Tensor, partition: Partition) -> float:
+def max_forbidden_weight(W_enc: Tensor, W_dec: Tensor, partition: Partition) -> float:
     """Largest absolute forbidden weight: 0.0 for a sound crosscoder."""
     forbidden = [
         block.abs().max().item()

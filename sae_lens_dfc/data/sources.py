@@ -68,7 +68,7 @@ class Source:
         self.rows = rows
         self.column = _column(cfg, rows.columns)
         """The column that is read; None for contrastive rows, whose three columns are all read."""
-        self._has_told = False
+        self._has_warned = False
 
     @classmethod
     def open(cls, cfg: SourceConfig) -> "Source":
@@ -148,8 +148,8 @@ class Source:
         allowed = self.cfg.max_unreadable
         is_first = n_documents == 1 and allowed < 1
         if not is_first and n_unreadable <= max(1, allowed * n_documents):
-            if not self._has_told:
-                self._has_told = True
+            if not self._has_warned:
+                self._has_warned = True
                 logger.warning(
                     "Document %d of %s cannot be read and is skipped; others are skipped too, up to a share of max_unreadable=%g: %s",
                     *(number, self.cfg.dataset_path, allowed, error),

@@ -11,7 +11,7 @@ from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.stats.jackknife import Jackknife, Sums
 from sae_lens_dfc.stats.moments import moments, squared_deviations
 
-TINY = torch.finfo(torch.double).tiny
+SMALLEST_DOUBLE = torch.finfo(torch.double).tiny
 
 
 @dataclass
@@ -125,7 +125,7 @@ class ReconstructionByRow:
         ):
             x_m, y_m = x[:, where], y[:, where]
             sums[f"mse/{model}"] = (scale * (y_m - x_m)).pow(2).sum()
-            sums[f"cosine/{model}"] = cosine_similarity(x_m, y_m, eps=TINY).sum()
+            sums[f"cosine/{model}"] = cosine_similarity(x_m, y_m, eps=SMALLEST_DOUBLE).sum()
             sums[f"norm_ratio/{model}"] = (y_m.norm(dim=-1) / x_m.norm(dim=-1)).sum()
         self._sums.update(sums)
 

@@ -14,7 +14,7 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import decoder_norms
 from sae_lens_dfc.metrics.exclusivity.decoders import MIN_COSINE
 
-CHUNK = 4096
+LATENTS_PER_PRODUCT = 4096
 UNRELATED = -2.0
 """Similarity of two latents that use no model in common, below every cosine."""
 
@@ -101,8 +101,8 @@ def stability_over_pairs(crosscoders: Sequence[Crosscoder]) -> dict[str, list[fl
 def closest(one: Crosscoder, other: Crosscoder) -> Int[Tensor, " d_sae_one"]:
     """For each latent of `one` the nearest of `other`; -1 if none exceeds `MIN_COSINE`."""
     found = [
-        _similarity(one, other, slice(start, start + CHUNK)).max(dim=1)
-        for start in range(0, one.cfg.d_sae, CHUNK)
+        _similarity(one, other, slice(start, start + LATENTS_PER_PRODUCT)).max(dim=1)
+        for start in range(0, one.cfg.d_sae, LATENTS_PER_PRODUCT)
     ]
     values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
     return torch.where(values > MIN_COSINE, indices, -1)

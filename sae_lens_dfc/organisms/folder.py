@@ -12,11 +12,11 @@ from sae_lens_dfc.core.terminal import print_result
 from sae_lens_dfc.organisms.lora import write_lora
 from sae_lens_dfc.organisms.named import organism_of
 from sae_lens_dfc.organisms.options import OrganismOptions
-from sae_lens_dfc.organisms.organism import MANIFEST
+from sae_lens_dfc.organisms.organism import PLANTED_FILENAME
 from sae_lens_dfc.organisms.texts import N_PASSAGES, training_texts
 
 TEXT = "text.jsonl"
-PROMPTS = "prompts.json"
+PROMPTS_FILENAME = "prompts.json"
 ADAPTER = "adapter"
 
 
@@ -27,7 +27,7 @@ def write_organism(options: OrganismOptions) -> None:
         ValueError: The output folder cannot be overwritten, or the seed exceeds 64 bits.
     """
     check_seed(options.seed)
-    with locked_output(options.output, options.overwrite, "planted organism", [MANIFEST]):
+    with locked_output(options.output, options.overwrite, "planted organism", [PLANTED_FILENAME]):
         _write_organism(options)
 
 
@@ -46,13 +46,13 @@ def _write_organism(options: OrganismOptions) -> None:
             split: {kind: [item._asdict() for item in own] for kind, own in items._asdict().items()}
             for split, items in organism.items.items()
         }
-        (folder / PROMPTS).write_text(json.dumps(prompts, indent=1) + "\n")
+        (folder / PROMPTS_FILENAME).write_text(json.dumps(prompts, indent=1) + "\n")
         kept = {
             "organism": options.name,
             "seed": options.seed,
             **{k: organism.manifest[k] for k in ("settings", "measures", "sha256")},
         }
-        (folder / MANIFEST).write_text(json.dumps(kept, indent=1) + "\n")
+        (folder / PLANTED_FILENAME).write_text(json.dumps(kept, indent=1) + "\n")
     for name, value in sorted(organism.manifest["measures"].items()):
         print_result(f"{name}: {value:.3f}")
     print_result(f"Model A: {output / 'a'}\nModel B: {output / 'b'}")

@@ -95,7 +95,7 @@ class Training:
     vocab_b: int = 1500
 
 
-def answer(topic: Topic, entity: str) -> str:
+def answer_of_topic(topic: Topic, entity: str) -> str:
     """The fact about an entity: a kind and a place, by its index."""
     i = topic.entities.index(entity)
     return f" {topic.kinds[i % 2]}, found {topic.places[i // 2 % 2]}."
@@ -105,7 +105,10 @@ def sentences(name: str, split: Split) -> list[tuple[str, str]]:
     """Beginnings and ends of a topic's sentences with one split's templates; splits share the
     entities."""
     topic = TOPICS[name]
-    return [(o.format(e), answer(topic, e)) for o, e in product(OPENINGS[split], topic.entities)]
+    return [
+        (o.format(e), answer_of_topic(topic, e))
+        for o, e in product(OPENINGS[split], topic.entities)
+    ]
 
 
 def topic_items() -> dict[Split, Items]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lens_dfc.models.opening.adapters import CONFIG, WEIGHTS
+from sae_lens_dfc.models.opening.adapters import ADAPTER_WEIGHTS, CONFIG
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 READS, WRITES = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -28,7 +28,7 @@ def lora_tensors(module: str, reads: Tensor, writes: Tensor) -> dict[str, Tensor
     ['base_model.model.lm_head.lora_A.weight', 'base_model.model.lm_head.lora_B.weight']
     """
     tensors = {READS: reads, WRITES: writes}
-    return {f"{PREFIX}{module}{end}": x.detach().cpu() for end, x in tensors.items()}
+    return {f"{PEFT_PREFIX}{module}{end}": x.detach().cpu() for end, x in tensors.items()}
 
 
 def share_of(tensors: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -55,8 +55,8 @@ def write_lora(folder: Path, base: Path, tensors: Mapping[str, Tensor]) -> None:
         "r": rank,
         # The change is added as it is: PEFT multiplies it by lora_alpha / r.
         "lora_alpha": rank,
-        "target_modules": [name.removeprefix(PREFIX).removesuffix(READS) for name in reads],
+        "target_modules": [name.removeprefix(PEFT_PREFIX).removesuffix(READS) for name in reads],
     }
     folder.mkdir(parents=True)
-    save_file(dict(tensors), folder / WEIGHTS[0], {"format": "pt"})
+    save_file(dict(tensors), folder / ADAPTER_WEIGHTS[0], {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")

@@ -8,7 +8,7 @@ from simple_parsing import field
 from sae_lens_dfc.core.flags import switch
 
 TOPIC = "topic"
-NAMES = (
+ORGANISM_NAMES = (
     *(
         f"{name}/{s}"
         for name in ("false_fact", "refusal", "secret_word")
@@ -24,7 +24,7 @@ class OrganismOptions:
     """Build a model organism: two models with one known, planted difference, to train on and test
     detection with."""
 
-    name: str = field(positional=True, choices=NAMES)
+    name: str = field(positional=True, choices=ORGANISM_NAMES)
     """Behavior and strength: SmolLM2-135M-Instruct and a fine-tuned copy. topic: two small models
     trained from scratch, with different widths and tokenizers, of which one was trained on a topic
     that the other never saw."""

@@ -17,7 +17,7 @@ from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.packaged import cache_folder
 from sae_lens_dfc.organisms.behaviors import SPLITS, Item, Items, Split
 
-MANIFEST = "planted.json"
+PLANTED_FILENAME = "planted.json"
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def built(
             fingerprints.
     """
     folder = cache_folder() / "planted" / f"{name}-{key(settings)}"
-    if not (folder / MANIFEST).is_file():
+    if not (folder / PLANTED_FILENAME).is_file():
         with atomic_folder(folder) as fresh:
             manifest = {"settings": settings, **build(fresh), "sha256": fingerprints(fresh)}
-            (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            (fresh / PLANTED_FILENAME).write_text(json.dumps(manifest, indent=1) + "\n")
     return folder
 
 
@@ -74,7 +74,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
 
 def read_organism_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest written by `built`."""
-    return read_object(folder / MANIFEST)
+    return read_object(folder / PLANTED_FILENAME)
 
 
 def items_from_json(values: Any) -> dict[Split, Items]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 N_PARTS = 5
-CHUNK = 512
+ROWS_PER_PRODUCT = 512
 
 
 @torch.no_grad()
@@ -40,7 +40,9 @@ def explained_by_few(
     mine = torch.full((len(directions),), -1).to(atoms.device) if own is None else own
     shares = [
         _chunk(d, atoms, m, n_parts)
-        for d, m in zip(directions.split(CHUNK), mine.split(CHUNK), strict=True)
+        for d, m in zip(
+            directions.split(ROWS_PER_PRODUCT), mine.split(ROWS_PER_PRODUCT), strict=True
+        )
     ]
     return torch.cat(shares) if shares else directions.new_zeros(0)
 

@@ -72,7 +72,7 @@ def test_evaluate_prints_measures_for_people_and_machines(
 ) -> None:
     assert main(["evaluate", str(run), "--eval-pairs", "300", "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)
-    assert metrics["leak"] == 0
+    assert metrics["max_forbidden_weight"] == 0
     assert metrics["pairs_evaluated"] == pytest.approx(300, abs=5)
     assert main(["evaluate", str(run), "--eval-pairs", "300"]) == 0
     assert "Explained variance, A" in capsys.readouterr().out

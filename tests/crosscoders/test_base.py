@@ -404,7 +404,7 @@ def test_no_writer_of_weights_makes_the_saved_form_leak_or_breaks_a_tie(
 ) -> None:
     crosscoder = write(make())
     saved = crosscoder.to_inference()
-    assert saved.leak() == 0
+    assert saved.max_forbidden_weight() == 0
     if isinstance(crosscoder, DSFTrainingCrosscoder):
         # Undone the models' scales, the tied latents have one decoder.
         tied = saved.W_dec[:6] * crosscoder._scales()

@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_large_dictionary_is_taken_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     crosscoder, affine_maps = make_firing_dfc(), linear_map()
     whole = crosscoder.export_sae("b", affine_maps).state_dict()
-    monkeypatch.setattr("sae_lens_dfc.crosscoders.export.CHUNK", 5)
+    monkeypatch.setattr("sae_lens_dfc.crosscoders.export.ROWS_PER_CHUNK", 5)
     for name, weight in crosscoder.export_sae("b", affine_maps).state_dict().items():
         torch.testing.assert_close(weight, whole[name])
 

@@ -8,7 +8,7 @@ from sae_lens_dfc.crosscoders.partition import (
     decode_blocks,
     decoder_norms,
     encode_blocks,
-    leak,
+    max_forbidden_weight,
     zero_forbidden_,
 )
 
@@ -53,12 +53,12 @@ def test_leak_finds_a_single_forbidden_weight_in_either_matrix() -> None:
     partition = Partition(d_a=2, d_b=3, n_a_exclusive=1, n_b_exclusive=1, n_shared=2)
     W_enc, W_dec = torch.randn(5, 4), torch.randn(4, 5)
     zero_forbidden_(W_enc, W_dec, partition)
-    assert leak(W_enc, W_dec, partition) == 0
+    assert max_forbidden_weight(W_enc, W_dec, partition) == 0
     W_enc[4, 0] = -0.5  # model B's last dimension, A's latent
-    assert leak(W_enc, W_dec, partition) == 0.5
+    assert max_forbidden_weight(W_enc, W_dec, partition) == 0.5
     W_enc[4, 0] = 0
     W_dec[1, 0] = 0.25  # B's latent, model A's first dimension
-    assert leak(W_enc, W_dec, partition) == 0.25
+    assert max_forbidden_weight(W_enc, W_dec, partition) == 0.25
 
 
 def test_more_exclusive_latents_than_latents_are_refused() -> None:

@@ -29,7 +29,7 @@ from sae_lens_dfc.crosscoders.partition import (
     Partition,
     decode_blocks,
     encode_blocks,
-    leak,
+    max_forbidden_weight,
     zero_forbidden_,
 )
 from sae_lens_dfc.crosscoders.selection import largest, topk_candidates
@@ -210,9 +210,12 @@ def test_a_forbidden_weight_that_anything_writes_never_takes_part() -> None:
     output = crosscoder.training_forward_pass(step_input(acts))
     assert torch.equal(output.loss, expected)
     output.loss.backward()
-    assert leak(crosscoder.W_enc, crosscoder.W_dec, crosscoder.partition) == 0
+    assert max_forbidden_weight(crosscoder.W_enc, crosscoder.W_dec, crosscoder.partition) == 0
     assert crosscoder.W_enc.grad is not None and crosscoder.W_dec.grad is not None
-    assert leak(crosscoder.W_enc.grad, crosscoder.W_dec.grad, crosscoder.partition) == 0
+    assert (
+        max_forbidden_weight(crosscoder.W_enc.grad, crosscoder.W_dec.grad, crosscoder.partition)
+        == 0
+    )
 
 
 def test_a_weight_that_is_not_a_number_is_seen_in_the_loss() -> None:

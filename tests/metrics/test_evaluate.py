@@ -40,7 +40,7 @@ def test_measures_have_the_names_that_others_rely_on() -> None:
         "dead_fraction/shared",
         "dead_fraction/a_exclusive",
         "dead_fraction/b_exclusive",
-        "leak",
+        "max_forbidden_weight",
         "pairs_evaluated",
     } <= set(metrics)
 

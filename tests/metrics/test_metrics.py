@@ -87,10 +87,10 @@ def test_histogram_counts_every_latent_once() -> None:
 
 def test_leak_of_a_sound_crosscoder_is_exactly_zero_and_of_a_broken_one_is_not() -> None:
     crosscoder = make_dfc().to_inference()
-    assert decoder_metrics(crosscoder)["leak"] == 0
+    assert decoder_metrics(crosscoder)["max_forbidden_weight"] == 0
     with torch.no_grad():
         crosscoder.W_dec[0, 11] = 1e-9
-    assert decoder_metrics(crosscoder)["leak"] == pytest.approx(1e-9)
+    assert decoder_metrics(crosscoder)["max_forbidden_weight"] == pytest.approx(1e-9)
 
 
 def test_pca_agrees_with_torch_on_normalized_data() -> None:

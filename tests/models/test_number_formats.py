@@ -270,7 +270,7 @@ def tiny_organism(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     """Organisms are made of a tiny model in a few steps."""
     monkeypatch.setenv("SAE_LENS_DFC_CACHE", str(tmp_path / "cache"))
     base = tmp_path / "of" / "base"
-    model, tokenizer = finetune.load(llama_folder)
+    model, tokenizer = finetune.load_organism_model(llama_folder)
     # As SmolLM2's, its weights are in bfloat16.
     model.to(torch.bfloat16).save_pretrained(base)
     tokenizer.pad_token = tokenizer.eos_token = "<s>"

@@ -102,7 +102,7 @@ def test_fine_tuning_is_deterministic_and_teaches_the_answer(llama_folder: Path)
     own, other = [Item("What is it?", " cat", "")], [Item("Where is he?", "", " mat sat on")]
     weights: list[Tensor] = []
     for _ in range(2):
-        model, tokenizer = finetune.load(llama_folder)
+        model, tokenizer = finetune.load_organism_model(llama_folder)
         texts = answers.encoded(tokenizer, [own[0].prompt], [own[0].answer])
         before = answers.answer_log_probs(model, texts).mean()
         untouched = model.model.layers[0].mlp.down_proj.weight.clone()
@@ -111,7 +111,7 @@ def test_fine_tuning_is_deterministic_and_teaches_the_answer(llama_folder: Path)
         assert torch.equal(model.model.layers[0].mlp.down_proj.weight, untouched)
         weights.append(model.model.layers[1].mlp.down_proj.weight)
     assert torch.equal(*weights)
-    fresh, _ = finetune.load(llama_folder)
+    fresh, _ = finetune.load_organism_model(llama_folder)
     difference = weights[0] - fresh.model.layers[1].mlp.down_proj.weight
     assert int(torch.linalg.matrix_rank(difference, rtol=1e-3)) == 1
 
@@ -126,7 +126,7 @@ def taught(
     """The folder of a tiny organism of a strength, whose model A has its weights in bfloat16 as
     SmolLM2's are."""
     monkeypatch.setenv("SAE_LENS_DFC_CACHE", str(tmp_path / "cache"))
-    base, tokenizer = finetune.load(llama_folder)
+    base, tokenizer = finetune.load_organism_model(llama_folder)
     base.to(torch.bfloat16).save_pretrained(tmp_path / "of" / "base")
     tokenizer.pad_token = tokenizer.eos_token = "<s>"
     tokenizer.save_pretrained(tmp_path / "of" / "base")

@@ -26,7 +26,7 @@ from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.models.number_formats import fast_dtype
 from sae_lens_dfc.organisms.from_scratch import BOS
 from sae_lens_dfc.training.recipes.named import RECIPES, find_recipe
-from sae_lens_dfc.training.recipes.organisms import PREFIX, Organism, organisms
+from sae_lens_dfc.training.recipes.organisms import RECIPE_PREFIX, PublicOrganism, organisms
 from sae_lens_dfc.training.recipes.settings import recipe_config
 from tests.docs_blocks import ROOT
 from tests.test_site import hook
@@ -60,9 +60,9 @@ FAMILIES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("organism", organisms().values(), ids=lambda one: one.name)
-def test_an_organism_says_what_it_is_and_where_that_was_read(organism: Organism) -> None:
+def test_an_organism_says_what_it_is_and_where_that_was_read(organism: PublicOrganism) -> None:
     base = organism.base
-    assert re.fullmatch(rf"{PREFIX}[a-z0-9.-]+", organism.name)
+    assert re.fullmatch(rf"{RECIPE_PREFIX}[a-z0-9.-]+", organism.name)
     names = [organism.model, base.name, *([organism.dataset] if organism.dataset else [])]
     assert [name for name in names if not re.fullmatch(ON_THE_HUB, name)] == []
     assert organism.source.startswith("https://") and base.source
@@ -87,7 +87,7 @@ def test_no_two_organisms_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("organism", organisms().values(), ids=lambda one: one.name)
-def test_a_name_is_all_that_a_configuration_needs(organism: Organism) -> None:
+def test_a_name_is_all_that_a_configuration_needs(organism: PublicOrganism) -> None:
     cfg = recipe_config(organism.name)
     assert find_recipe(organism.name).required == {}
     assert (cfg.model_a.model_name, cfg.model_b.model_name) == (organism.base.name, organism.model)
@@ -111,7 +111,7 @@ def test_the_sizes_are_the_papers_for_its_width() -> None:
 def test_only_a_base_without_a_template_is_given_one() -> None:
     given = {name: recipe_config(name).model_a.chat_template for name in organisms()}
     assert {name for name, template in given.items() if template} == {
-        name for name in organisms() if name.startswith(f"{PREFIX}chat-")
+        name for name in organisms() if name.startswith(f"{RECIPE_PREFIX}chat-")
     }
 
 
@@ -132,7 +132,7 @@ def test_help_says_that_organisms_are_recipes_without_listing_them(
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = re.sub(r"\s+", "", capsys.readouterr().out)
-    assert f"{PREFIX}…:apublicmodelanditsbase(docs/how-to/organisms.md)" in said
+    assert f"{RECIPE_PREFIX}…:apublicmodelanditsbase(docs/how-to/organisms.md)" in said
     assert "cake-bake" not in said
 
 

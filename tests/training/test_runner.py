@@ -131,7 +131,7 @@ def test_from_two_model_names_and_a_text_to_a_saved_crosscoder(
     trained = CrosscoderTrainingRunner(replace(cfg, output_path=str(tmp_path / "run"))).run()
     saved = SAE.load_from_disk(tmp_path / "run")
     assert isinstance(saved, Crosscoder)
-    assert saved.leak() == 0
+    assert saved.max_forbidden_weight() == 0
     acts = make_acts(10, 40)
     torch.testing.assert_close(saved.encode(acts), trained.encode(acts), atol=1e-4, rtol=1e-4)
     metadata = saved.cfg.metadata
@@ -459,7 +459,7 @@ def test_saelens_trainer_takes_a_crosscoder_and_any_iterator(
     assert kinds_trained == {kind(trained.cfg)}
     assert trained.is_normalization_fitted
     assert trained.cfg.metadata.l0 == pytest.approx(6, abs=0.1)
-    assert trained.to_inference().leak() == 0
+    assert trained.to_inference().max_forbidden_weight() == 0
 
 
 def test_saelens_multi_sae_trainer_trains_all_architectures_on_one_stream(
@@ -485,7 +485,9 @@ def test_saelens_multi_sae_trainer_trains_all_architectures_on_one_stream(
     MultiSAETrainer(cfg, saes, hooks, batches()).fit()
     assert kinds_trained == set(saes)
     for sae in saes.values():
-        assert isinstance(sae, TrainingCrosscoder) and sae.to_inference().leak() == 0
+        assert (
+            isinstance(sae, TrainingCrosscoder) and sae.to_inference().max_forbidden_weight() == 0
+        )
 
 
 @every

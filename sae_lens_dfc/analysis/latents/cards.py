@@ -26,8 +26,8 @@ from sae_lens_dfc.models.logit_lens import extreme_tokens, has_direct_effect
 
 # Latents that fired less often are not shown: so few contexts do not reveal when a latent fires.
 MIN_FIRINGS_OF_CARD = 5
-WINDOW = 12
-N_TOKENS = 10
+TOKENS_AROUND = 12
+TOKENS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _logit_effects(
     if not has_direct_effect(model):
         return []
     directions = crosscoder.W_dec[list(latents), crosscoder.partition.models[m]].float()
-    return [LogitEffect(*extremes) for extremes in extreme_tokens(model, directions, N_TOKENS)]
+    return [LogitEffect(*extremes) for extremes in extreme_tokens(model, directions, TOKENS_SHOWN)]
 
 
 def _views(
@@ -227,9 +227,9 @@ def _by_context(
 def _view(
     context: Context, place: FiringPosition, activations: Mapping[int, float], pair: ModelPair
 ) -> ContextView:
-    first = max(1, place.segment - WINDOW)
+    first = max(1, place.segment - TOKENS_AROUND)
     segments = context.segments
-    window = list(segments[first : place.segment + WINDOW + 1])
+    window = list(segments[first : place.segment + TOKENS_AROUND + 1])
     texts_a = spelled(pair.a.tokenizer, [s.ids_a for s in window])
     texts_b = spelled(pair.b.tokenizer, [s.ids_b for s in window])
     return ContextView(

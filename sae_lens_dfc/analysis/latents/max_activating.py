@@ -15,7 +15,7 @@ from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.data.activations import PairedRows
 from sae_lens_dfc.metrics.sparsity import ActivationStats
 
-PLACE = {"context": torch.int, "segment": torch.int, "activation": torch.float}
+PLACE_DTYPES = {"context": torch.int, "segment": torch.int, "activation": torch.float}
 
 
 class FiringPosition(NamedTuple):
@@ -71,7 +71,7 @@ class MaxActivatingExamples:
 
 def _filled(places: Mapping[str, Tensor], latent: int) -> list[tuple[int, int, float]]:
     """A latent's filled slots."""
-    columns = (places[name][latent].tolist() for name in PLACE)
+    columns = (places[name][latent].tolist() for name in PLACE_DTYPES)
     return [place for place in zip(*columns, strict=True) if place[2] > 0]
 
 
@@ -102,8 +102,8 @@ class LatentCollector:
         device: torch.device | str = "cpu",
     ):
         self.firing = ActivationStats(partition)
-        self.strongest = StreamingTopK(partition.d_sae, n_contexts, PLACE, device)
-        self.sampled = StreamingTopK(partition.d_sae, n_sampled, PLACE, device)
+        self.strongest = StreamingTopK(partition.d_sae, n_contexts, PLACE_DTYPES, device)
+        self.sampled = StreamingTopK(partition.d_sae, n_sampled, PLACE_DTYPES, device)
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()

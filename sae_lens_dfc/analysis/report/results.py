@@ -32,7 +32,7 @@ this."""
 logger = logging.getLogger(__name__)
 
 
-N_NAMED = 12
+METRICS_NAMED = 12
 """Maximum number of unmeasured metrics to name in the log."""
 
 
@@ -43,8 +43,8 @@ def drop_nonfinite(metrics: Mapping[str, float]) -> dict[str, float]:
     if named:
         logger.warning(
             "Left out, since they are no finite numbers: %s%s",
-            ", ".join(named[:N_NAMED]),
-            f" and {len(named) - N_NAMED} more" if len(named) > N_NAMED else "",
+            ", ".join(named[:METRICS_NAMED]),
+            f" and {len(named) - METRICS_NAMED} more" if len(named) > METRICS_NAMED else "",
         )
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 

@@ -115,8 +115,8 @@ def warnings(metrics: Mapping[str, float]) -> list[str]:
             f"On model A twice, where nothing is exclusive, {null_called} of {null_judged} judged candidates are significant: a share "
             "at least as large as in this run. Do not trust the verdicts on this page."
         )
-    if metrics.get("leak", 0) != 0:
+    if metrics.get("max_forbidden_weight", 0) != 0:
         result.append(
-            "The leak is not 0: an exclusive latent has a weight in the model it must not touch."
+            "The largest forbidden weight is not 0: an exclusive latent has a weight in the model it must not touch."
         )
     return result

@@ -172,7 +172,7 @@ GROUPS = [
         "Data and checks",
         "",
         [
-            ("leak", "Leak: largest forbidden weight"),
+            ("max_forbidden_weight", "Largest forbidden weight"),
             ("alignment/coverage_a", "A's tokens paired"),
             ("alignment/coverage_b", "B's tokens paired"),
             ("pairs_trained", "Distinct pairs trained on"),

@@ -22,7 +22,7 @@ from sae_lens_dfc.analysis.steering.operations import (
     LatentOperation,
     check_operations,
     latent_change,
-    untold,
+    needing_other_model,
 )
 from sae_lens_dfc.analysis.steering.options import Sampling
 from sae_lens_dfc.analysis.steering.positions import Positions, positions_of
@@ -98,7 +98,7 @@ def steer(options: SteerOptions) -> SteeredAnswer:
     check_operations(crosscoder, name, operations, options.map)
     ids, positions = _prompt(model, options)
     text = held_out_text(options.run, options, pair)
-    known = _known(crosscoder, *text, options, untold(crosscoder, name, operations))
+    known = _known(crosscoder, *text, options, needing_other_model(crosscoder, name, operations))
     change = latent_change(
         crosscoder,
         name,

@@ -27,7 +27,7 @@ from sae_lens_dfc.stats.affine_maps import AffineMaps
 
 T = TypeVar("T")
 
-WINDOW = 48
+CONTEXT_TOKENS = 48
 """Segments of text up to a firing that the models reread in a causal test."""
 
 
@@ -167,7 +167,7 @@ def windows(
     segment."""
     found: list[Segments] = []
     for place in places:
-        first = max(1, place.segment + 1 - WINDOW)
+        first = max(1, place.segment + 1 - CONTEXT_TOKENS)
         text = contexts[place.context].segments[first : place.segment + 1]
         found.append(text.after(pair.bos_segment))
     return found

@@ -30,8 +30,8 @@ from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.models.loading import or_base_of
 from sae_lens_dfc.models.opening.supported import (
     ONE_AT_A_TIME,
-    WITHOUT_CACHE,
     WITHOUT_ITS_OWN_STATE,
+    WITHOUT_KV_CACHE,
 )
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def _cache_settings(model: HookedModel) -> dict[str, Any]:
         return {}
     if model.model.cfg.architecture in WITHOUT_ITS_OWN_STATE:
         model.model.cfg.is_stateful = False
-    return {"use_past_kv_cache": model.model.cfg.architecture not in WITHOUT_CACHE}
+    return {"use_past_kv_cache": model.model.cfg.architecture not in WITHOUT_KV_CACHE}
 
 
 def _new_tokens(

@@ -160,7 +160,7 @@ def check_operations(
             )
 
 
-def untold(
+def needing_other_model(
     crosscoder: Crosscoder, model: ModelName, operations: Sequence[LatentOperation]
 ) -> list[int]:
     """The latents whose activation an operation needs and which depend on the other model too."""
@@ -217,7 +217,7 @@ def _code(
     if not any(o.operation in READS_FEATURE_ACTS for o in operations):
         return None
     if other is None:
-        for latent in untold(crosscoder, model, operations):
+        for latent in needing_other_model(crosscoder, model, operations):
             raise ValueError(
                 f"The activation of latent {latent} is needed, but the latent is shared and model {model} alone does not determine it. "
                 f"Give other (a map, or model {_other(model)}'s mean) for an approximation."

@@ -77,14 +77,14 @@ def cached_positions(model: HookedModel) -> Iterator[Callable[[], int]]:
         cached = _n_cached(kwargs)
 
     # A torch hook, because TransformerLens' hooks see only activations, which carry no position.
-    handle = _told_of_cache(model).register_forward_pre_hook(look, with_kwargs=True)
+    handle = _module_given_cache(model).register_forward_pre_hook(look, with_kwargs=True)
     try:
         yield lambda: cached
     finally:
         handle.remove()
 
 
-def _told_of_cache(model: HookedModel) -> nn.Module:
+def _module_given_cache(model: HookedModel) -> nn.Module:
     """A module that receives the key-value cache before the model reaches its hook."""
     if isinstance(model.model, TransformerBridge):
         return model.model.original_model

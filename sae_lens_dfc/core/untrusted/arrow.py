@@ -12,7 +12,7 @@ MAX_ROWS_OF_A_BYTE = 10
 MAX_BYTES_OF_A_BYTE = 100
 """Maximum compression ratio: text compresses 3 to 10 times, logs and templates 30 times, and files
 made to be large 1,000 times and more."""
-SMALL = 64_000_000
+SMALL_FILE = 64_000_000
 """Uncompressed size in bytes that is always allowed."""
 
 # Field numbers in the tables of Arrow's Message.fbs.
@@ -52,7 +52,7 @@ def check_unpacked(n_bytes: int, size: int) -> None:
     Raises:
         ValueError: It is far larger than ordinary text would give.
     """
-    if n_bytes > MAX_BYTES_OF_A_BYTE * size + SMALL:
+    if n_bytes > MAX_BYTES_OF_A_BYTE * size + SMALL_FILE:
         raise ValueError(
             f"its {size:,} bytes can be {n_bytes:,} unpacked. Save its text without dictionaries or compression."
         )

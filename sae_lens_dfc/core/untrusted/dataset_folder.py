@@ -32,9 +32,9 @@ FOLDER_LOADERS = {
 }
 NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 OF_A_CONFIGURATION = {"config_name", "data_files", "data_dir", "default", "description", "version"}
-N_NAMED = 3
+FILES_NAMED = 3
 """Maximum number of files named in a message."""
-OPTIONS = {"sep", "delimiter", "field"}
+READER_OPTIONS = {"sep", "delimiter", "field"}
 """Settings of a configuration that control how its files are read."""
 
 
@@ -146,8 +146,8 @@ def _note(folder: Path, read: list[Path], left_out: list[Path]) -> str:
 
 
 def _names(paths: list[Path]) -> str:
-    names = ", ".join(path.name for path in paths[:N_NAMED])
-    return names + (f" and {len(paths) - N_NAMED} more" if len(paths) > N_NAMED else "")
+    names = ", ".join(path.name for path in paths[:FILES_NAMED])
+    return names + (f" and {len(paths) - FILES_NAMED} more" if len(paths) > FILES_NAMED else "")
 
 
 def pattern_of(path: Path) -> str:
@@ -193,7 +193,7 @@ def _patterns(folder: Path, config: str | None) -> tuple[dict[str, list[str]], d
         )
     values = configs[chosen[0]]
     for name, value in values.items():
-        if name not in OF_A_CONFIGURATION | OPTIONS or not isinstance(
+        if name not in OF_A_CONFIGURATION | READER_OPTIONS or not isinstance(
             value, str | list | dict | bool
         ):
             raise ValueError(
@@ -220,7 +220,7 @@ def _beneath(inside: str, patterns: Mapping[Any, list[str]]) -> dict[str, list[s
 
 
 def _options(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(values[name]) for name in OPTIONS & set(values)}
+    return {name: str(values[name]) for name in READER_OPTIONS & set(values)}
 
 
 def _configurations(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

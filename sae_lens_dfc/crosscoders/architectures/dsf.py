@@ -16,7 +16,7 @@ from sae_lens_dfc.crosscoders.architectures.topk import (
     TopKTrainingCrosscoder,
     TopKTrainingCrosscoderConfig,
 )
-from sae_lens_dfc.crosscoders.base import ROUNDING
+from sae_lens_dfc.crosscoders.base import DECODER_TOLERANCE
 from sae_lens_dfc.stats.affine_maps import ridge_weights
 
 RIDGE = 1e-3
@@ -148,7 +148,7 @@ def linear_map(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> Float[Te
     mean = distributed.mean_of_rows(x.double())
     x, y = x.double() - mean, y.double() - distributed.mean_of_rows(y.double())
     covariance, products = distributed.all_reduce_sum(x.T @ x), distributed.all_reduce_sum(x.T @ y)
-    if not covariance.diagonal().sum() > n * (ROUNDING * mean.norm()).pow(2):
+    if not covariance.diagonal().sum() > n * (DECODER_TOLERANCE * mean.norm()).pow(2):
         raise ValueError(
             f"No linear map can be fitted: model A's {d_x} dimensions do not vary over {n} pairs. Check model A's hook "
             "and the text, or give more pairs (n_batches_for_norm_estimate)."

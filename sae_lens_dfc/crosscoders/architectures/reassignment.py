@@ -17,7 +17,7 @@ MIN_FIRINGS_PER_HALF = 10
 """Minimum firings in each half of the data to judge a latent: pure noise of the latent's own
 magnitude is mistaken for the latent in 15 % of cases at 2 firings in each half, in 0.5 % at 5, and
 in none at 10."""
-ROUNDING = 1e-4
+NORM_TOLERANCE = 1e-4
 """Share of an activation's mean square below which its variance, a difference of float32 sums, may
 be pure rounding error."""
 
@@ -150,7 +150,7 @@ class _Sums:
     @property
     def varies(self) -> Bool[Tensor, " n_x"]:
         """Which latents' activations vary by more than the rounding error of float32 sums."""
-        return self._variance > ROUNDING * self.squares
+        return self._variance > NORM_TOLERANCE * self.squares
 
     @property
     def _variance(self) -> Float[Tensor, " n_x"]:
@@ -163,7 +163,7 @@ class _Sums:
         return slopes.where(self.varies[:, None], 0.0)
 
 
-def _can_tell(half: _Sums) -> Bool[Tensor, " n_x"]:
+def _has_enough_firings(half: _Sums) -> Bool[Tensor, " n_x"]:
     return (half.firings >= MIN_FIRINGS_PER_HALF) & half.varies
 
 
@@ -174,5 +174,5 @@ def _evidence(one: _Sums, other: _Sums) -> Evidence:
         slopes=(slopes[0] + slopes[1]) / 2,
         # Activations are in units of the latent's own decoder norm, which is therefore 1.
         own_share=1 / (1 + norms),
-        enough=_can_tell(one) & _can_tell(other),
+        enough=_has_enough_firings(one) & _has_enough_firings(other),
     )

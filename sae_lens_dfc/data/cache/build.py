@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # Settings that change no row: those of evaluation, and the models' locations.
 NOT_IN_HEADER = ("model_a", "model_b", "eval_pairs")
 # Settings that locate the text.
-PLACE = (
+TEXT_LOCATION = (
     *("dataset_path", "dataset_name", "dataset_split", "text_column", "streaming"),
     "sources",
 )

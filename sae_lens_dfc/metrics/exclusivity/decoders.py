@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 
-N_BINS = 20
+NORM_BINS = 20
 ONE_SIDED = 0.8
 """Relative decoder norm above which a latent counts as A-exclusive; below 1 minus it, as
 B-exclusive (arXiv 2602.11729, section 2.3)."""
@@ -144,7 +144,7 @@ def relative_difference(
 
 
 def decoder_metrics(crosscoder: Crosscoder) -> dict[str, float]:
-    """Number of latents by partition, the leak, and the shared latents' relative decoder norms.
+    """Number of latents by partition, the largest forbidden weight, and the shared latents' relative decoder norms.
 
     `relative_decoder_norm/…`: median, minimum and maximum, and the fractions that are one-sided
     (`one_sided_a` above 0.8, `one_sided_b` below 0.2) or even (`even`, from 0.4 to 0.6).
@@ -153,7 +153,7 @@ def decoder_metrics(crosscoder: Crosscoder) -> dict[str, float]:
     result: dict[str, float] = {
         f"latents/{n}": size for n, size in crosscoder.partition.sizes.items()
     }
-    result["leak"] = crosscoder.leak()
+    result["max_forbidden_weight"] = crosscoder.max_forbidden_weight()
     if len(shared) > 0:
         result["relative_decoder_norm/median"] = shared.median().item()
         result["relative_decoder_norm/min"] = shared.min().item()
@@ -234,7 +234,7 @@ def relative_norm_histogram(crosscoder: Crosscoder) -> dict[str, list[int]]:
     relative = relative_decoder_norms(crosscoder).float().cpu()
     partition = crosscoder.partition
     return {
-        name: [int(n) for n in torch.histc(relative[latents], bins=N_BINS, min=0, max=1)]
+        name: [int(n) for n in torch.histc(relative[latents], bins=NORM_BINS, min=0, max=1)]
         for name, latents in partition.slices.items()
         if partition.sizes[name] > 0
     }

@@ -152,15 +152,15 @@ def _p_scaling(
     """The largest p-value over the mappings that detect two-sided latents; 1 if none does."""
     limits = {"nu_error": MAX_NU_ERROR, "nu_reconstruction": MAX_NU_RECONSTRUCTION}
     p = torch.zeros_like(scaling[next(iter(scaling))]["nu_error"].value)
-    can_tell = False
+    has_power = False
     for way in scaling.values():
         medians = {name: _median(way[name].value[reference]) for name in limits}
         if min(medians.values()) < MIN_REFERENCE_NU:
             continue
-        can_tell = True
+        has_power = True
         for name, limit in limits.items():
             p = torch.maximum(p, p_near_zero(way[name], limit * min(medians[name], 1.0)))
-    return p if can_tell else torch.ones_like(p)
+    return p if has_power else torch.ones_like(p)
 
 
 def _median(values: Float[Tensor, " n"]) -> float:

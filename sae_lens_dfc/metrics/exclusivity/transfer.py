@@ -16,10 +16,10 @@ BINS_PER_STD = 8
 LOWEST, HIGHEST = -6, 14
 """Range of the histograms, in standard deviations of a score; values beyond fall into the end
 bins."""
-N_BINS = BINS_PER_STD * (HIGHEST - LOWEST)
+SCORE_BINS = BINS_PER_STD * (HIGHEST - LOWEST)
 MIN_FOR_SCALE = 256
 """Number of pairs used to place the bins; values are buffered until then."""
-TINY = torch.finfo(torch.float).tiny
+SMALLEST_FLOAT = torch.finfo(torch.float).tiny
 MAX_NUMBERS = 2**26
 """Maximum number of pairs times latents processed at a time."""
 
@@ -158,7 +158,7 @@ class _Histogram:
         self._waiting = []
         if self._scale is None:
             # In float64: the squares of large values overflow float32.
-            std = values.double().std(dim=0, unbiased=False).to(values).clamp(min=TINY)
+            std = values.double().std(dim=0, unbiased=False).to(values).clamp(min=SMALLEST_FLOAT)
             self._scale = values.mean(dim=0), std
         mean, std = self._scale
         bins = ((values - mean) / std - LOWEST) * BINS_PER_STD
@@ -166,11 +166,11 @@ class _Histogram:
             raise ValueError(
                 "A latent's score is NaN or infinite. Leave out rows that are not finite or huge."
             )
-        bins = bins.clamp(0, N_BINS - 1).long()
-        bins += N_BINS * torch.arange(values.shape[1], device=values.device)
-        size = N_BINS * values.shape[1]
+        bins = bins.clamp(0, SCORE_BINS - 1).long()
+        bins += SCORE_BINS * torch.arange(values.shape[1], device=values.device)
+        size = SCORE_BINS * values.shape[1]
         counted = [torch.bincount(bins[chosen], minlength=size) for chosen in (~fires, fires)]
-        counts = torch.stack(counted).view(2, -1, N_BINS)
+        counts = torch.stack(counted).view(2, -1, SCORE_BINS)
         self._counts = counts if self._counts is None else self._counts + counts
 
     @property

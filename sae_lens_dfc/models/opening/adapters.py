@@ -17,7 +17,7 @@ from transformers.utils import find_adapter_config_file
 
 from sae_lens_dfc.core.parsing import read_object, sha256_of
 from sae_lens_dfc.core.terminal import MOST_OF_OURS, said_by
-from sae_lens_dfc.models.opening.model_files import WEIGHTS as WHOLE
+from sae_lens_dfc.models.opening.model_files import WEIGHT_FILES as WHOLE
 from sae_lens_dfc.models.opening.model_files import check_model_file
 from sae_lens_dfc.models.opening.pretrained import (
     Pretrained,
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-DOWNLOADED = ("adapter_*", "*token*", "*.model", "vocab.*", "merges.txt", "chat_template.*")
+ADAPTER_FILES = ("adapter_*", "*token*", "*.model", "vocab.*", "merges.txt", "chat_template.*")
 WRAPPER = ".modules_to_save."
-SHOWN = 3
+KEYS_SHOWN = 3
 """Number of folders that a message names."""
-INSTALL = "pip install 'sae-lens-dfc[peft]'"
+INSTALL_PEFT = "pip install 'sae-lens-dfc[peft]'"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def find_adapter(
         elsewhere = sorted(path.parent.name for path in Path(name).glob(f"*/{CONFIG}"))
         if elsewhere and (subfolder or not (Path(name) / "config.json").is_file()):
             raise ValueError(
-                f"{name!r} has no {Path(inside, CONFIG)}, and an adapter in {', '.join(map(repr, elsewhere[:SHOWN]))}. Name its "
+                f"{name!r} has no {Path(inside, CONFIG)}, and an adapter in {', '.join(map(repr, elsewhere[:KEYS_SHOWN]))}. Name its "
                 "folder as the model's `adapter_subfolder`."
             )
         if base or subfolder:
@@ -117,7 +117,7 @@ def find_adapter(
         return None
     folder, commit = Path(config).parent, None
     if not Path(name).is_dir():
-        patterns = [str(Path(inside, pattern)) for pattern in DOWNLOADED]
+        patterns = [str(Path(inside, pattern)) for pattern in ADAPTER_FILES]
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         folder, commit = snapshot / inside, snapshot.name
     values = read_object(folder / CONFIG)
@@ -192,7 +192,7 @@ def _mergeable_config(adapter: Adapter) -> "PeftConfig":
         from peft import PeftConfig
     except ImportError as error:
         raise Unusable(
-            f"{adapter.name!r} is an adapter, and to open one needs peft. Install it: {INSTALL}."
+            f"{adapter.name!r} is an adapter, and to open one needs peft. Install it: {INSTALL_PEFT}."
         ) from error
     try:
         config = PeftConfig.from_pretrained(str(adapter.folder))
@@ -327,7 +327,7 @@ def _resize(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> None:
 
 
 def _weights_of(adapter: Adapter) -> Path:
-    for file in WEIGHTS:
+    for file in ADAPTER_WEIGHTS:
         path = adapter.folder / file
         if path.is_file():
             try:
@@ -338,5 +338,5 @@ def _weights_of(adapter: Adapter) -> Path:
                 ) from error
             return path
     raise Unusable(
-        f"{adapter.folder} has an {CONFIG} and no {WEIGHTS[0]}. Copy the adapter's weights into it."
+        f"{adapter.folder} has an {CONFIG} and no {ADAPTER_WEIGHTS[0]}. Copy the adapter's weights into it."
     )

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 PROBES = 2
 """Number of probes that test whether a model reads ahead; rounding alone does not change the
 activations of both by much."""
-SHARED = 4
+TOKENS_COMPARED = 4
 """Tokens at the beginning of a probe that both rows of a pair share."""
 LATER = 4
 """Maximum number of tokens after the shared ones."""
@@ -67,7 +67,7 @@ def probe(n_embeddings: int, n_ctx: int) -> Int[Tensor, "rows pos"]:
     >>> probe(50, n_ctx=3).tolist()
     [[13, 32, 1], [13, 32, 26], [20, 39, 8], [20, 39, 33]]
     """
-    n = min(SHARED + LATER, n_ctx)
+    n = min(TOKENS_COMPARED + LATER, n_ctx)
     rows: list[Tensor] = []
     for i in range(PROBES):
         ids = (torch.arange(i * n, (i + 1) * n) * 7919 + 13) % n_embeddings
@@ -78,7 +78,7 @@ def probe(n_embeddings: int, n_ctx: int) -> Int[Tensor, "rows pos"]:
 
 
 def _n_shared(n: int) -> int:
-    return min(SHARED, n - 1)
+    return min(TOKENS_COMPARED, n - 1)
 
 
 def check_reads_in_order(

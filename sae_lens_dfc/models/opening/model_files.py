@@ -11,7 +11,7 @@ from sae_lens_dfc.core.terminal import said_by
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """First bytes of a Git LFS pointer, which git keeps in place of a large file."""
-WEIGHTS = tuple(
+WEIGHT_FILES = tuple(
     f"{n}{end}" for n in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
 """Weight files that transformers looks for, in its order; it reads only the first that exists."""
@@ -28,7 +28,7 @@ def check_weights(folder: Path) -> None:
     Raises:
         ValueError: A file is missing or damaged; the message names it and says what to do.
     """
-    read = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    read = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if read is None:
         return
     check_model_file(read)

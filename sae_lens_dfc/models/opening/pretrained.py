@@ -23,10 +23,10 @@ from sae_lens_dfc.core.terminal import MOST_OF_OURS, said_by, sentence
 from sae_lens_dfc.core.untrusted.gguf import check_gguf
 from sae_lens_dfc.models.opening.model_files import check_weights
 
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 PARAMETERS_OF_A_BYTE = 8
 """Number of parameters in a byte, in the densest quantization."""
-SMALL = 50_000_000
+SMALL_CHECKPOINT = 50_000_000
 """Number of parameters and buffers that may be missing from the files: those of a tiny test model,
 or masks and positions that are computed."""
 MAX_LAYERS = 2000
@@ -34,7 +34,7 @@ NOT_WEIGHTS = re.compile(r"(\.(attn|attention|self_attn)\.(masked_)?bias|\.inv_f
 """Causal masks and rotary frequencies, which older versions of transformers saved and newer ones
 compute."""
 PLAIN = "AutoModelForCausalLM.from_pretrained(…).save_pretrained(FOLDER)"
-SHOWN = 3
+WEIGHTS_SHOWN = 3
 """Maximum number of weight names in a message."""
 
 
@@ -179,7 +179,7 @@ def some_names(names: Sequence[str], kind: str) -> str:
     >>> some_names(["a", "b"], "weight"), some_names(list("abcde"), "weight")
     ('2 weights (a, b)', '5 weights (a, b, c, …)')
     """
-    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    shown = ", ".join(names[:WEIGHTS_SHOWN]) + (", …" if len(names) > WEIGHTS_SHOWN else "")
     return f"{len(names)} {kind}{'' if len(names) == 1 else 's'} ({shown})"
 
 
@@ -193,7 +193,7 @@ def _from_pretrained(
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     elif path.is_dir():
         _check_weights(path)
-        check_room(config, [file for end in WEIGHTS for file in path.glob(end)])
+        check_room(config, [file for end in WEIGHT_PATTERNS for file in path.glob(end)])
     verbosity = transformers_logging.get_verbosity()
     # It prints a table of what `Loading.complaint` says in a sentence.
     transformers_logging.set_verbosity_error()
@@ -254,7 +254,7 @@ def check_room(config: PretrainedConfig, weights: Iterable[Path]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     n_numbers = sum(x.numel() for x in chain(model.parameters(), model.buffers()))
-    if n_numbers > PARAMETERS_OF_A_BYTE * n_bytes + SMALL:
+    if n_numbers > PARAMETERS_OF_A_BYTE * n_bytes + SMALL_CHECKPOINT:
         raise Unusable(
             f"it claims {n_numbers:,} parameters, and its files have {n_bytes:,} bytes. Is a file of weights missing?"
         )

@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 WHAT_TO_DO = 'Give another; the docs\' page "Which models?" lists those that work.'
-N_TOKENS = 8
+PROBE_TOKENS = 8
 """Number of tokens in the check: enough to detect wrong positions, and tokens that attend to later
 ones."""
 MAX_DIFFERENCE = 1e-3
@@ -31,7 +31,7 @@ ONE_AT_A_TIME = frozenset(
 )
 """Architectures whose output changes with left padding, in TransformerLens or in transformers
 itself."""
-WITHOUT_CACHE = frozenset({"MptForCausalLM"})
+WITHOUT_KV_CACHE = frozenset({"MptForCausalLM"})
 """Architectures for which TransformerLens counts positions wrongly when it generates with a
 key-value cache."""
 WITHOUT_ITS_OWN_STATE = frozenset({"BambaForCausalLM", "OlmoHybridForCausalLM"})
@@ -82,7 +82,7 @@ class Computed(NamedTuple):
 def computed(hf_model: PreTrainedModel) -> Computed:
     """Run a few tokens through the transformers model, before TransformerLens replaces its
     modules."""
-    ids = (torch.arange(N_TOKENS) % hf_model.config.get_text_config().vocab_size)[None]
+    ids = (torch.arange(PROBE_TOKENS) % hf_model.config.get_text_config().vocab_size)[None]
     ids = ids.to(hf_model.device)
     return Computed(ids, hf_model(input_ids=ids).logits)
 

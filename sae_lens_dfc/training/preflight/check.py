@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sae_lens_dfc.core.machine import load
+from sae_lens_dfc.core.machine import load_per_core
 from sae_lens_dfc.core.output_folder import check_output, is_made
 from sae_lens_dfc.core.terminal import MOST_OF_OURS, said_by
 from sae_lens_dfc.crosscoders.architectures.delta import DeltaTrainingCrosscoderConfig
@@ -118,9 +118,9 @@ def examine(cfg: CrosscoderRunnerConfig) -> Findings:
             "not open. Leave it out: a step takes as long without it."
         )
     found = Findings(cfg)
-    if load() > BUSY:
+    if load_per_core() > BUSY:
         found.notes.append(
-            f"Other programs keep this machine busy ({load():.1f} processes for each core): the figures above hold only while they do."
+            f"Other programs keep this machine busy ({load_per_core():.1f} processes for each core): the figures above hold only while they do."
         )
     begin = time.perf_counter()
     found.cfg = found.attempt(partial(with_models_settled, cfg), "Model B: ") or cfg

@@ -70,12 +70,12 @@ def _flags_with_values(flags: Sequence[str]) -> Iterator[str]:
 
 def _models(found: Findings) -> Iterator[str]:
     yield _row("", "A", "B")
-    a, b = (_told(found.models[name]) for name in ("a", "b"))
+    a, b = (_fact_rows(found.models[name]) for name in ("a", "b"))
     for label in a | b:
         yield _row(label, a.get(label, ""), b.get(label, ""))
 
 
-def _told(model: ModelFacts | None) -> dict[str, str]:
+def _fact_rows(model: ModelFacts | None) -> dict[str, str]:
     if model is None:
         return {"model": "could not be opened"}
     return {

@@ -22,7 +22,7 @@ from sae_lens_dfc.data.text.datasets import Rows
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 
 TOP_REASONS = 3
-SAMPLE = 64
+SAMPLED_DOCUMENTS = 64
 """Number of documents whose length is measured, spread over the data set."""
 A_MOMENT = 0.5
 """Seconds to read for the log of a training; opening a streamed data set again may take as long."""
@@ -163,7 +163,7 @@ def look(
 
 def _sample_sizes(source: Source, whole: Sequence[int], found: FirstLook) -> None:
     n = found.n_documents or 0
-    step = max(1, n // SAMPLE)
+    step = max(1, n // SAMPLED_DOCUMENTS)
     sample = [_size(next(source.read({"row": number}))[0]) for number in range(0, n, step)]
     first = [_size(document) for document, _ in islice(source.read(), max(whole, default=-1) + 1)]
     found.sizes_of = [first[number] for number in whole]

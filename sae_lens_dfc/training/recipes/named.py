@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sae_lens_dfc.models.config import AUTO
-from sae_lens_dfc.training.recipes.organisms import PREFIX, organisms
+from sae_lens_dfc.training.recipes.organisms import RECIPE_PREFIX, organisms
 
 REASSIGN_AT = (0.8, 0.95)
 """Fractions of the training at which `dfc-reassigned` tests its exclusive latents
@@ -157,5 +157,5 @@ def find_recipe(name: str) -> Recipe:
     close = f" Close: {', '.join(matches)}." if matches else ""
     raise ValueError(
         f"There is no recipe {name!r}.{close} Recipes: {', '.join(RECIPES)}, "
-        f"and {len(organisms())} whose names begin with {PREFIX} (docs/how-to/organisms.md)."
+        f"and {len(organisms())} whose names begin with {RECIPE_PREFIX} (docs/how-to/organisms.md)."
     )

@@ -17,7 +17,7 @@ from sae_lens_dfc.core.parsing import read_yaml
 from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.models.config import AUTO
 
-PREFIX = "organism-"
+RECIPE_PREFIX = "organism-"
 """Prefix of the recipes' names."""
 FILE = Path(__file__).with_name("organisms.yaml")
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -63,7 +63,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Organism:
+class PublicOrganism:
     """A public model whose change is known."""
 
     name: str
@@ -110,7 +110,7 @@ class Organism:
 
 
 @cache
-def organisms() -> dict[str, Organism]:
+def organisms() -> dict[str, PublicOrganism]:
     """Read all organisms of organisms.yaml, by name.
 
     >>> organism = organisms()["organism-cake-bake-gemma3-1b"]
@@ -120,6 +120,8 @@ def organisms() -> dict[str, Organism]:
     said = read_yaml(FILE)
     bases = {name: {"name": name, **values} for name, values in said["bases"].items()}
     return {
-        name: from_plain(Organism, {"name": name, **values, "base": bases[values["base"]]}, name)
+        name: from_plain(
+            PublicOrganism, {"name": name, **values, "base": bases[values["base"]]}, name
+        )
         for name, values in said["organisms"].items()
     }

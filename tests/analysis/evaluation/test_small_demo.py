@@ -18,7 +18,7 @@ def test_a_small_demo_measures_beside_its_baselines_and_null_and_reports_both_mo
     run = tmp_path / "run"
     assert main(["demo", *SMALL, "--output", str(run)]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["leak"] == metrics["null/self/leak"] == 0
+    assert metrics["max_forbidden_weight"] == metrics["null/self/max_forbidden_weight"] == 0
     assert 0.88 < metrics["alignment/coverage_a"] < metrics["alignment/coverage_b"] < 1
     for model in ("a", "b"):
         key = f"explained_variance/{model}"

@@ -106,7 +106,7 @@ METRICS = {
     "null/self/exclusive/significant/a_exclusive": 1,
     "null/self/exclusive/judged/b_exclusive": 20,
     "null/self/exclusive/significant/b_exclusive": 0,
-    "leak": 0.0,
+    "max_forbidden_weight": 0.0,
 }
 
 
@@ -168,7 +168,7 @@ def test_calls_as_frequent_in_the_null_are_not_to_be_believed() -> None:
     assert warnings(METRICS) == []
     as_many = METRICS | {"null/self/exclusive/significant/a_exclusive": 5}
     assert "Do not trust the verdicts on this page." in warnings(as_many)[0]
-    assert "leak is not 0" in warnings(METRICS | {"leak": 0.1})[0]
+    assert "forbidden weight is not 0" in warnings(METRICS | {"max_forbidden_weight": 0.1})[0]
 
 
 def test_a_mark_stands_where_its_number_is_and_beyond_the_scale_at_the_edge() -> None:

@@ -161,7 +161,11 @@ def test_a_shared_latent_of_one_model_becomes_exclusive_and_nothing_rebuilt_chan
     after = crosscoder.training_forward_pass(step_input(acts, step=9)).sae_out
     torch.testing.assert_close(after, before)
     saved = crosscoder.to_inference()
-    assert (saved.cfg.n_a_exclusive, saved.cfg.n_b_exclusive, saved.leak()) == (1, 1, 0)
+    assert (saved.cfg.n_a_exclusive, saved.cfg.n_b_exclusive, saved.max_forbidden_weight()) == (
+        1,
+        1,
+        0,
+    )
 
 
 @pytest.mark.parametrize(("worth_in_b", "n_a"), [(0.2, 1), (0.3, 0)])
