@@ -8,7 +8,7 @@ from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
 from sae_lens_dfc.analysis.evaluation.measure import train_crosscoder
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
 from sae_lens_dfc.analysis.evaluation.with_nulls import (
-    Beside,
+    Comparisons,
     evaluate_with_nulls,
     write_evaluation,
 )
@@ -102,7 +102,7 @@ def train_and_evaluate(
     crosscoder = train_crosscoder(case)
     # Rows in memory do not record the text they come from.
     crosscoder.cfg.metadata.made_of = {"cache": None, "text": text.fingerprint}
-    found = evaluate_with_nulls(crosscoder, case, Beside(["self"], baselines=True))
+    found = evaluate_with_nulls(crosscoder, case, Comparisons(["self"], baselines=True))
     with atomic_folder(output) as folder:
         crosscoder.save_model(folder)
         write_cfg(cfg, folder)

@@ -11,7 +11,7 @@ from sae_lens_dfc.analysis.autointerp.judge import Judge, judge_of, similarity
 from sae_lens_dfc.analysis.evaluation.measure import CausalOptions
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
 from sae_lens_dfc.analysis.evaluation.with_nulls import (
-    Beside,
+    Comparisons,
     FullEvaluation,
     evaluate_with_nulls,
     write_evaluation,
@@ -126,8 +126,8 @@ def _evaluated(options: EvaluateOptions) -> FullEvaluation:
         seed_model = replace(cfg.model_a, model_name=options.seed_model, **NO_ADAPTER)
     causal = CausalOptions(options.downstream_pairs, options.behavior_latents, judge)
     case = case_of(run, options, own_config(run, options, options.null_pairs), pair)
-    beside = Beside(nulls, seed_model, options.baselines)
-    found = evaluate_with_nulls(crosscoder, case, beside, causal)
+    compared = Comparisons(nulls, seed_model, options.baselines)
+    found = evaluate_with_nulls(crosscoder, case, compared, causal)
     if options.output is not None:
         with atomic_folder(options.output) as folder:
             write_evaluation(folder, crosscoder, found, case, report_settings(cfg))

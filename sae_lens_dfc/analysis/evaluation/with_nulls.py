@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Beside:
+class Comparisons:
     """What a crosscoder is compared with."""
 
     nulls: list[str] = field(default_factory=lambda: ["self", "shuffle"])
@@ -48,7 +48,10 @@ class FullEvaluation(NamedTuple):
 
 
 def evaluate_with_nulls(
-    crosscoder: Crosscoder, case: PairTask, beside: Beside, causal: CausalOptions | None = None
+    crosscoder: Crosscoder,
+    case: PairTask,
+    compared: Comparisons,
+    causal: CausalOptions | None = None,
 ) -> FullEvaluation:
     """Measure a crosscoder, and train and measure its baselines and one like it on each null.
 
@@ -56,7 +59,7 @@ def evaluate_with_nulls(
         crosscoder: The trained crosscoder.
         case: The models it was trained on, with their activations. The last null is built from its
             training rows in place, so they are gone afterwards.
-        beside: Baselines and nulls.
+        compared: Baselines and nulls.
         causal: Measures to take by intervening on the models; none by default.
 
     Raises:
@@ -65,12 +68,12 @@ def evaluate_with_nulls(
     logger.info("Measuring the run")
     run = measure(crosscoder, case, causal)
     metrics = dict(run.metrics)
-    if beside.baselines:
+    if compared.baselines:
         metrics |= baseline_metrics(crosscoder, run, case)
-    for name in beside.nulls:
+    for name in compared.nulls:
         logger.info("Null %s (%s): training a crosscoder like it", name, NULLS[name])
         # Two copies of the training rows take half a gigabyte more in the demo.
-        null = null_case(name, case, beside.seed_model, in_place=name == beside.nulls[-1])
+        null = null_case(name, case, compared.seed_model, in_place=name == compared.nulls[-1])
         trained = train_crosscoder(null)
         logger.info("Null %s: measuring", name)
         found = measure(trained, null, causal)

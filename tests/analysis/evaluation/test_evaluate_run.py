@@ -142,8 +142,8 @@ def test_it_is_the_same_again_and_other_folders_stay(
     args = ["evaluate", str(run), "--output", str(evaluation), "--null", "none", *SMALL, "--json"]
     assert main(args) == 1
     assert "already holds a set of measures" in capsys.readouterr().err
-    for overwrite in ("false", "true"):
-        assert main(["evaluate", str(run), "--output", str(run), "--overwrite", overwrite]) == 1
+    for overwrite in ([], ["--overwrite"]):
+        assert main(["evaluate", str(run), "--output", str(run), *overwrite]) == 1
         assert "holds a run, which is never overwritten" in capsys.readouterr().err
     assert (run / "sae_weights.safetensors").is_file()
     assert main([*args, "--overwrite"]) == 0
