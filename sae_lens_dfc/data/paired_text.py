@@ -23,7 +23,7 @@ from sae_lens_dfc.data.contexts import (
     in_order,
 )
 from sae_lens_dfc.data.pair import ModelPair
-from sae_lens_dfc.data.sources import Source
+from sae_lens_dfc.data.sources import Source, source_names
 from sae_lens_dfc.data.text.fingerprints import fingerprint_of_value
 from sae_lens_dfc.models.loading import in_fast_format, or_base_of
 from sae_lens_dfc.models.number_formats import FORMATS
@@ -127,6 +127,12 @@ class PairedText:
         self.ranks = range(cfg.n_ranks) if rank is None else [rank]
         opened = map(Source.open, cfg.all_sources)
         self.sources = [source.share(r, cfg.n_ranks) for source in opened for r in self.ranks]
+
+    @property
+    def source_names(self) -> list[str]:
+        """Name of each source by its number in the contexts; the ranks' shares of one data set have
+        one name."""
+        return [name for name in source_names(self.cfg.all_sources) for _ in self.ranks]
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

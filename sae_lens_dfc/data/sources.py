@@ -2,6 +2,7 @@
 them."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from glob import glob
@@ -31,10 +32,30 @@ logger = logging.getLogger(__name__)
 # Long enough for any sentence-level effect, short enough for tokenizers that take quadratic time.
 MAX_CHARS = 20_000
 CHAT_COLUMN = "messages"
+FILE_ENDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 TOKEN_COLUMNS = ("input_ids", "tokens")
 OTHER_CHAT_COLUMNS = ("conversations", "conversation")
 """The names of ShareGPT and LMSYS-Chat-1M."""
 CONTRASTIVE_COLUMNS = {"prompt", "completion_a", "completion_b"}
+
+
+def source_names(sources: Sequence[SourceConfig]) -> list[str]:
+    """A short name for each source, all different: its file's stem or folder's name, then its
+    configuration if it has one, then a number if sources share a name.
+
+    >>> source_names([SourceConfig("text/en.jsonl"), SourceConfig("me/wiki", dataset_name="pt"), SourceConfig("en.txt")])
+    ['en', 'wiki-pt', 'en-2']
+    """
+    names: list[str] = []
+    for cfg in sources:
+        path = Path(cfg.dataset_path)
+        stem = path.stem if path.suffix in FILE_ENDS else path.name
+        name = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, [stem, cfg.dataset_name]))) or "text"
+        n = 1
+        while (numbered := name if n == 1 else f"{name}-{n}") in names:
+            n += 1
+        names.append(numbered)
+    return names
 
 
 class AlignedDocument(NamedTuple):

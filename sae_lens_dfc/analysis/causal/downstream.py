@@ -1,7 +1,7 @@
 """Measures each model's next-token loss and KL divergence with its activations replaced by the
 crosscoder's reconstruction."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,8 +20,8 @@ from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import decode_blocks
 from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.contexts import Context
 from sae_lens_dfc.data.pair import ModelPair
-from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.stats.jackknife import Jackknife, Sums
 
 Order = Callable[[int], Int[Tensor, " n"]]
@@ -82,23 +82,46 @@ def downstream(
         ValueError: There are no rows, they come without contexts, or a model was loaded without its
             upper layers.
     """
-    models = {"a": pair.a, "b": pair.b}
-    for model in models.values():
-        _check_whole(model)
+    check_whole(pair)
     metric = Jackknife(_measures)
     for rows in tqdm(batches, "Downstream", leave=False):
         if len(rows.acts) == 0:
             continue
         edits = edits_of(crosscoder, rows.acts, means, order_b)
-        for part, here in _parts(rows, max(int(m.model.cfg.d_vocab) for m in models.values())):
-            sums: dict[str, Tensor] = {}
-            for m, model in models.items():
-                reading = reading_of(model, m, part)
-                of_part = {name: edit.at(here) for name, edit in edits[m].items()}
-                sums |= {f"{m}{name}": x for name, x in loss_sums(model, reading, of_part).items()}
-                sums |= {f"{m} {name}": x for name, x in _numbers(reading).items()}
+        for sums in spliced_sums(pair, rows, edits):
             metric.update(sums)
     return metric.compute()
+
+
+def spliced_sums(
+    pair: ModelPair, rows: PairedRows, edits: Mapping[str, Mapping[str, Edit]]
+) -> Iterator[dict[str, Float[Tensor, "*shape"]]]:
+    """Both models' sums of loss and KL under each edit, for as many contexts at a time as fit in
+    memory.
+
+    Args:
+        pair: The two models, whole.
+        rows: Rows of raw activations with their contexts.
+        edits: For each model (`a`, `b`) the edits of all rows, by name.
+
+    Yields:
+        For `m` in `a`, `b`: the sums `(2,)` of loss and KL in nats of each edit under `m` followed
+        by its name, and of the untouched model under `m/untouched`; under `m predicted`,
+        `m spliced` and `m tokens` the numbers of predicted tokens, of replaced positions and of
+        tokens without the beginning-of-sequence token.
+
+    Raises:
+        ValueError: The rows come without contexts.
+    """
+    models = {"a": pair.a, "b": pair.b}
+    for part, here in _parts(rows, max(int(m.model.cfg.d_vocab) for m in models.values())):
+        sums: dict[str, Tensor] = {}
+        for m, model in models.items():
+            reading = reading_of(model, m, part)
+            of_part = {name: edit.at(here) for name, edit in edits[m].items()}
+            sums |= {f"{m}{name}": x for name, x in loss_sums(model, reading, of_part).items()}
+            sums |= {f"{m} {name}": x for name, x in _numbers(reading).items()}
+        yield sums
 
 
 def edits_of(
@@ -154,10 +177,14 @@ def _parts(rows: PairedRows, d_vocab: int) -> Iterator[tuple[PairedRows, Bool[Te
     n_positions = max(context.segments.n_tokens for context in rows.contexts)
     size = max(1, MAX_LOGITS // (n_positions * d_vocab))
     for start in range(0, len(rows.contexts), size):
-        contexts = rows.contexts[start : start + size]
-        here = torch.isin(rows.context, torch.tensor([context.number for context in contexts]))
-        acts = rows.acts[here.to(rows.acts.device)]
-        yield PairedRows(acts, rows.context[here], rows.segment[here], contexts), here
+        yield rows_in(rows, rows.contexts[start : start + size])
+
+
+def rows_in(rows: PairedRows, contexts: Sequence[Context]) -> tuple[PairedRows, Bool[Tensor, " n"]]:
+    """The rows of these contexts, and a mask of them."""
+    here = torch.isin(rows.context, torch.tensor([context.number for context in contexts]))
+    acts = rows.acts[here.to(rows.acts.device)]
+    return PairedRows(acts, rows.context[here], rows.segment[here], contexts), here
 
 
 def _numbers(reading: SplicedReading) -> dict[str, Tensor]:
@@ -190,9 +217,15 @@ def _measures(sums: Sums) -> dict[str, float]:
     return result
 
 
-def _check_whole(model: HookedModel) -> None:
-    unembed = model.model.unembed.parameters()
-    if len(model.model.blocks) < model.n_layers or not all(p.numel() for p in unembed):
-        raise ValueError(
-            f"Model {model.name!r} was loaded with drop_unused_layers, so it predicts no token. Load it without."
-        )
+def check_whole(pair: ModelPair) -> None:
+    """Check that both models predict tokens.
+
+    Raises:
+        ValueError: A model was loaded without its upper layers.
+    """
+    for model in (pair.a, pair.b):
+        unembed = model.model.unembed.parameters()
+        if len(model.model.blocks) < model.n_layers or not all(p.numel() for p in unembed):
+            raise ValueError(
+                f"Model {model.name!r} was loaded with drop_unused_layers, so it predicts no token. Load it without."
+            )

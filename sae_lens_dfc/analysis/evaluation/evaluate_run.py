@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_lens_dfc.analysis.autointerp.judge import Judge, judge_of, similarity
+from sae_lens_dfc.analysis.causal.mapped_loss import who_knows_more
 from sae_lens_dfc.analysis.evaluation.measure import CausalOptions
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
 from sae_lens_dfc.analysis.evaluation.with_nulls import (
@@ -89,6 +90,9 @@ def evaluate_run(options: EvaluateOptions) -> None:
 def _say_metrics(metrics: Mapping[str, float], as_json: bool) -> None:
     metrics = drop_nonfinite(metrics)
     print_result(json.dumps(metrics) if as_json else text_table(*measures_table(metrics)))
+    said = who_knows_more(metrics)
+    if said and not as_json:
+        print_result(f"\n{said}")
 
 
 def evaluate_fully(options: EvaluateOptions) -> FullEvaluation:
@@ -157,7 +161,8 @@ def case_of(
     training = PairedText(own, pair).collect("training", "The run's own text: activations")
     other = text.collect(part, "Held-out activations")
     alignment = alignment_metrics(other.counts)
-    data = PairData(training.rows, regrouped(other.rows), other.contexts, alignment)
+    rows, names = regrouped(other.rows), text.source_names
+    data = PairData(training.rows, rows, other.contexts, alignment, names)
     return PairTask(own, pair, data)
 
 

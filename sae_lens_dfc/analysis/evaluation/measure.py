@@ -16,6 +16,7 @@ from sae_lens_dfc.analysis.causal.judged_behavior import (
     judged_behavior,
     n_judgments,
 )
+from sae_lens_dfc.analysis.causal.mapped_loss import mapped_loss
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
 from sae_lens_dfc.core.schema import require
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
@@ -38,8 +39,8 @@ class CausalOptions:
     """
 
     downstream_pairs: int = 0
-    """Held-out pairs on which the next-token loss with spliced reconstructions is measured; 0 skips
-    this."""
+    """Held-out pairs on which the next-token loss with spliced reconstructions, and with the other
+    model's mapped activations, is measured; 0 skips this."""
     behavior_latents: int = 0
     """Latents per group used to steer both models; 0 skips this."""
     judge: Judge | None = None
@@ -76,6 +77,8 @@ def measure(
         means = torch.cat([affine_maps.mean_a, affine_maps.mean_b])
         rows = data.held_out_with_text(options.downstream_pairs)
         metrics |= downstream(crosscoder, pair, rows, means, case.order_b)
+        rows = data.held_out_with_text(options.downstream_pairs)
+        metrics |= mapped_loss(pair, rows, affine_maps, data.sources)
     if options.behavior_latents > 0:
         metrics |= _behavior(crosscoder, case, found, affine_maps, options)
     return found._replace(metrics=metrics)

@@ -75,7 +75,7 @@ def _self_null(case: PairTask) -> PairTask:
     ]
     training = [twice(rows) for rows in _drained(case.data.training)]
     held_out = [twice(rows) for rows in case.data.held_out]
-    data = PairData(training, held_out, contexts, {})
+    data = PairData(training, held_out, contexts, {}, case.data.sources)
     return PairTask(_of_one(case, case.cfg.model_a), ModelPair(case.pair.a, case.pair.a), data)
 
 
@@ -88,7 +88,8 @@ def _shuffle_null(case: PairTask) -> PairTask:
     data, d_a = case.data, case.pair.d_a
     training = _shuffled(data.training, d_a, order)
     held_out = _shuffled(list(data.held_out), d_a, order)
-    return case._replace(data=PairData(training, held_out, data.contexts, {}), order_b=order)
+    shuffled = PairData(training, held_out, data.contexts, {}, data.sources)
+    return case._replace(data=shuffled, order_b=order)
 
 
 def _seed_null(case: PairTask, seed_model: ModelConfig) -> PairTask:

@@ -10,7 +10,15 @@ from sae_lens_dfc.analysis.report.findings import EffectView
 from sae_lens_dfc.analysis.report.tables import COLUMNS, number
 from sae_lens_dfc.stats.jackknife import SE
 
-NOT_SHARES = ("latents/", "l0", "exclusive/", "pairs_", "kl/", "max_forbidden_weight")
+NOT_SHARES = (
+    "latents/",
+    "l0",
+    "exclusive/",
+    "pairs_",
+    "kl/",
+    "mapped_loss/",
+    "max_forbidden_weight",
+)
 """Prefixes of measures that are not on a scale from 0 to 1."""
 AUC_RANGE = 0.4, 1.0
 GRID = 400

@@ -24,7 +24,7 @@ from sae_lens_dfc.analysis.report.charts import (
 from sae_lens_dfc.analysis.report.findings import Finding, Screening
 from sae_lens_dfc.analysis.report.page_data import embedded, page_data, templates
 from sae_lens_dfc.analysis.report.summary import headlines, lead, warnings
-from sae_lens_dfc.analysis.report.tables import GROUPS, cell, columns_of, number
+from sae_lens_dfc.analysis.report.tables import cell, columns_of, groups_of, number
 from sae_lens_dfc.core.terminal import visible
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.metrics.exclusivity.evidence import MAX_FALSE_DISCOVERIES, MIN_FIRINGS
@@ -139,7 +139,7 @@ def _measures(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
                 if any(prefix + key in metrics for prefix, _, _ in columns)
             ],
         }
-        for group in GROUPS
+        for group in groups_of(metrics)
     ]
     return [group for group in groups if group["rows"]]
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from sae_lens_dfc.analysis.causal.mapped_loss import who_knows_more
 from sae_lens_dfc.analysis.report.findings import Screening
 from sae_lens_dfc.analysis.report.tables import COLUMNS, cell, number
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
@@ -25,6 +26,10 @@ def lead(metrics: Mapping[str, float], screening: Screening | None) -> str:
     >>> lead({}, None)
     'Whether a latent is exclusive was not measured, so nothing on this page distinguishes a difference from an artifact. sae-lens-dfc evaluate RUN --output FOLDER measures it.'
     """
+    return " ".join(filter(None, [_found(metrics, screening), who_knows_more(metrics)]))
+
+
+def _found(metrics: Mapping[str, float], screening: Screening | None) -> str:
     if screening is not None:
         verdicts = Counter(finding.verdict for finding in screening.findings)
         if not verdicts:

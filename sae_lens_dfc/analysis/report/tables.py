@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, sources_in
 from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
 from sae_lens_dfc.stats.jackknife import SE
 
@@ -30,6 +31,17 @@ class MeasureGroup(NamedTuple):
     """Pairs of key in metrics.json and title."""
 
 
+KNOWS_MORE = MeasureGroup(
+    "Which model knows more",
+    "Rise of a model's next-token loss, in nats per token, when it continues from the other model's activations, mapped by an affine map. 0: it loses nothing. The larger rise is of the model that knows more, as far as the map tells; with its mean activation a model keeps nothing.",
+    [
+        ("mapped_loss/rise/a", "Rise of A's loss, given B's activations"),
+        ("mapped_loss/rise/b", "Rise of B's loss, given A's activations"),
+        ("mapped_loss/b_minus_a", "Rise of B's loss minus A's"),
+        ("mapped_loss/rise_of_mean/a", "Rise of A's loss, given its mean"),
+        ("mapped_loss/rise_of_mean/b", "Rise of B's loss, given its mean"),
+    ],
+)
 GROUPS = [
     MeasureGroup(
         "Reconstruction",
@@ -63,6 +75,7 @@ GROUPS = [
             ("affine_map/a_to_b", "B explained by an affine map from A"),
         ],
     ),
+    KNOWS_MORE,
     MeasureGroup(
         "Downstream effect",
         "Both models run on the reconstruction. Loss recovered: 0 is mean ablation, 1 is the untouched model. KL: from the untouched model, per token.",
@@ -189,6 +202,21 @@ COLUMNS = [
 ]
 
 
+def groups_of(metrics: Mapping[str, float]) -> list[MeasureGroup]:
+    """The groups of measures, with the rows of each source of text that was measured by itself.
+
+    >>> [group.rows[-1][1] for group in groups_of({"mapped_loss/pt/b_minus_a": 1.0})][2]
+    "Rise of B's loss, given its mean, on pt"
+    """
+    by_source = [
+        (key.replace(PREFIX, f"{PREFIX}{source}/", 1), f"{title}, on {source}")
+        for source in sources_in(metrics)
+        for key, title in KNOWS_MORE.rows
+    ]
+    whole = KNOWS_MORE._replace(rows=[*KNOWS_MORE.rows, *by_source])
+    return [whole if group is KNOWS_MORE else group for group in GROUPS]
+
+
 def columns_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Prefix and title of the columns that have values."""
     return [(p, title) for p, title in COLUMNS if any(p + key in metrics for key, _ in ROWS)]
@@ -203,7 +231,8 @@ def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[s
     columns = columns_of(metrics)
     rows = [
         [title, *(cell(metrics, prefix + key) for prefix, _ in columns)]
-        for key, title in ROWS
+        for group in groups_of(metrics)
+        for key, title in group.rows
         if any(prefix + key in metrics for prefix, _ in columns)
     ]
     return ["measure", *(title for _, title in columns)], rows

@@ -112,12 +112,14 @@ class HuggingFace:
         self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
     @torch.no_grad()
-    def run(self, ids: Tensor, first: int, zero: list[int]) -> tuple[float, Tensor]:
+    def run(
+        self, ids: Tensor, first: int, replaced: list[int], by: Tensor | float = 0.0
+    ) -> tuple[float, Tensor]:
         """Loss of the tokens after position `first`, and log-probabilities from there on."""
 
         def hook(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
             acts = (output if isinstance(output, Tensor) else output[0]).clone()
-            acts[0, zero] = 0
+            acts[0, replaced] = torch.as_tensor(by)
             return acts if isinstance(output, Tensor) else (acts, *output[1:])
 
         handle = self.model.model.layers[1].register_forward_hook(hook)
@@ -146,8 +148,8 @@ def test_loss_and_divergence_are_those_of_hugging_faces_own_model(
     for ids, at in contexts_of(rows):
         spliced_rows, tokens = spliced_rows + len(at), tokens + len(ids) - 1
         predicted = len(ids) - 1 - min(at)
-        before, log_p = model.run(ids, min(at), zero=[])
-        after, log_q = model.run(ids, min(at), zero=at)
+        before, log_p = model.run(ids, min(at), replaced=[])
+        after, log_q = model.run(ids, min(at), replaced=at)
         n += predicted
         untouched += before * predicted
         zero += after * predicted

@@ -55,6 +55,8 @@ def test_every_measure_stands_beside_the_same_of_each_null(metrics: dict[str, fl
         *(f"loss_recovered/{m}/{part}" for m in "ab" for part in ("shared_only", "exclusive_only")),
         *(f"loss_recovered/{m}/without_exclusive" for m in "ab"),
         *("kl/a", "kl/b", "spliced_share/a", "spliced_share/b"),
+        *(f"mapped_loss/{x}/{m}" for x in ("untouched", "rise", "rise_of_mean") for m in "ab"),
+        "mapped_loss/b_minus_a",
         *("explained_variance/a", "mse/a", "cosine/b", "norm_ratio/b", "l0/shared"),
         *("cross_reconstruction/b_from_a", "cross_reconstruction/a_from_b"),
         "cross_reconstruction/b_from_a/mapped",
@@ -95,6 +97,28 @@ def test_the_same_untouched_models_stand_under_the_shuffled_null(metrics: dict[s
     assert metrics["null/self/loss/b/untouched"] == pytest.approx(
         metrics["null/self/loss/a/untouched"], rel=1e-6
     )
+
+
+def test_one_model_twice_loses_nothing_by_its_map_and_shuffled_pairs_map_to_the_mean(
+    metrics: dict[str, float],
+) -> None:
+    for m in ("a", "b"):
+        assert metrics[f"null/self/mapped_loss/rise/{m}"] == pytest.approx(0, abs=1e-3)
+        assert metrics[f"null/shuffle/mapped_loss/rise/{m}"] == pytest.approx(
+            metrics[f"null/shuffle/mapped_loss/rise_of_mean/{m}"], abs=5e-3
+        )
+        assert metrics[f"mapped_loss/untouched/{m}"] == pytest.approx(
+            metrics[f"loss/{m}/untouched"], rel=1e-5
+        )
+        assert metrics[f"mapped_loss/rise_of_mean/{m}"] == pytest.approx(
+            metrics[f"loss/{m}/mean"] - metrics[f"loss/{m}/untouched"], abs=1e-5
+        )
+
+
+def test_which_model_knows_more_is_said_on_the_page(evaluation: Path) -> None:
+    page = (evaluation / "report.html").read_text()
+    assert "activations mapped into it, B" in page
+    assert "Rise of A&#39;s loss, given B&#39;s activations" in page
 
 
 def test_a_share_is_beyond_each_null(metrics: dict[str, float]) -> None:

@@ -1,6 +1,8 @@
+import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from sae_lens_dfc import ToyPair
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.config import SourceConfig
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.paired_text import PairedText
 from sae_lens_dfc.metrics.evaluation_data import PairData
@@ -36,6 +39,28 @@ def case(pair: ModelPair, llama_config: ModelConfig, gpt2_config: ModelConfig) -
 
 def joined(rows: Sequence[PairedRows]) -> torch.Tensor:
     return torch.cat([r.acts for r in rows])
+
+
+def test_nulls_keep_the_names_of_the_sources(case: PairTask) -> None:
+    named = case._replace(data=replace(case.data, sources=["en", "pt"]))
+    for name in ("self", "shuffle"):
+        assert null_case(name, named).data.sources == ["en", "pt"]
+    assert case.data.sources == ["cpython-docs"]
+
+
+def test_contexts_know_the_name_of_their_source(case: PairTask, tmp_path: Path) -> None:
+    said = {"low": "the sea is calm and the wind is low ", "high": "A MOUNTAIN IS HIGH OF ALL "}
+    for name, text in said.items():
+        lines = [json.dumps({"text": text * 8}) for _ in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = [SourceConfig(str(tmp_path / f"{name}.jsonl")) for name in said]
+    cfg = replace(case.cfg, sources=sources, eval_every_n_documents=2, n_ranks=2)
+    data = PairData.collect(PairedText(cfg, case.pair), "test")
+    assert data.sources == ["low", "low", "high", "high"]
+    assert {c.source for c in data.contexts} == {0, 1, 2, 3}
+    for context in data.contexts:
+        text = case.pair.a.tokenizer.decode(context.segments.ids_a, skip_special_tokens=True)
+        assert str(text).islower() == (data.sources[context.source] == "low")
 
 
 def test_self_has_model_as_rows_twice_and_its_text(case: PairTask) -> None:

@@ -164,6 +164,23 @@ def test_the_first_sentence_says_no_more_than_was_measured() -> None:
     assert "No latent reached the end" in lead(METRICS, Screening([], []))
 
 
+def test_the_page_says_which_model_knows_more_and_on_which_source() -> None:
+    rises = {"rise/a": 0.06, "rise/b": 0.98, "b_minus_a": 0.92}
+    whole = {f"mapped_loss/{name}": x for name, x in rises.items()}
+    other = {f"mapped_loss/en/{name}": x for name, x in {**rises, "b_minus_a": 0.01}.items()}
+    same = {f"mapped_loss/pt/{name}": x for name, x in rises.items()}
+    found = METRICS | whole | other | same
+    found |= {f"{name}/se": 0.03 for name in (*whole, *other, *same)}
+    said = lead(found, None)
+    assert lead(METRICS, None) in said and lead(METRICS, SCREENING) in lead(found, SCREENING)
+    assert "given B's, A's rises by 0.060 ± 0.030: B knows what A does not." in said
+    assert "By source: on en, neither is shown to know more; on pt, B knows" in said
+    page = render_report(data(metrics=found))
+    assert "Rise of B&#39;s loss, given A&#39;s activations, on pt" in page
+    rows = {row[0]: row[1] for row in measures_table(found)[1]}
+    assert rows["Rise of A's loss, given B's activations, on en"] == "0.060 ± 0.030"
+
+
 def test_calls_as_frequent_in_the_null_are_not_to_be_believed() -> None:
     assert warnings(METRICS) == []
     as_many = METRICS | {"null/self/exclusive/significant/a_exclusive": 5}

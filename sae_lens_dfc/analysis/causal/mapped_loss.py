@@ -1,0 +1,226 @@
+"""Measures which model knows more, without a crosscoder: the rise of each model's next-token loss
+when it continues from an affine map of the other's activations."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lens_dfc.analysis.causal.downstream import MEAN, check_whole, rows_in, spliced_sums
+from sae_lens_dfc.analysis.steering.splicing import UNTOUCHED, Edit
+from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.stats.affine_maps import AffineMaps
+from sae_lens_dfc.stats.jackknife import SE, Jackknife, Sums
+
+MAPPED = "/mapped"
+PREFIX = "mapped_loss/"
+MIN_RISE = 1e-3
+"""Rise in nats per token below which no model is named: the models may run in bfloat16, and one
+model's two maps to itself differ by rounding."""
+N_ERRORS = 2
+"""Standard errors by which a rise must exceed 0, and the other model's, to name a model."""
+
+
+@torch.no_grad()
+def mapped_loss(
+    pair: ModelPair,
+    batches: Iterable[PairedRows],
+    affine_maps: AffineMaps,
+    sources: Sequence[str] = (),
+) -> dict[str, float]:
+    """Rise of each model's next-token loss when its activations at the paired positions are
+    replaced by the affine map of the other model's.
+
+    What the other model does not represent linearly at its hook is missing from its map, and the
+    model's own upper layers say what that costs. This is model stitching at one layer with an
+    affine map (Lenc & Vedaldi 2015, arXiv 1411.5908; Bansal et al. 2021, arXiv 2106.07682), with
+    the map fitted by ridge regression to the activations, not trained on the loss. A poor map
+    raises both models' losses, so the two rises are to be compared with each other, and each with
+    that of its mean, which keeps nothing.
+
+    All other positions keep their activations: unpaired ones, outliers and the first. Losses are
+    means over the positions whose next token is known and that come at or after the first replaced
+    position of their context. Standard errors are a jackknife's over blocks of batches.
+
+    Args:
+        pair: The two models, whole: not with `drop_unused_layers`.
+        batches: Rows `(n, d_a + d_b)` of raw held-out activations with their contexts, from
+            `PairData.held_out_with_text`.
+        affine_maps: Affine maps between the models, fitted on other pairs.
+        sources: Name of each source, by its number in the contexts. With two names or more, each
+            is measured by itself too.
+
+    Returns:
+        For `m` in `a`, `b`, in nats per token: `mapped_loss/untouched/m`, the model's loss;
+        `mapped_loss/rise/m`, its rise given the map of the other's activations;
+        `mapped_loss/rise_of_mean/m`, its rise given its mean activation, for comparison; and
+        `mapped_loss/b_minus_a`, the difference of the two rises. The same of each source under
+        `mapped_loss/SOURCE/`. Each with its `/se` if there are at least two blocks.
+
+    Raises:
+        ValueError: There are no rows, they come without contexts or of a source that has no name,
+            or a model was loaded without its upper layers.
+    """
+    check_whole(pair)
+    affected = {"": Jackknife(_measures)}
+    if len(set(sources)) > 1:
+        affected |= {f"{name}/": Jackknife(_measures) for name in sources}
+    for rows in tqdm(batches, "Loss with the other's map", leave=False):
+        total: dict[str, Tensor] = {}
+        for name, of_source in _by_source(rows, sources if len(affected) > 1 else ()).items():
+            sums: dict[str, Tensor] = {}
+            for part in spliced_sums(pair, of_source, _edits(of_source, affine_maps)):
+                sums = _added(sums, part)
+            total = _added(total, sums)
+            if name:
+                affected[name].update(sums)
+        if total:
+            affected[""].update(total)
+    return {
+        f"{PREFIX}{group}{name}": value
+        for group, metric in affected.items()
+        if metric.total or not group
+        for name, value in metric.compute().items()
+    }
+
+
+def _added(sums: Sums, more: Sums) -> dict[str, Tensor]:
+    return {name: x + sums[name] if name in sums else x for name, x in more.items()}
+
+
+def _by_source(rows: PairedRows, sources: Sequence[str]) -> dict[str, PairedRows]:
+    """The rows of each source that has any, by `NAME/`; without names, all rows under ``."""
+    if len(rows.acts) == 0:
+        return {}
+    if not sources:
+        return {"": rows}
+    unnamed = {context.source for context in rows.contexts} - set(range(len(sources)))
+    if unnamed:
+        raise ValueError(
+            f"Contexts come from source {min(unnamed)}, but only {len(sources)} sources have names. Name each source."
+        )
+    parts = {
+        f"{name}/": rows_in(rows, [c for c in rows.contexts if sources[c.source] == name])[0]
+        for name in dict.fromkeys(sources)
+    }
+    return {name: part for name, part in parts.items() if len(part.acts) > 0}
+
+
+def _edits(rows: PairedRows, affine_maps: AffineMaps) -> dict[str, dict[str, Edit]]:
+    mean_a, mean_b = affine_maps.mean_a, affine_maps.mean_b
+    acts_a, acts_b = rows.acts.to(mean_a.device).split([len(mean_a), len(mean_b)], dim=-1)
+    return {
+        "a": {MAPPED: Edit(affine_maps.to_a(acts_b)), MEAN: Edit(mean_a.expand_as(acts_a))},
+        "b": {MAPPED: Edit(affine_maps.to_b(acts_a)), MEAN: Edit(mean_b.expand_as(acts_b))},
+    }
+
+
+def _measures(sums: Sums) -> dict[str, float]:
+    result: dict[str, float] = {}
+    for m in ("a", "b"):
+        untouched, mapped, mean = (
+            (sums[f"{m}{name}"][0] / sums[f"{m} predicted"]).item()
+            for name in (UNTOUCHED, MAPPED, MEAN)
+        )
+        result[f"untouched/{m}"] = untouched
+        result[f"rise/{m}"] = mapped - untouched
+        result[f"rise_of_mean/{m}"] = mean - untouched
+    result["b_minus_a"] = result["rise/b"] - result["rise/a"]
+    return result
+
+
+class Rise(NamedTuple):
+    """A rise of a loss, or a difference of two."""
+
+    nats: float
+    """Nats per token."""
+    se: float
+    """Its standard error; NaN if unknown."""
+
+
+def knows_more(a: Rise, b: Rise, b_minus_a: Rise) -> Literal["a", "b"] | None:
+    """The model that knows what the other does not, from both models' rises given the other's
+    mapped activations; none if they do not tell.
+
+    It is the one with the larger rise, if this rise exceeds 0, and the other's, by more than two
+    standard errors, and both by more than 0.001 nats per token. An unknown standard error names
+    none.
+
+    Args:
+        a: Model A's rise.
+        b: Model B's rise.
+        b_minus_a: Their difference, with its own standard error: both come from the same text.
+
+    >>> knows_more(Rise(0.06, 0.03), Rise(0.98, 0.03), Rise(0.92, 0.04))
+    'b'
+    >>> knows_more(Rise(1.27, 0.07), Rise(-0.17, 0.04), Rise(-1.44, 0.08))
+    'a'
+    >>> knows_more(Rise(0.50, 0.03), Rise(0.55, 0.03), Rise(0.05, 0.04))  # both lose as much
+    >>> knows_more(Rise(-0.17, 0.04), Rise(0.01, 0.04), Rise(0.18, 0.05))  # neither loses
+    """
+    name, larger = ("b", b) if b_minus_a.nats > 0 else ("a", a)
+    difference = Rise(abs(b_minus_a.nats), b_minus_a.se)
+    is_told = all(x > MIN_RISE and x > N_ERRORS * se for x, se in (larger, difference))
+    return name if is_told else None
+
+
+def sources_in(metrics: Mapping[str, float]) -> list[str]:
+    """Names of the sources that have measures of their own.
+
+    >>> sources_in({"mapped_loss/b_minus_a": 1.0, "mapped_loss/pt/b_minus_a": 1.0})
+    ['pt']
+    """
+    found = (re.fullmatch(rf"{PREFIX}([\w.-]+)/b_minus_a", name) for name in metrics)
+    return [match[1] for match in found if match is not None]
+
+
+def who_knows_more(metrics: Mapping[str, float]) -> str:
+    """Say in a sentence which model knows what the other does not, and by source in another; empty
+    if it was not measured.
+
+    >>> rises = {"rise/a": 0.06, "rise/b": 0.98, "b_minus_a": 0.92}
+    >>> measured = {f"mapped_loss/{name}": x for name, x in rises.items()}
+    >>> who_knows_more(measured | {f"{name}/se": 0.03 for name in measured})
+    "Given A's activations mapped into it, B's loss rises by 0.980 ± 0.030 nats per token; given B's, A's rises by 0.060 ± 0.030: B knows what A does not."
+    """
+    rises = _rises(metrics, "")
+    if rises is None:
+        return ""
+    said = {m: _said(rise) for m, rise in zip("ab", rises, strict=False)}
+    named = {None: "neither is shown to know more", **{m: _knows(m) for m in "ab"}}
+    result = (
+        f"Given A's activations mapped into it, B's loss {said['b']} nats per token; "
+        f"given B's, A's {said['a']}: {named[knows_more(*rises)]}."
+    )
+    by_source: dict[str, list[str]] = {}
+    for source in sources_in(metrics):
+        of_source = _rises(metrics, f"{source}/")
+        if of_source is not None:
+            by_source.setdefault(named[knows_more(*of_source)], []).append(source)
+    if by_source:
+        told = [f"on {', '.join(names)}, {what}" for what, names in by_source.items()]
+        result += f" By source: {'; '.join(told)}."
+    return result
+
+
+def _knows(m: str) -> str:
+    other = "b" if m == "a" else "a"
+    return f"{m.upper()} knows what {other.upper()} does not"
+
+
+def _said(rise: Rise) -> str:
+    verb = "falls" if rise.nats < 0 else "rises"
+    error = "" if rise.se != rise.se else f" ± {rise.se:.3f}"
+    return f"{verb} by {abs(rise.nats):.3f}{error}"
+
+
+def _rises(metrics: Mapping[str, float], group: str) -> tuple[Rise, Rise, Rise] | None:
+    keys = [f"{PREFIX}{group}{name}" for name in ("rise/a", "rise/b", "b_minus_a")]
+    if not all(key in metrics for key in keys):
+        return None
+    a, b, b_minus_a = (Rise(metrics[key], metrics.get(key + SE, float("nan"))) for key in keys)
+    return a, b, b_minus_a
