@@ -157,7 +157,7 @@ def case_of(
     of other text if given."""
     text, part = held_out_text(run, options, pair)
     if part == "held_out" and text.cfg.all_sources == own.all_sources:
-        return PairTask(own, pair, PairData.collect(text, "The two models"))
+        return PairTask(own, pair, PairData.collect(PairedText(own, pair), "The two models"))
     training = PairedText(own, pair).collect("training", "The run's own text: activations")
     other = text.collect(part, "Held-out activations")
     alignment = alignment_metrics(other.counts)

@@ -186,7 +186,7 @@ def test_a_judge_stands_before_the_steering(
     ("flags", "said"),
     [
         (("--keep", "0"), "keep must be at least 1"),
-        (("--texts", "11"), "texts must be at most 10"),
+        (("--texts", "11"), "texts must be at least 3 and at most 10"),
         (("--flagged-only",), "only apply with --judge"),
         (("--evidence", "nowhere"), "nowhere"),
     ],
