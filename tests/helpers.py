@@ -186,7 +186,7 @@ def processor(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> None:
     """From here on, one that takes so many times as long in bfloat16 as in float32."""
     forget_formats()
     seconds = {torch.float32: 0.001, torch.float16: 0.001, torch.bfloat16: 0.001 * bfloat16}
-    monkeypatch.setattr(number_formats, "_seconds", lambda dtype, _: seconds[dtype])
+    monkeypatch.setattr(number_formats, "_seconds", lambda x, _: seconds[x.dtype])
 
 
 def train_tiny(folder: Path, model_a: Path, model_b: Path, *flags: str, n_texts: int = 12) -> Path:

@@ -20,6 +20,7 @@ from sae_lens_dfc.analysis.evaluation.demo import demo_models
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
 from sae_lens_dfc.cli.main import COMMANDS, main, options_class
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
+from sae_lens_dfc.models import number_formats
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.models.loading import in_fast_format, load_model
@@ -84,6 +85,28 @@ def test_auto_is_what_the_processor_is_fast_in(
     assert caplog.messages == [
         f"Models run in {chosen}: bfloat16 takes {times:.2g} times as long on cpu"
     ]
+
+
+def test_the_measurement_is_on_one_thread_and_leaves_as_many_as_there_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+
+    def seconds(*_: torch.Tensor) -> float:
+        seen.append(torch.get_num_threads())
+        if len(seen) > 2:
+            raise RuntimeError("out of memory")
+        return 1.0
+
+    monkeypatch.setattr(number_formats, "_seconds", seconds)
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(RuntimeError):
+            slowdown("bfloat16", "cpu")
+        assert (seen, torch.get_num_threads()) == ([1, 1, 1], 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_slow_format_that_is_asked_for_is_taken_with_one_warning(
