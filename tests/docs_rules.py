@@ -54,6 +54,7 @@ class Rules:
 
 HOURS = "minutes or hours: its own tests run it small"
 BIG = "two 8B models on GPUs"
+FETCHED = "takes models that the command before it downloads"
 HUB = "opens models of the hub: tests/training/test_organisms.py runs recipes on stand-ins"
 REAL = (
     "fine-tunes a real model for minutes: tests/organisms/test_model_organisms.py builds organisms"
@@ -68,7 +69,7 @@ IN_PYTHON = {
 RULES: dict[str, Rules] = {
     "README.md": Rules(replace=IN_PYTHON),
     "benchmarks/README.md": Rules(
-        not_run={"python -m benchmarks": HOURS},
+        not_run={"python -m benchmarks": HOURS, "sae-lens-dfc demo --model-a FOLDER": FETCHED},
     ),
     "docs/data.md": Rules(not_run={"sae-lens-dfc": BIG, "torchrun": BIG}),
     "docs/export.md": Rules(

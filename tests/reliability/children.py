@@ -90,8 +90,10 @@ def _run(arguments: list[str], errors: str, prepare: Prepare | None) -> None:
     to = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(to, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    # Tests started in the background ignore Ctrl-C, and so do their child processes.
+    # Tests started in the background ignore Ctrl-C, and those under nohup a lost terminal; so do
+    # their child processes.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=2)
     if prepare is not None:
