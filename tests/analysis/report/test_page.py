@@ -409,7 +409,7 @@ def test_measures_stand_beside_their_nulls_with_error_and_plot(page: Any) -> Non
 
 def test_the_head_sorts_both_ways_and_says_so(page: Any) -> None:
     assert latents_in_view(page) == [1, 2, 3, 4, 17]
-    fires = page.get_by_role("columnheader", name="fires")
+    fires = page.get_by_role("columnheader", name="firing rate")
     fires.get_by_role("button").click()
     assert latents_in_view(page) == [1, 3, 2, 17, 4]
     assert fires.get_attribute("aria-sort") == "descending"
@@ -521,7 +521,10 @@ def test_a_latents_page_tells_evidence_logits_findings_and_samples(
         "0.110 ± 0.020"
         in page.locator(".evidence tr", has_text="Latent scaling, error").inner_text()
     )
-    assert "not measured" in page.locator(".evidence tr", has_text="Direction in B").inner_text()
+    assert (
+        "not measured"
+        in page.locator(".evidence tr", has_text="Direction explained by B").inner_text()
+    )
     assert "{source}" not in text and "{target}" not in text
     assert page.locator(".logits").all_inner_texts()[0].split() == [
         "raises",
@@ -588,10 +591,10 @@ def test_the_keyboard_alone_finds_and_opens_a_latent(page: Any) -> None:
     assert page.locator(".skip").evaluate("el => getComputedStyle(el).outlineStyle") == "solid"
     page.keyboard.press("Enter")
     assert page.url.endswith("#summary")
-    page.get_by_role("columnheader", name="fires").get_by_role("button").focus()
+    page.get_by_role("columnheader", name="firing rate").get_by_role("button").focus()
     page.keyboard.press("Enter")
     assert latents_in_view(page)[0] == 1
-    assert page.evaluate("document.activeElement.textContent").startswith("fires")
+    assert page.evaluate("document.activeElement.textContent").startswith("firing rate")
     page.locator("#table tbody a").first.focus()
     page.keyboard.press("ArrowDown")
     assert page.evaluate("document.activeElement.textContent") == "3"
@@ -695,7 +698,7 @@ def test_two_thousand_latents_fit_and_open_at_once(browser: Any, large: Path) ->
     page.get_by_role("searchbox").fill("w1234x")
     assert latents_in_view(page) == [1234]
     page.get_by_role("searchbox").fill("")
-    page.get_by_role("columnheader", name="fires").get_by_role("button").click()
+    page.get_by_role("columnheader", name="firing rate").get_by_role("button").click()
     rates = sorted(((i * 7919) % 2000, -i) for i in range(2000))[::-1]
     assert latents_in_view(page)[:30] == [-i for _, i in rates][:30]
     assert busy() - before < 2
