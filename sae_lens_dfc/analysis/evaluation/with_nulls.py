@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_lens_dfc.analysis.evaluation.baselines import baseline_metrics
+from sae_lens_dfc.analysis.evaluation.baselines import baseline_metrics, prefixed
 from sae_lens_dfc.analysis.evaluation.measure import (
     CausalOptions,
     evidence_in,
@@ -70,17 +70,17 @@ def evaluate_with_nulls(
     metrics = dict(run.metrics)
     if compared.baselines:
         metrics |= baseline_metrics(crosscoder, run, case)
-    for name in compared.nulls:
+    for i, name in enumerate(compared.nulls, start=1):
         logger.info("Null %s (%s): training a crosscoder like it", name, NULLS[name])
         # Two copies of the training rows take half a gigabyte more in the demo.
-        null = null_case(name, case, compared.seed_model, in_place=name == compared.nulls[-1])
+        null = null_case(name, case, compared.seed_model, in_place=i == len(compared.nulls))
         trained = train_crosscoder(null)
         logger.info("Null %s: measuring", name)
         found = measure(trained, null, causal)
         del null  # free its rows before the next null is built
         of_null = beyond_null(name, evidence_in(run), evidence_in(found))
-        metrics |= {f"null/{name}/{key}": value for key, value in found.metrics.items()}
-        metrics |= {f"beyond_null/{name}/{key}": value for key, value in of_null.items()}
+        metrics |= prefixed(f"null/{name}/", found.metrics)
+        metrics |= prefixed(f"beyond_null/{name}/", of_null)
     return FullEvaluation(drop_nonfinite(metrics), run)
 
 

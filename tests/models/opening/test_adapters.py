@@ -367,7 +367,7 @@ def test_one_command_leads_from_an_adapter_to_a_report(
     metadata = json.loads((output / "cfg.json").read_text())["metadata"]
     assert "adapter" not in metadata["model_a"]
     assert metadata["model_b"]["adapter_sha256"] == sha256_of(adapter / WEIGHTS)
-    # Whoever has only the merged model can measure the run too.
+    # The merged model alone is enough to evaluate the run.
     merged = save_merged(adapter, llama_folder, tmp_path / "merged", torch.float32)
     capsys.readouterr()
     assert main(["evaluate", str(output), "--model-b", str(merged), "--json"]) == 0
