@@ -39,6 +39,7 @@ from sae_lens_dfc.crosscoders.base import TrainingCrosscoder
 from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.evaluate import evaluate
+from sae_lens_dfc.metrics.exclusivity.known import fit_probes
 from sae_lens_dfc.metrics.recovery import OF_CALLS, Truth, recovery, recovery_of_calls
 from sae_lens_dfc.stats.affine_maps import fit_affine_maps
 from sae_lens_dfc.stats.moments import PairMoments
@@ -252,10 +253,14 @@ def row(run: Run) -> dict[str, Any]:
         metrics, firing, _ = evaluate(crosscoder, held_out)
         found = _found_by_matching(crosscoder, truth, firing.counts > 0, to_match)
     else:
+        to_fit = list(to_match)
         metrics, firing, evidence = evaluate(
-            crosscoder, held_out, fit_affine_maps(PairMoments.of(to_match), pair.cfg.d_a)
+            crosscoder,
+            held_out,
+            fit_affine_maps(PairMoments.of(to_fit), pair.cfg.d_a),
+            fit_probes(crosscoder, to_fit),
         )
-        assert evidence is not None  # the models are mapped
+        assert evidence is not None  # there are maps and probes
         by: Literal["partition", "relative_norm"]
         by = "partition" if isinstance(cfg.sae, DFCTrainingCrosscoderConfig) else "relative_norm"
         found = {

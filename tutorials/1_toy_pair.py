@@ -53,7 +53,8 @@ from sae_lens_dfc import (
 )
 from sae_lens_dfc.metrics.evaluate import evaluate
 from sae_lens_dfc.metrics.exclusivity.decoders import MIN_COSINE, relative_decoder_norms
-from sae_lens_dfc.metrics.exclusivity.evidence import MIN_FIRINGS, verdict
+from sae_lens_dfc.metrics.exclusivity.evidence import verdict
+from sae_lens_dfc.metrics.exclusivity.known import fit_probes
 from sae_lens_dfc.metrics.recovery import Truth, cosines, recovery, recovery_of_calls
 from sae_lens_dfc.stats.affine_maps import fit_affine_maps
 from sae_lens_dfc.stats.moments import PairMoments
@@ -151,14 +152,15 @@ print(type(reopened).__name__, reopened.cfg.architecture(), tuple(reopened.W_dec
 #
 # `evaluate` evaluates a crosscoder on pairs that it was not trained on. The *affine maps* are linear maps with a bias between the two models, fitted on a
 # third set of pairs. They make it possible to ask whether the other model has a latent's direction too, although the two models have
-# different widths. They are used below; the standard metrics come first.
+# different widths. The *probes*, fitted on the same pairs, are small neural networks that predict each latent from one model's activations. Both are used below; the standard metrics come first.
 
 
 # %%
 def measured(crosscoder, pair):
-    to_fit = PairMoments.of(islice(pair.batches(2048, seed=2_000_000), n_eval_batches))
+    to_fit = list(islice(pair.batches(2048, seed=2_000_000), n_eval_batches))
     held_out = islice(pair.batches(2048, seed=1_000_000), n_eval_batches)
-    return evaluate(crosscoder, held_out, fit_affine_maps(to_fit, d_a))
+    affine_maps = fit_affine_maps(PairMoments.of(to_fit), d_a)
+    return evaluate(crosscoder, held_out, affine_maps, fit_probes(crosscoder, to_fit))
 
 
 results = {key: measured(crosscoder, pairs[key[1]]) for key, crosscoder in trained.items()}
@@ -261,54 +263,47 @@ of_one_seed.iloc[:3].round(2)
 #
 # ## Evidence
 #
-# Without the truth, we can still test for each candidate whether **the other model has the feature too**:
+# Without the truth, we can still ask of each candidate **how much of it the other model knows**: how well does a small neural network predict the latent from the
+# other model's activations, compared with its own model's? 1 means as well, 0 not at all. A latent is *exclusive with evidence* if the other model knows less than half of it, at a false
+# discovery rate of 5 % over all candidates. (On real text a second condition comes with it: the other model predicts worse what follows.)
 #
-# - **Latent scaling**: map the latent's direction to the other model. How much of it is in that model's reconstruction error? 0 means none of it,
-#   1 all of it.
-# - **Transfer**: how well does the other model predict *when* the latent fires? An AUROC of 0.5 is chance. The reference is the AUROC of shared
-#   latents of the same crosscoder.
-#
-# A latent is *exclusive with evidence* only if both tests pass, at a false discovery rate of 5 % over all candidates.
+# The *transfer test* beside it uses an affine map instead of a network: how well does the other model predict *when* the latent fires? An AUROC of 0.5 is chance.
 
 
 # %%
 def draw_evidence(axis, which):
     evidence, kinds = results["DFC", which].evidence, truth_of(trained["DFC", which], pairs[which])
-    judged = evidence.firings >= MIN_FIRINGS
-    candidates = (evidence.is_candidate & judged).nonzero()[:, 0].tolist()
+    candidates = evidence.is_judged.nonzero()[:, 0].tolist()
 
     def points(latents, **style):
-        axis.scatter(evidence.nu_error[latents], evidence.auc[latents], **style)
+        axis.scatter(evidence.known[latents], evidence.auc[latents], **style)
 
-    points(evidence.is_two_sided & judged, s=8, color="#dddddd", label="shared latents")
+    points(evidence.is_two_sided, s=8, color="#dddddd", label="shared latents")
     for kind, color in COLORS.items():
         of_kind = [i for i in candidates if kinds[i] == kind]
         points(of_kind, s=28, color=color, edgecolor="black", label=f"candidate: {kind}")
     ring = {"s": 90, "facecolor": "none", "edgecolor": "black"}
     points(evidence.is_exclusive, **ring, label="exclusive with evidence")
-    axis.set(title=f"DFC, {which}", xlabel="latent scaling on the other model's error")
+    axis.set(title=f"DFC, {which}", xlabel="share known to the other model")
 
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharex=True, sharey=True)
 for axis, which in zip(axes, pairs):
     draw_evidence(axis, which)
-axes[0].set(xlim=(-0.3, 1.3), ylabel="firing predicted from the other model (AUROC)")
+axes[0].set(xlim=(-0.2, 1.2), ylabel="firing predicted from the other model (AUROC)")
 axes[1].legend(fontsize=7, loc="lower right")
 figure.tight_layout()
 
 # %% [markdown]
-# True exclusive latents are at the lower left: the other model has neither the direction nor the timing. The grey candidates are as predictable
-# from the other model, or nearly as predictable, as shared latents; in the null all candidates are. Neither test is sufficient alone: for some halves of
-# shared features the other model's *error* contains none of the direction (left edge, top), because another latent already reconstructs it there. Their timing
-# reveals them. The ringed latents passed both tests, which do not use the colors.
+# True exclusive latents are at the lower left: the other model knows little of them. Of the grey candidates it knows as much as of shared latents, or nearly; in the null, of all
+# candidates. The ringed latents passed the test, which does not use the colors.
 #
 # The evidence for each latent can be printed as a sentence. Here is one latent that passes and one that does not:
 
 # %%
 evidence = results["DFC", "with differences"].evidence
 kinds = truth_of(trained["DFC", "with differences"], pairs["with differences"])
-judged = evidence.is_candidate & (evidence.firings >= MIN_FIRINGS)
-for group in (evidence.is_exclusive, judged & ~evidence.is_exclusive):
+for group in (evidence.is_exclusive, evidence.is_judged & ~evidence.is_exclusive):
     for latent in group.nonzero()[:1, 0].tolist():
         print(f"latent {latent} (true kind: {kinds[latent]})\n  {verdict(evidence, latent)}\n")
 

@@ -44,7 +44,7 @@ from sae_lens_dfc import CrosscoderTrainingRunner
 from sae_lens_dfc.analysis.evaluation.baselines import prefixed
 from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
-from sae_lens_dfc.analysis.evaluation.measure import train_crosscoder
+from sae_lens_dfc.analysis.evaluation.measure import measure, train_crosscoder
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.analysis.latents.cards import latent_cards, strongest_latents
 from sae_lens_dfc.analysis.latents.max_activating import collect_max_activating
@@ -56,7 +56,6 @@ from sae_lens_dfc.analysis.report.results import Measured
 from sae_lens_dfc.analysis.saved_run.held_out import opened_run
 from sae_lens_dfc.core.output_folder import is_made
 from sae_lens_dfc.data.paired_text import PairedText
-from sae_lens_dfc.metrics.evaluate import evaluate
 from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.exclusivity.decoders import relative_decoder_norms
 from sae_lens_dfc.metrics.exclusivity.evidence import ranking, verdict
@@ -149,7 +148,7 @@ display(HTML(latent_html(card, n_contexts=4)))
 # their norms are not evidence. Evidence needs a null: the same crosscoder, trained on model A twice at the same positions, where nothing is exclusive.
 
 # %%
-case = PairTask(cfg, pair, data)
+case = PairTask(cfg, pair, data).with_losses()
 null = null_case("self", case)
 null_crosscoder = train_crosscoder(null)
 
@@ -171,26 +170,24 @@ plt.show()
 #
 # ## Evidence from activations
 #
-# Each candidate is tested in two ways, both through an affine map between the models that was fitted to the training text:
+# Each candidate is asked two questions:
 #
-# - **Latent scaling**: the latent's direction is mapped to the other model. How much of it is in the crosscoder's reconstruction error there (`nu_error`), and how much do
-#   other latents reconstruct there (`nu_reconstruction`)? Near 0 the other model does not have the direction; near 1 it does.
-# - **Transfer**: can the other model's activations predict when the latent fires? An AUROC of 1/2 is chance, 1 is perfect.
+# - **Share known**: how much of it does the other model *know*? A small neural network predicts its activation from the other model's activations, and another from its own model's. 0 means that the other model predicts nothing of it,
+#   1 as much as its own.
+# - **Worse after it**: after how many of its firings does the other model predict the text that follows worse, with a loss more than 1.25 times as large?
 #
-# The same metrics are computed for the null's latents and for shared latents, which both models have. An inexact map loses part of every direction, so *shared latents show the values to expect of a latent
-# that is not exclusive*.
+# Beside them stands the *transfer* test, which uses an affine map instead of a network: can the other model's activations predict when the latent fires? An AUROC of 1/2 is chance, 1 is perfect.
+#
+# The same measures are computed for the null's latents and for shared latents, which both models have. *Shared latents show the values to expect of a latent that is not exclusive*.
 
 # %%
-found = evaluate(crosscoder, [rows.acts for rows in data.held_out], data.affine_maps(pair.d_a))
-null_found = evaluate(
-    null_crosscoder, [rows.acts for rows in null.data.held_out], null.data.affine_maps(pair.d_a)
-)
+found, null_found = measure(crosscoder, case), measure(null_crosscoder, null)
 evidence, null_evidence = found.evidence, null_found.evidence
 
 # %%
 measures = {
-    "nu_error": "latent scaling, error",
-    "nu_reconstruction": "latent scaling, reconstruction",
+    "known": "share known to the other model",
+    "target_worse": "firings after which it predicts worse",
     "auc": "transfer, AUROC",
 }
 groups = {
@@ -217,16 +214,15 @@ for ax, (name, title) in zip(axes, measures.items()):
         )
     ax.set_xlabel(title)
 axes[0].set(ylabel="cumulative share of latents", xlim=(-0.2, 1.2))
-axes[1].set_xlim(-1, 2)
+axes[1].set_xlim(0, 1)
 axes[2].set_xlim(0.5, 1.01)
 axes[2].axvline(0.5, color="k", lw=0.5)
 axes[0].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# A latent exclusive to one model would be at 0 in the first two panels and at 1/2 in the third. By latent scaling, the real pair's candidates lie left of the shared latents and of most of the null's (dashed): less of their
-# direction is in the other model. In the third panel, however, all groups are near 1: **Gemma predicts when SmolLM2's exclusive latents fire**, almost as well as it predicts shared ones. Note also the dashed line of the first
-# panel: by latent scaling on the error alone, one in five of the null's latents would look exclusive, and all of them are false.
+# A latent exclusive to one model would be at 0 in the first panel, at 1 in the second and at 1/2 in the third. The real pair's candidates lie left of the shared latents and of the null's (dashed) in the first panel: the other
+# model knows less of them. That alone is no finding: two models trained on the *same* text have many such latents too, because they represent the same text in different ways.
 #
 # The same as numbers, medians with the 5th and 95th percentile over latents:
 
@@ -252,24 +248,20 @@ pd.DataFrame(
 # %% [markdown]
 # ## The criterion for an exclusive latent
 #
-# A candidate that fired at least 20 times is exclusive with evidence if **both** tests pass, at a false discovery rate of 5 % over all candidates:
+# A candidate is exclusive with evidence if **both** conditions hold beyond their standard errors, at a false discovery rate of 5 % over all candidates:
 #
-# 1. both latent scalings are near 0: within 0.2 and 0.5 times the median of the shared latents (or of 1), beyond their standard error;
-# 2. its firing is less predictable from the other model than that of nearly all shared latents.
+# 1. the other model knows less than half of it;
+# 2. the other model predicts worse after more than half of its firings.
 #
-# Latents that fire less often are not judged. Both tests are needed, because each can be misled alone: a direction that the map misplaces looks absent, and a latent that fires on rare words is hard to predict.
+# Latents that fire too rarely are not judged. *Power* is the probability that a clear difference would have been found with as much text: "none found" means something only if it is near 1.
 
 # %%
-counts = {
-    "judged": "fire often enough",
-    "scaling": "pass latent scaling alone",
-    "transfer": "pass transfer alone",
-    "significant": "pass both (significant)",
-}
+counts = {"judged": "judged", "significant": "exclusive, with evidence", "power": "power"}
 pd.DataFrame(
     {
         f"{column}, {group}": {
-            title: int(of.metrics[f"exclusive/{key}/{group}"]) for key, title in counts.items()
+            title: round(of.metrics.get(f"exclusive/{key}/{group}", np.nan), 2)
+            for key, title in counts.items()
         }
         for column, of in (("this run", found), ("null", null_found))
         for group in ("a_exclusive", "b_exclusive")
@@ -277,8 +269,7 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# No latent passes both tests. Some of SmolLM2's pass transfer, as one in twenty shared latents does by definition, but **none passes latent scaling**, whose standard errors are large on so little text. The next cell shows the candidates with the most evidence, with
-# their verdicts and contexts. Is there anything in them that Gemma could not represent?
+# The next cell shows the candidates with the most evidence, with their verdicts and contexts. Is there anything in them that the other model could not represent?
 
 # %%
 most = ranking(evidence)[:n_shown].tolist()
@@ -289,7 +280,7 @@ for latent, card in zip(most, cards(most, evidence)):
 # %% [markdown]
 # Three things could change this result: more text and longer training, so that more latents fire often enough to be judged; several seeds, because a latent found in only one seed is weak
 # evidence (`sae-lens-dfc evaluate` takes several runs); or a test during training that turns false candidates into shared latents (`--recipe dfc-reassigned`).
-# None of these tests can show that a model lacks a *concept*, because they are linear. The next step is causal, in tutorials [4](4_steering_one_model.ipynb) and [5](5_base_and_fine_tuned.ipynb).
+# None of these measures can show that a model lacks a *concept*: they look at one layer, at one position. The next step is causal, in tutorials [4](4_steering_one_model.ipynb) and [5](5_base_and_fine_tuned.ipynb).
 #
 # ## The report
 #

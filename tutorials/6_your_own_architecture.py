@@ -50,6 +50,7 @@ from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, ToyPair, ToyPairConf
 from sae_lens_dfc.analysis.evaluation.demo import demo_models
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
 from sae_lens_dfc.metrics.evaluate import evaluate
+from sae_lens_dfc.metrics.exclusivity.known import fit_probes
 from sae_lens_dfc.metrics.recovery import Truth, recovery, recovery_of_calls
 from sae_lens_dfc.stats.affine_maps import fit_affine_maps
 from sae_lens_dfc.stats.moments import PairMoments
@@ -222,9 +223,10 @@ assert torch.allclose(in_training.encode(acts), opened.encode(acts), atol=1e-3)
 
 # %%
 def measured(crosscoder, pair):
-    to_fit = PairMoments.of(islice(pair.batches(2048, seed=2_000_000), n_eval_batches))
+    to_fit = list(islice(pair.batches(2048, seed=2_000_000), n_eval_batches))
     held_out = islice(pair.batches(2048, seed=1_000_000), n_eval_batches)
-    result = evaluate(crosscoder, held_out, fit_affine_maps(to_fit, d_a))
+    affine_maps = fit_affine_maps(PairMoments.of(to_fit), d_a)
+    result = evaluate(crosscoder, held_out, affine_maps, fit_probes(crosscoder, to_fit))
     truth = Truth(pair.features, pair.directions, pair.frequencies)
     claims = recovery(crosscoder, truth, result.firing.counts > 0, "relative_norm")
     calls = recovery_of_calls(crosscoder, truth, result.evidence)

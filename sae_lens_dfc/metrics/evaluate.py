@@ -1,6 +1,6 @@
 """Computes all metrics of a crosscoder on held-out pairs, as one flat dictionary."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.cross_reconstruction import CrossReconstruction
 from sae_lens_dfc.metrics.exclusivity.decoders import decoder_cosines, decoder_metrics
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, claim_metrics, latent_evidence
+from sae_lens_dfc.metrics.exclusivity.known import Probes, ShareKnown
 from sae_lens_dfc.metrics.exclusivity.latent_scaling import LatentScaling, directions
+from sae_lens_dfc.metrics.exclusivity.target_worse import TargetWorse
 from sae_lens_dfc.metrics.exclusivity.transfer import Transfer
 from sae_lens_dfc.metrics.pca import JointPCA
 from sae_lens_dfc.metrics.reconstruction import ExplainedVariance, ReconstructionByRow
@@ -42,7 +44,7 @@ class Evaluation(NamedTuple):
     firing: ActivationStats
     """Firing statistics of each latent."""
     evidence: LatentEvidence | None = None
-    """Exclusivity evidence for each latent; none without affine maps."""
+    """Exclusivity evidence for each latent; none without affine maps and probes."""
 
 
 @torch.no_grad()
@@ -50,6 +52,9 @@ def evaluate(
     crosscoder: Crosscoder,
     acts: ActivationBatches,
     affine_maps: AffineMaps | None = None,
+    probes: Probes | None = None,
+    contexts: Sequence[Int[Tensor, " _"]] | None = None,
+    following: Sequence[Float[Tensor, "_ 2"]] | None = None,
     deciles: Sequence[Deciles] | None = None,
 ) -> Evaluation:
     """Evaluate a saved crosscoder on held-out raw activations.
@@ -58,15 +63,24 @@ def evaluate(
         crosscoder: The saved crosscoder.
         acts: At least ten batches, preferably of whole contexts, since standard errors are computed
             over batches. With `affine_maps` there are two passes over them.
-        affine_maps: Affine maps between the models, fitted on other pairs; needed to measure every
-            latent's exclusivity.
+        affine_maps: Affine maps between the models, fitted on other pairs; with `probes`, needed to
+            measure every latent's exclusivity.
+        probes: Probes of the crosscoder's latents, fitted on other pairs; see `fit_probes`.
+        contexts: For each batch, the number of the context that each row comes from; none takes
+            each batch as one context.
+        following: For each batch, both models' losses on the text after each row; see
+            `following_losses`.
         deciles: Token-frequency deciles for each batch, to evaluate rare and frequent tokens
             separately.
 
     Raises:
-        ValueError: There are no activations, or an activation of a model or latent is NaN or
-            infinite.
+        ValueError: There are no activations, an activation of a model or latent is NaN or infinite,
+            or only one of maps and probes is given.
     """
+    if (affine_maps is None) != (probes is None):
+        raise ValueError(
+            "A latent's exclusivity is measured with affine maps and probes, and only one of them is given. Give both, or none."
+        )
     acts = acts if affine_maps is None else list(acts)
     partition = crosscoder.partition
     b_dec = crosscoder.b_dec.detach()
@@ -78,9 +92,14 @@ def evaluate(
     by_frequency = ExplainedVarianceByFrequency(partition, center)
     firing = ActivationStats(partition)
     crossed = _crossed(crosscoder, center, affine_maps)
-    exclusivity = None if affine_maps is None else _Exclusivity(crosscoder, affine_maps)
-    pairs = ((a, None) for a in acts) if deciles is None else zip(acts, deciles, strict=True)
-    for batch, own_deciles in tqdm(pairs, "Evaluating", leave=False):
+    exclusivity = (
+        None
+        if affine_maps is None or probes is None
+        else _Exclusivity(crosscoder, affine_maps, probes)
+    )
+    for batch, context, after, own_deciles in tqdm(
+        _with(acts, contexts, following, deciles), "Evaluating", leave=False
+    ):
         batch = batch.to(crosscoder.device)
         if not batch.isfinite().all():
             raise ValueError(
@@ -96,7 +115,9 @@ def evaluate(
             by_frequency.update(batch, rebuilt, own_deciles)
         crossed.update(batch)
         if exclusivity is not None:
-            exclusivity.update(batch, feature_acts, rebuilt)
+            exclusivity.update(batch, feature_acts, rebuilt, context)
+            if after is not None:
+                exclusivity.update_losses(feature_acts, after)
     metrics: dict[str, float] = {
         **variance.compute(),
         **by_row.compute(),
@@ -114,6 +135,28 @@ def evaluate(
     return Evaluation(metrics | exclusivity.metrics() | claim_metrics(evidence), firing, evidence)
 
 
+def _with(
+    acts: ActivationBatches,
+    contexts: Sequence[Tensor] | None,
+    following: Sequence[Tensor] | None,
+    deciles: Sequence[Deciles] | None,
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, Deciles | None]]:
+    """Each batch with what is given of its rows.
+
+    Raises:
+        ValueError: Something is given for fewer batches.
+    """
+    for i, batch in enumerate(acts):
+        few = [x for x in (contexts, following, deciles) if x is not None and len(x) <= i]
+        if few:
+            raise ValueError(
+                f"Contexts, losses or deciles are given for {len(few[0])} batches of activations, and there are more. Give them for each batch."
+            )
+        context = None if contexts is None else contexts[i]
+        after = None if following is None else following[i]
+        yield batch, context, after, None if deciles is None else deciles[i]
+
+
 def _crossed(
     crosscoder: Crosscoder, means: Tensor, affine_maps: AffineMaps | None
 ) -> CrossReconstruction:
@@ -123,9 +166,9 @@ def _crossed(
 
 
 class _Exclusivity:
-    """The metrics that need affine maps between the two models."""
+    """The metrics that need affine maps between the two models, and probes."""
 
-    def __init__(self, crosscoder: Crosscoder, affine_maps: AffineMaps):
+    def __init__(self, crosscoder: Crosscoder, affine_maps: AffineMaps, probes: Probes):
         self.crosscoder = crosscoder
         self.affine_maps = affine_maps
         self.directions = directions(crosscoder, affine_maps)
@@ -134,21 +177,38 @@ class _Exclusivity:
             # A model and its fine-tune share a basis; for other pairs only the map is meaningful.
             same = directions(crosscoder, None)
             self.scaling["latent_scaling_direct"] = LatentScaling(crosscoder, same)
+        self.known = ShareKnown(crosscoder, probes)
+        self.target_worse: TargetWorse | None = None
         self.transfer = Transfer(crosscoder, affine_maps)
         self.held_out = PairMoments()
 
-    def update(self, acts: Tensor, feature_acts: Tensor, rebuilt: Tensor) -> None:
+    def update(
+        self, acts: Tensor, feature_acts: Tensor, rebuilt: Tensor, context: Tensor | None
+    ) -> None:
+        self.known.update(acts, feature_acts, context)
         for scaling in self.scaling.values():
             scaling.update(acts, feature_acts, rebuilt)
         self.transfer.calibrate(acts, feature_acts)
         self.held_out.update(acts)
+
+    def update_losses(self, feature_acts: Tensor, following: Tensor) -> None:
+        if self.target_worse is None:
+            self.target_worse = TargetWorse(self.crosscoder)
+        self.target_worse.update(feature_acts, following)
 
     def update_again(self, acts: Tensor) -> None:
         self.transfer.update(acts)
 
     def evidence(self) -> LatentEvidence:
         scaling = {name: s.estimates() for name, s in self.scaling.items()}
-        return latent_evidence(self.crosscoder, self.directions, scaling, self.transfer.compute())
+        return latent_evidence(
+            self.crosscoder,
+            self.directions,
+            self.known.estimates(),
+            scaling,
+            self.transfer.compute(),
+            None if self.target_worse is None else self.target_worse.estimate(),
+        )
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -208,9 +268,6 @@ class HeldOutEvaluator:
 
     acts: ActivationBatches
     """Batches of held-out raw activations."""
-    affine_maps: AffineMaps | None = None
-    """Affine maps between the models, fitted on other pairs; without them, exclusivity is not
-    measured."""
 
     def __call__(
         self,
@@ -218,5 +275,5 @@ class HeldOutEvaluator:
         data_provider: DataProvider,  # noqa: ARG002
         activation_scaler: ActivationScaler,  # noqa: ARG002
     ) -> dict[str, float]:
-        metrics = evaluate(sae.to_inference(), self.acts, self.affine_maps).metrics
+        metrics = evaluate(sae.to_inference(), self.acts).metrics
         return {f"held_out/{name}": value for name, value in metrics.items()}

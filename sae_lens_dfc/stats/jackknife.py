@@ -97,7 +97,8 @@ class Jackknife:
         result: dict[str, Estimate] = {}
         for name, value in values.items():
             se = torch.full_like(value, torch.nan)
-            if without:
+            # torch warns of a variance over no values.
+            if without and value.numel() > 0:
                 others = torch.stack([_tensor(statistics[name]) for statistics in without])
                 se = ((g - 1) * others.var(dim=0, unbiased=False)).sqrt()
             result[name] = Estimate(value, se, g - 1)

@@ -273,12 +273,13 @@ def test_damaged_measures(tmp_path: Path, n_mutations: int) -> None:
 
 def table_of_latents(path: Path) -> None:
     names = [*("latent", "partition", "max_activation", "is_a", "is_candidate", "is_two_sided")]
-    names += ["firings", "relative_decoder_norm", "nu_error", "nu_error_se", "nu_reconstruction"]
-    names += ["nu_reconstruction_se", "auc", "r2", "span", "p_scaling", "p_transfer", "q"]
+    names += ["firings", "relative_decoder_norm", "known", "known_se", "own_r2"]
+    names += ["nu_error", "nu_error_se", "nu_reconstruction"]
+    names += ["nu_reconstruction_se", "auc", "r2", "span", "p", "q"]
     names += ["is_exclusive"]
     crosscoder = make_firing_dfc()
     rows = [
-        [i, crosscoder.partition.name_of(i), 1.5, *["True"] * 3, 7, *["0.25"] * 11, "False"]
+        [i, crosscoder.partition.name_of(i), 1.5, *["True"] * 3, 7, *["0.25"] * 13, "False"]
         for i in range(24)
     ]
     path.write_text("\n".join(",".join(map(str, row)) for row in [names, *rows]) + "\n")

@@ -48,6 +48,7 @@ from sae_lens_dfc.metrics.exclusivity.decoders import (
     relative_decoder_norms,
     relative_difference,
 )
+from sae_lens_dfc.metrics.exclusivity.known import fit_probes
 from sae_lens_dfc.metrics.exclusivity.transfer import Transfer
 from sae_lens_dfc.metrics.pca import JointPCA
 from sae_lens_dfc.metrics.reconstruction import ExplainedVariance, ReconstructionByRow
@@ -63,6 +64,7 @@ from sae_lens_dfc.stats.affine_maps import (
 from sae_lens_dfc.stats.jackknife import mean_and_error, variation
 from sae_lens_dfc.stats.matching_pursuit import explained_by_few
 from sae_lens_dfc.stats.moments import PairMoments
+from sae_lens_dfc.stats.probe import ProbeOptions
 from sae_lens_dfc.stats.significance import Effect, empirical_p, share_beyond
 from tests.helpers import make_acts, make_batchtopk, make_firing_dfc
 
@@ -112,6 +114,7 @@ def crosscoder(kind: str) -> Crosscoder:
     return made
 
 
+PROBES = ProbeOptions(hidden=8, steps=20, batch=64)
 KINDS = ("alive", "dead", "always on", "always the same", "without a decoder", "one latent")
 
 
@@ -121,7 +124,12 @@ def ordinary_map() -> AffineMaps:
 
 
 def measured(of: Crosscoder, acts: Tensor, mapped: bool = True) -> Evaluation:
-    return evaluate(of, acts.split(4), ordinary_map() if mapped else None)
+    if not mapped:
+        return evaluate(of, acts.split(4))
+    probes = fit_probes(of, [make_acts(200, D_A + D_B)], PROBES)
+    # Both models predict what follows equally well.
+    following = [torch.ones(len(batch), 2) for batch in acts.split(4)]
+    return evaluate(of, acts.split(4), ordinary_map(), probes, following=following)
 
 
 # --- all measures of a crosscoder ---
@@ -172,7 +180,7 @@ def test_of_a_dead_crosscoder_it_is_said_that_nothing_fires_and_nothing_is_told_
     assert metrics["l0"] == 0 and metrics["dead_fraction/shared"] == 1
     assert measured(crosscoder("dead"), rows(data), mapped=False).metrics["cosine/a"] == 0
     assert not [n for n in metrics if n.startswith(("latent_scaling", "transfer"))]
-    assert metrics["exclusive/judged/a_exclusive"] == metrics["exclusive/reference"] == 0
+    assert metrics["exclusive/judged/a_exclusive"] == 0
     assert "No latent fires" in "".join(warnings(metrics))
 
 
@@ -196,7 +204,9 @@ def test_the_size_of_activations_that_were_trained_on_changes_no_measure(factor:
         trained.fit_normalization(x)
         trained.topk_threshold.fill_(0.5)
         affine_maps = fit_affine_maps(PairMoments.of([x]), D_A)
-        return drop_nonfinite(evaluate(trained.to_inference(), x.split(4), affine_maps).metrics)
+        saved = trained.to_inference()
+        probes = fit_probes(saved, [x], PROBES)
+        return drop_nonfinite(evaluate(saved, x.split(4), affine_maps, probes).metrics)
 
     plain, scaled = of(acts), of(acts * factor)
     assert plain.keys() == scaled.keys()

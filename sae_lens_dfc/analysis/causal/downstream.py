@@ -114,7 +114,7 @@ def spliced_sums(
         ValueError: The rows come without contexts.
     """
     models = {"a": pair.a, "b": pair.b}
-    for part, here in _parts(rows, max(int(m.model.cfg.d_vocab) for m in models.values())):
+    for part, here in _parts(pair, rows):
         sums: dict[str, Tensor] = {}
         for m, model in models.items():
             reading = reading_of(model, m, part)
@@ -167,17 +167,24 @@ def edits_of(
     return edits
 
 
-def _parts(rows: PairedRows, d_vocab: int) -> Iterator[tuple[PairedRows, Bool[Tensor, " n"]]]:
+def _parts(pair: ModelPair, rows: PairedRows) -> Iterator[tuple[PairedRows, Bool[Tensor, " n"]]]:
     """Split into as many contexts at a time as `MAX_LOGITS` allows, with a mask of their rows."""
     if not rows.contexts:
         raise ValueError(
             "These rows of activations come without their contexts, so no model can continue from them. "
             "Give them as paired_activations gives them."
         )
-    n_positions = max(context.segments.n_tokens for context in rows.contexts)
+    for contexts in contexts_at_once(pair, rows.contexts):
+        yield rows_in(rows, contexts)
+
+
+def contexts_at_once(pair: ModelPair, contexts: Sequence[Context]) -> Iterator[Sequence[Context]]:
+    """Split into as many contexts at a time as `MAX_LOGITS` allows."""
+    d_vocab = max(int(model.model.cfg.d_vocab) for model in (pair.a, pair.b))
+    n_positions = max((context.segments.n_tokens for context in contexts), default=1)
     size = max(1, MAX_LOGITS // (n_positions * d_vocab))
-    for start in range(0, len(rows.contexts), size):
-        yield rows_in(rows, rows.contexts[start : start + size])
+    for start in range(0, len(contexts), size):
+        yield contexts[start : start + size]
 
 
 def rows_in(rows: PairedRows, contexts: Sequence[Context]) -> tuple[PairedRows, Bool[Tensor, " n"]]:

@@ -197,14 +197,18 @@ def who_knows_more(metrics: Mapping[str, float]) -> str:
         f"given B's, A's {said['a']}: {named[knows_more(*rises)]}."
     )
     by_source: dict[str, list[str]] = {}
-    for source in sources_in(metrics):
-        of_source = _rises(metrics, f"{source}/")
-        if of_source is not None:
-            by_source.setdefault(named[knows_more(*of_source)], []).append(source)
+    for source, knows in knows_more_by_source(metrics).items():
+        by_source.setdefault(named[knows], []).append(source)
     if by_source:
         told = [f"on {', '.join(names)}, {what}" for what, names in by_source.items()]
         result += f" By source: {'; '.join(told)}."
     return result
+
+
+def knows_more_by_source(metrics: Mapping[str, float]) -> dict[str, Literal["a", "b"] | None]:
+    """`knows_more` on each source that has measures of its own."""
+    rises = {source: _rises(metrics, f"{source}/") for source in sources_in(metrics)}
+    return {source: knows_more(*three) for source, three in rises.items() if three is not None}
 
 
 def _knows(m: str) -> str:

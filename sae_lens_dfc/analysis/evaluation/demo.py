@@ -28,6 +28,8 @@ from sae_lens_dfc.training.resolve import resolve
 from sae_lens_dfc.training.runner import write_cfg
 
 BATCH_SIZE = 1024
+LOSS_PAIRS = 4_000
+"""Held-out pairs after which both models' losses are measured, which runs the whole models."""
 
 
 def demo_models(cfg: DemoConfig) -> tuple[ModelConfig, ModelConfig]:
@@ -80,9 +82,6 @@ def run_demo(cfg: DemoConfig) -> dict[str, float]:
     model_a, model_b = demo_models(cfg)
     run_cfg = demo_run_config(cfg, model_a, model_b)
     pair = ModelPair.load(model_a, model_b)
-    for model in (pair.a, pair.b):
-        # The models are no longer run here; the report only needs the unembedding.
-        model.drop_unused_layers(keep_unembedding=True)
     with locked_output(cfg.output, cfg.overwrite):
         return train_and_evaluate(run_cfg, pair, cfg.output)
 
@@ -98,7 +97,11 @@ def train_and_evaluate(
     """
     cfg = resolve(replace(cfg, output_path=None), pair.describe())
     text = PairedText(cfg, pair)
-    case = PairTask(cfg, pair, PairData.collect(text, "The two models"))
+    data = PairData.collect(text, "The two models")
+    case = PairTask(cfg, pair, data).with_losses(LOSS_PAIRS)
+    for model in (pair.a, pair.b):
+        # The models are no longer run; the report only needs the unembedding.
+        model.drop_unused_layers(keep_unembedding=True)
     crosscoder = train_crosscoder(case)
     # Rows in memory do not record the text they come from.
     crosscoder.cfg.metadata.made_of = {"cache": None, "text": text.fingerprint}

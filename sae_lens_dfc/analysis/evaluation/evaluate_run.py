@@ -129,7 +129,8 @@ def _evaluated(options: EvaluateOptions) -> FullEvaluation:
     if options.seed_model is not None:
         seed_model = replace(cfg.model_a, model_name=options.seed_model, **NO_ADAPTER)
     causal = CausalOptions(options.downstream_pairs, options.behavior_latents, judge)
-    case = case_of(run, options, own_config(run, options, options.null_pairs), pair)
+    own = own_config(run, options, options.null_pairs)
+    case = case_of(run, options, own, pair).with_losses()
     compared = Comparisons(nulls, seed_model, options.baselines)
     found = evaluate_with_nulls(crosscoder, case, compared, causal)
     if options.output is not None:

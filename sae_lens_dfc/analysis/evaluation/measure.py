@@ -23,6 +23,7 @@ from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.evaluate import Evaluation, evaluate
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, ranking
+from sae_lens_dfc.metrics.exclusivity.known import fit_probes
 from sae_lens_dfc.metrics.exclusivity.latent_scaling import directions
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
@@ -71,7 +72,9 @@ def measure(
     acts = [rows.acts for rows in data.held_out]
     # With shuffled pairs, a row's token no longer matches B's activation.
     deciles = data.deciles(pair) if case.order_b is None else None
-    found = evaluate(crosscoder, acts, affine_maps, deciles)
+    probes = fit_probes(crosscoder, [rows.acts for rows in data.training])
+    contexts = [rows.context for rows in data.held_out]
+    found = evaluate(crosscoder, acts, affine_maps, probes, contexts, case.following, deciles)
     metrics = found.metrics | data.metrics | _of_training(crosscoder)
     if options.downstream_pairs > 0:
         means = torch.cat([affine_maps.mean_a, affine_maps.mean_b])

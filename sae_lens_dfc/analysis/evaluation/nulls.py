@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_dfc.analysis.causal.downstream import Order
+from sae_lens_dfc.analysis.causal.following_loss import following_losses
 from sae_lens_dfc.data.activations import PairedRows
 from sae_lens_dfc.data.alignment.segments import Segments
 from sae_lens_dfc.data.pair import ModelPair
@@ -29,6 +30,17 @@ class PairTask(NamedTuple):
     data: PairData
     order_b: Order | None = None
     """For shuffled pairs: the row whose B side each row of A gets."""
+    following: list[Float[Tensor, "_ 2"]] | None = None
+    """For each batch of held-out rows, both models' losses on the text after each row; none if they
+    were not measured, or if the pairs are shuffled."""
+
+    def with_losses(self, n_pairs: int | None = None) -> "PairTask":
+        """The same, with the losses on about that many held-out rows; none measures all.
+
+        Raises:
+            ValueError: A model was loaded without its upper layers.
+        """
+        return self._replace(following=following_losses(self.pair, self.data, n_pairs))
 
 
 def null_case(
@@ -76,7 +88,13 @@ def _self_null(case: PairTask) -> PairTask:
     training = [twice(rows) for rows in _drained(case.data.training)]
     held_out = [twice(rows) for rows in case.data.held_out]
     data = PairData(training, held_out, contexts, {}, case.data.sources)
-    return PairTask(_of_one(case, case.cfg.model_a), ModelPair(case.pair.a, case.pair.a), data)
+    following = case.following and [losses[:, [0, 0]] for losses in case.following]
+    return case._replace(
+        cfg=_of_one(case, case.cfg.model_a),
+        pair=ModelPair(case.pair.a, case.pair.a),
+        data=data,
+        following=following,
+    )
 
 
 def _shuffle_null(case: PairTask) -> PairTask:
@@ -89,7 +107,7 @@ def _shuffle_null(case: PairTask) -> PairTask:
     training = _shuffled(data.training, d_a, order)
     held_out = _shuffled(list(data.held_out), d_a, order)
     shuffled = PairData(training, held_out, data.contexts, {}, data.sources)
-    return case._replace(data=shuffled, order_b=order)
+    return case._replace(data=shuffled, order_b=order, following=None)
 
 
 def _seed_null(case: PairTask, seed_model: ModelConfig) -> PairTask:
@@ -102,7 +120,11 @@ def _seed_null(case: PairTask, seed_model: ModelConfig) -> PairTask:
         )
     cfg = _of_one(case, seed_model)
     case.data.training.clear()
-    return PairTask(cfg, pair, PairData.collect(PairedText(cfg, pair), f"Null, {NULLS['seed']}"))
+    data = PairData.collect(PairedText(cfg, pair), f"Null, {NULLS['seed']}")
+    task = PairTask(cfg, pair, data)
+    if case.following is None:
+        return task
+    return task.with_losses(sum(int((~x.isnan()).any(dim=1).sum()) for x in case.following))
 
 
 def _of_one(case: PairTask, model_b: ModelConfig) -> CrosscoderRunnerConfig:

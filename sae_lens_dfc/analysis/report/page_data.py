@@ -13,7 +13,12 @@ from markupsafe import Markup
 from sae_lens_dfc.analysis.latents.cards import ContextView, LatentCard
 from sae_lens_dfc.analysis.report.findings import Finding
 from sae_lens_dfc.core.terminal import visible
-from sae_lens_dfc.metrics.exclusivity.evidence import MAX_FALSE_DISCOVERIES, MIN_FIRINGS
+from sae_lens_dfc.metrics.exclusivity.evidence import (
+    MAX_FALSE_DISCOVERIES,
+    MAX_KNOWN,
+    MIN_FIRINGS,
+)
+from sae_lens_dfc.metrics.exclusivity.target_worse import MIN_LOSS_RATIO
 
 EVIDENCE = {
     "is_candidate": (
@@ -23,6 +28,18 @@ EVIDENCE = {
     "firings": (
         "Held-out firings",
         f"Pairs of held-out text on which it fires, as a function of {{source}} alone. Latents with fewer than {MIN_FIRINGS} are not judged.",
+    ),
+    "known": (
+        "Share known to {target}",
+        "How much of its activation a small neural network predicts from {target}'s activations, relative to {source}'s own, within texts. 1: {target} knows all of it. 0: nothing.",
+    ),
+    "target_worse": (
+        "Firings after which {target} predicts worse",
+        f"Share of its firings after which {{target}}'s loss on the text that follows is more than {MIN_LOSS_RATIO} times {{source}}'s. Above 0.5: {{target}} lacks what it is followed by.",
+    ),
+    "own_r2": (
+        "Activation predicted from {source} (R²)",
+        "Share of its variance within texts that {source}'s own activations explain: the ceiling. A latent with little is not judged.",
     ),
     "nu_error": (
         "Latent scaling, error",
@@ -44,13 +61,9 @@ EVIDENCE = {
         "Direction explained by {target}'s shared latents",
         "Share of its direction, mapped to {target}, that five shared latents explain. High: {target} may have it split over several latents.",
     ),
-    "p_scaling": (
-        "p, latent scaling",
-        "Probability of scaling this close to 0 if {target} had the direction.",
-    ),
-    "p_transfer": (
-        "p, firing predicted",
-        "Share of shared latents whose firing is predicted no better from {target}.",
+    "p": (
+        "p",
+        "Larger of two probabilities: of a share known this small if {target} knew half of it, and of firings like these if {target} predicted worse after half of them.",
     ),
     "q": (
         "q",
@@ -58,11 +71,13 @@ EVIDENCE = {
     ),
     "is_exclusive": (
         "Exclusive, with evidence",
-        f"Both tests pass at a false discovery rate of {MAX_FALSE_DISCOVERIES:.0%}. This is evidence from activations, to be confirmed by a causal test.",
+        f"{{target}} knows less than {MAX_KNOWN:.0%} of it, and predicts worse after most of its firings, at a false discovery rate of {MAX_FALSE_DISCOVERIES:.0%}. This is evidence from activations, to be confirmed by a causal test.",
     ),
 }
 """Label and explanation of each measure of a latent's evidence."""
 _METRICS = {
+    "known": "known",
+    "target_worse": "target_worse",
     "nu_error": "latent_scaling/nu_error",
     "nu_reconstruction": "latent_scaling/nu_reconstruction",
     "auc": "transfer/auc",

@@ -44,7 +44,7 @@ def _found(metrics: Mapping[str, float], screening: Screening | None) -> str:
             "sae-lens-dfc evaluate RUN --output FOLDER measures it."
         )
     found = f"{called:,} of {judged:,} judged candidates are" if called else "No latent is"
-    of_none = "" if called else f" ({judged:,} candidates could be judged)"
+    of_none = "" if called else f" ({judged:,} candidates could be judged{_power(metrics)})"
     return (
         f"{found} exclusive with evidence from activations{of_none}. "
         "No latent was screened, so none is confirmed by steering."
@@ -92,6 +92,17 @@ def _calls(metrics: Mapping[str, float], prefix: str) -> tuple[int, int | None]:
         for both in keys
     )
     return int(called or 0), None if judged is None else int(judged)
+
+
+def _power(metrics: Mapping[str, float]) -> str:
+    """What would have been found, for a run in which nothing was."""
+    found = {
+        f"{m.upper()}'s": metrics[key]
+        for m in "ab"
+        if (key := f"exclusive/power/{m}_exclusive") in metrics
+    }
+    chances = " and ".join(f"{value:.0%} for {whose}" for whose, value in found.items())
+    return chances and f"; a clear difference would have been found with a probability of {chances}"
 
 
 def _null_calls(metrics: Mapping[str, float]) -> str:

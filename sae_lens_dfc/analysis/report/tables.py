@@ -115,8 +115,14 @@ GROUPS = [
     ),
     MeasureGroup(
         "Is it exclusive? Evidence from activations",
-        "Medians over latents; bars in the plot span the 5th to 95th percentile. Exclusive latents have latent scaling near 0 and AUROC near 0.5. Compare candidates with the shared latents of the same run, because the null of model A twice is too easy for any affine map.",
+        "Medians over latents; bars in the plot span the 5th to 95th percentile. The other model knows little of an exclusive latent; latent scaling near 0 and AUROC near 0.5 agree. Compare candidates with the shared latents of the same run, because the null of model A twice is too easy.",
         [
+            ("known/a_exclusive", "Share known to B, A's candidates, median"),
+            ("known/b_exclusive", "Share known to A, B's candidates, median"),
+            ("known/shared", "Share known to the other model, shared latents, median"),
+            ("target_worse/a_exclusive", "Firings after which B predicts worse, A's candidates"),
+            ("target_worse/b_exclusive", "Firings after which A predicts worse, B's candidates"),
+            ("target_worse/shared", "Firings after which the other predicts worse, shared latents"),
             (
                 "latent_scaling/nu_error/a_exclusive",
                 "Latent scaling, error, A's candidates, median",
@@ -173,12 +179,14 @@ GROUPS = [
     ),
     MeasureGroup(
         "Exclusive latents",
-        "Number of candidates that could be judged, and number that are exclusive with evidence, at a false discovery rate of 5 %.",
+        "Number of candidates that could be judged, and number that are exclusive with evidence, at a false discovery rate of 5 %. Power is the probability that a judged candidate would have been found exclusive, had the other model known a quarter of it and predicted worse after three quarters of its firings.",
         [
-            ("exclusive/judged/a_exclusive", "A's candidates that fire often enough to be judged"),
-            ("exclusive/judged/b_exclusive", "B's candidates that fire often enough to be judged"),
+            ("exclusive/judged/a_exclusive", "A's candidates that could be judged"),
+            ("exclusive/judged/b_exclusive", "B's candidates that could be judged"),
             ("exclusive/significant/a_exclusive", "Exclusive to A, with evidence"),
             ("exclusive/significant/b_exclusive", "Exclusive to B, with evidence"),
+            ("exclusive/power/a_exclusive", "Power for a clear difference, A's candidates"),
+            ("exclusive/power/b_exclusive", "Power for a clear difference, B's candidates"),
         ],
     ),
     MeasureGroup(

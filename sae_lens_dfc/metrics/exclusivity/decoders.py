@@ -4,10 +4,11 @@ decoders."""
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from sae_lens_dfc.crosscoders.groups import SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 
@@ -15,6 +16,9 @@ NORM_BINS = 20
 ONE_SIDED = 0.8
 """Relative decoder norm above which a latent counts as A-exclusive; below 1 minus it, as
 B-exclusive (arXiv 2602.11729, section 2.3)."""
+TWO_SIDED = 0.7
+"""Relative decoder norm up to which (and down to 1 minus which) a latent is clearly in both
+models."""
 MIN_COSINE = 0.8
 """Cosine above which two directions count as the same (arXiv 2602.11729, section 2.3)."""
 
@@ -28,6 +32,23 @@ def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " d_sae"]:
     norms = crosscoder.decoder_norms()
     total = norms.sum(dim=0)
     return torch.where(total > 0, norms[0] / total, 0.5)
+
+
+@torch.no_grad()
+def candidate_latents(crosscoder: Crosscoder) -> Bool[Tensor, " d_sae"]:
+    """Latents of the exclusive partitions, and those whose decoder has all but vanished in one
+    model."""
+    relative = relative_decoder_norms(crosscoder)
+    is_candidate = (relative > ONE_SIDED) | (relative < 1 - ONE_SIDED)
+    is_candidate[: crosscoder.partition.slices[SHARED].start] = True
+    return is_candidate
+
+
+def two_sided_latents(crosscoder: Crosscoder) -> Bool[Tensor, " d_sae"]:
+    """Latents that both models clearly have."""
+    relative = relative_decoder_norms(crosscoder)
+    is_between = (relative <= TWO_SIDED) & (relative >= 1 - TWO_SIDED)
+    return is_between & ~candidate_latents(crosscoder)
 
 
 def moved_decoders(

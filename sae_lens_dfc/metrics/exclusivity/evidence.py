@@ -1,4 +1,4 @@
-"""Decides which latents are exclusive with evidence, by latent scaling and the transfer test with
+"""Decides which latents are exclusive with evidence, by how much the other model knows of them, with
 FDR control."""
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,22 +12,26 @@ from torch import Tensor
 
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.metrics.exclusivity.decoders import ONE_SIDED, quantiles, relative_decoder_norms
+from sae_lens_dfc.metrics.exclusivity.decoders import (
+    candidate_latents,
+    quantiles,
+    relative_decoder_norms,
+    two_sided_latents,
+)
 from sae_lens_dfc.metrics.exclusivity.latent_scaling import owned_by_a
-from sae_lens_dfc.stats.jackknife import Estimate
+from sae_lens_dfc.stats.jackknife import N_BLOCKS, Estimate
 from sae_lens_dfc.stats.matching_pursuit import explained_by_few
-from sae_lens_dfc.stats.significance import benjamini_hochberg, empirical_p
+from sae_lens_dfc.stats.significance import benjamini_hochberg
 
-TWO_SIDED = 0.7
-"""Relative decoder norm up to which (and down to 1 minus which) a latent is clearly in both
-models."""
-MAX_NU_ERROR = 0.2
-MAX_NU_RECONSTRUCTION = 0.5
-"""Latent scaling limits below which a latent is exclusive to its source (arXiv 2504.02922, section
-3)."""
-MIN_REFERENCE_NU = 0.2
-"""Minimum median latent scaling of two-sided latents: a mapping of directions with less fails to
-detect features that are present, and is not used."""
+MAX_KNOWN = 0.5
+"""Share known below which a latent is exclusive to its source."""
+MIN_WORSE = 0.5
+"""Share of its firings above which the target lacks what follows a latent."""
+CLEARLY_KNOWN, CLEARLY_WORSE = 0.25, 0.75
+"""Share known, and share of firings, of a clear difference, whose power is reported."""
+MIN_OWN_R2 = 0.4
+"""Minimum share of a latent's variance that its source's activations explain: of a latent that they
+do not explain either, the target's ignorance says nothing."""
 MAX_FALSE_DISCOVERIES = 0.05
 """False discovery rate of the verdicts."""
 MIN_FIRINGS = 20
@@ -53,6 +57,15 @@ class LatentEvidence(NamedTuple):
     """Number of held-out pairs on which it fires when computed from its source alone; for an
     exclusive latent, the number on which it fires."""
     relative_decoder_norm: Float[Tensor, " d_sae"]
+    known: Float[Tensor, " d_sae"]
+    """Share of it that its target knows; see `ShareKnown`. NaN if not measured."""
+    known_se: Float[Tensor, " d_sae"]
+    own_r2: Float[Tensor, " d_sae"]
+    """Share of its variance within contexts that its source's activations explain."""
+    target_worse: Float[Tensor, " d_sae"]
+    """Share of its firings after which its target predicts worse than its source; see
+    `TargetWorse`. NaN if not measured."""
+    target_worse_se: Float[Tensor, " d_sae"]
     nu_error: Float[Tensor, " d_sae"]
     nu_error_se: Float[Tensor, " d_sae"]
     nu_reconstruction: Float[Tensor, " d_sae"]
@@ -63,8 +76,9 @@ class LatentEvidence(NamedTuple):
     span: Float[Tensor, " d_sae"]
     """Share of its direction, mapped to the target, that five of the target's shared latents
     explain; NaN if not computed."""
-    p_scaling: Float[Tensor, " d_sae"]
-    p_transfer: Float[Tensor, " d_sae"]
+    p: Float[Tensor, " d_sae"]
+    """Larger p-value of the hypotheses that its target knows half of it or more, and that its
+    target predicts worse after at most half of its firings; NaN if not judged."""
     q: Float[Tensor, " d_sae"]
     """Smallest false discovery rate at which it would be significant; NaN if not judged."""
     is_exclusive: Bool[Tensor, " d_sae"]
@@ -81,92 +95,85 @@ class LatentEvidence(NamedTuple):
             SHARED: self.is_two_sided & fires,
         }
 
+    @property
+    def is_judged(self) -> Bool[Tensor, " d_sae"]:
+        """Candidates with a p-value."""
+        return ~self.q.isnan()
+
 
 def latent_evidence(
     crosscoder: Crosscoder,
     directions: Float[Tensor, "d_sae d_in"],
+    known: Mapping[str, Estimate],
     scaling: Mapping[str, Mapping[str, Estimate]],
     transfer: dict[str, Float[Tensor, " d_sae"]],
+    target_worse: Estimate | None = None,
 ) -> LatentEvidence:
     """Collect the evidence for each latent and decide which are exclusive.
 
-    A candidate that fires often enough is exclusive, with evidence, if both conditions hold, at a
-    false discovery rate of 5 % over all candidates of the run (Benjamini & Hochberg on the larger
-    of the two p-values):
+    A candidate is exclusive, with evidence, if
 
-    - `nu_error` is within 0.2 of 0 and `nu_reconstruction` within 0.5, beyond their standard error:
-      the target has the direction neither in its error nor in its reconstruction, under every
-      mapping of directions. These are Minder et al.'s limits for models that share a basis. An
-      inexact map lowers both values for every latent, so the limits are multiplied by the median
-      over two-sided latents if that is below 1. A mapping that fails to detect even two-sided
-      latents (median below 0.2) is left out; if none remains, no latent is significant.
-    - the target predicts its firing worse than that of nearly all two-sided latents: the p-value is
-      the share of those, in the same crosscoder, whose AUROC is as close to 1/2.
+    - its target knows less than half of it, and
+    - after most of its firings, the target's loss on the text that follows is more than 1.25 times
+      the source's (if losses are given: toy pairs have no text),
+
+    both beyond the standard error (one-sided t-tests), at a false discovery rate of 5 % over all
+    judged candidates of the run (Benjamini & Hochberg on the larger p-value). A candidate is judged
+    if it fires often enough, and if its source's activations explain enough of it.
+
+    Two models trained on the same text have many latents of which the other knows little, because
+    they represent the same text in different ways. The second condition separates these from what
+    the other model lacks.
+
+    The other measures do not enter: latent scaling and the transfer test move a direction by an
+    affine map, and between models that differ most the map finds nothing of latents that both have.
 
     Args:
         crosscoder: The saved crosscoder.
         directions: Each latent's direction in both models; see `latent_scaling.directions`.
+        known: `ShareKnown.estimates()`.
         scaling: `LatentScaling.estimates()`, for each mapping of directions.
         transfer: `Transfer.compute()`.
+        target_worse: `TargetWorse.estimate()`.
     """
-    relative = relative_decoder_norms(crosscoder)
-    is_candidate = candidate_latents(crosscoder)
-    is_two_sided = ~is_candidate & (relative <= TWO_SIDED) & (relative >= 1 - TWO_SIDED)
+    is_candidate, is_two_sided = candidate_latents(crosscoder), two_sided_latents(crosscoder)
     firings = transfer["firings"].long()
-    judged = is_candidate & (firings >= MIN_FIRINGS)
-    reference = is_two_sided & (firings >= MIN_FIRINGS)
+    fires = firings >= MIN_FIRINGS
     error, reconstruction = (
         _largest([way[name] for way in scaling.values()])
         for name in ("nu_error", "nu_reconstruction")
     )
-    p_scaling = _p_scaling(scaling, reference)
-    auc = transfer["auc"]
-    # An AUROC well below 0.5 is predictive too.
-    ignorance = -(auc - 0.5).abs()
-    p_transfer = empirical_p(ignorance, ignorance[reference])
-    q = torch.full_like(p_scaling, torch.nan)
-    q[judged] = benjamini_hochberg(torch.maximum(p_scaling, p_transfer)[judged])
+    p = p_below(known["known"], MAX_KNOWN)
+    if target_worse is None:
+        target_worse = Estimate(torch.full_like(p, torch.nan), torch.full_like(p, torch.nan), 0)
+    else:
+        p = torch.maximum(p, p_above(target_worse, MIN_WORSE))
+    judged = is_candidate & fires & (known["own_r2"].value >= MIN_OWN_R2)
+    p[~judged] = torch.nan
+    q = torch.full_like(p, torch.nan)
+    q[judged] = benjamini_hochberg(p[judged])
     return LatentEvidence(
         is_a=owned_by_a(crosscoder),
         is_candidate=is_candidate,
         is_two_sided=is_two_sided,
         firings=firings,
-        relative_decoder_norm=relative,
+        relative_decoder_norm=relative_decoder_norms(crosscoder),
+        known=known["known"].value.float(),
+        known_se=known["known"].se.float(),
+        own_r2=known["own_r2"].value.float(),
+        target_worse=target_worse.value.float(),
+        target_worse_se=target_worse.se.float(),
         nu_error=error.value.float(),
         nu_error_se=error.se.float(),
         nu_reconstruction=reconstruction.value.float(),
         nu_reconstruction_se=reconstruction.se.float(),
-        auc=auc,
+        auc=transfer["auc"],
         r2=transfer["r2"],
-        span=_span(crosscoder, directions, judged, reference),
-        p_scaling=p_scaling.float(),
-        p_transfer=p_transfer.float(),
+        span=_span(crosscoder, directions, is_candidate & fires, is_two_sided & fires),
+        p=p.float(),
         q=q.float(),
         is_exclusive=q <= MAX_FALSE_DISCOVERIES,
     )
-
-
-def _p_scaling(
-    scaling: Mapping[str, Mapping[str, Estimate]], reference: Bool[Tensor, " d_sae"]
-) -> Float[Tensor, " d_sae"]:
-    """The largest p-value over the mappings that detect two-sided latents; 1 if none does."""
-    limits = {"nu_error": MAX_NU_ERROR, "nu_reconstruction": MAX_NU_RECONSTRUCTION}
-    p = torch.zeros_like(scaling[next(iter(scaling))]["nu_error"].value)
-    has_power = False
-    for way in scaling.values():
-        medians = {name: _median(way[name].value[reference]) for name in limits}
-        if min(medians.values()) < MIN_REFERENCE_NU:
-            continue
-        has_power = True
-        for name, limit in limits.items():
-            p = torch.maximum(p, p_near_zero(way[name], limit * min(medians[name], 1.0)))
-    return p if has_power else torch.ones_like(p)
-
-
-def _median(values: Float[Tensor, " n"]) -> float:
-    """Median without NaN; 0 if all are NaN."""
-    known = values[~values.isnan()]
-    return known.median().item() if len(known) > 0 else 0.0
 
 
 def _largest(ways: Sequence[Estimate]) -> Estimate:
@@ -185,6 +192,8 @@ def _largest(ways: Sequence[Estimate]) -> Estimate:
 def oriented(evidence: LatentEvidence) -> dict[str, Float[Tensor, " d_sae"]]:
     """Metrics of each latent, signed so that larger is more exclusive."""
     return {
+        "known": -evidence.known,
+        "target_worse": evidence.target_worse,
         "latent_scaling/nu_error": -evidence.nu_error.abs(),
         "latent_scaling/nu_reconstruction": -evidence.nu_reconstruction.abs(),
         "transfer/auc": -(evidence.auc - 0.5).abs(),
@@ -201,11 +210,20 @@ def verdict(evidence: LatentEvidence, latent: int) -> str:
     if firings < MIN_FIRINGS:
         return f"not judged: it fired {firings} times, and {MIN_FIRINGS} are needed"
     source, target = ("A", "B") if evidence.is_a[latent] else ("B", "A")
-    error, reconstruction = evidence.nu_error[latent], evidence.nu_reconstruction[latent]
+    if evidence.own_r2[latent].isnan():
+        return "not judged: it fired too rarely on training pairs"
+    if not evidence.is_judged[latent]:
+        return f"not judged: {source}'s own activations explain {evidence.own_r2[latent]:.2f} of it, and {MIN_OWN_R2} are needed"
+    error = evidence.known_se[latent]
+    worse = evidence.target_worse[latent]
+    after = (
+        ""
+        if worse.isnan()
+        else f"after {worse:.2f} ± {evidence.target_worse_se[latent]:.2f} of its firings {target} predicts worse; "
+    )
     measures = (
-        f"latent scaling in {target} {error:.2f} (error) and {reconstruction:.2f} (reconstruction), p = "
-        f"{evidence.p_scaling[latent]:.2g}; {target} predicts its firing with AUROC {evidence.auc[latent]:.3f}, p = "
-        f"{evidence.p_transfer[latent]:.2g}; q = {evidence.q[latent]:.2g}"
+        f"{target} knows {evidence.known[latent]:.2f} ± {error:.2f} of it; {after}"
+        f"p = {evidence.p[latent]:.2g}, q = {evidence.q[latent]:.2g}"
     )
     called = (
         f"exclusive to {source}, with evidence"
@@ -218,12 +236,11 @@ def verdict(evidence: LatentEvidence, latent: int) -> str:
 def ranking(evidence: LatentEvidence) -> Int[Tensor, " n"]:
     """Latents that fire often enough, ranked by evidence of exclusivity, strongest first.
 
-    Candidates are sorted by p-value, ties by how poorly the target predicts their firing; then the
-    others by how one-sided their decoder norms are.
+    Candidates are sorted by p-value, ties and those not judged by how poorly the target predicts
+    their firing; then the others by how one-sided their decoder norms are.
     """
-    p = torch.maximum(evidence.p_scaling, evidence.p_transfer)
     one_sided = (2 * evidence.relative_decoder_norm - 1).abs()
-    first = torch.where(evidence.is_candidate, p, 2 - one_sided)
+    first = torch.where(evidence.is_candidate, evidence.p.nan_to_num(1.0), 2 - one_sided)
     second = torch.where(evidence.is_candidate, evidence.auc.nan_to_num(1.0), 0)
     order = torch.from_numpy(np.lexsort((second.cpu().numpy(), first.cpu().numpy())))
     return order[(evidence.firings >= MIN_FIRINGS).cpu()[order]]
@@ -231,15 +248,16 @@ def ranking(evidence: LatentEvidence) -> Int[Tensor, " n"]:
 
 def claim_metrics(evidence: LatentEvidence) -> dict[str, float]:
     """Median and quantiles of each metric over each model's candidates and the two-sided latents,
-    and counts of calls.
+    counts of calls, and their power.
 
-    Keys are `latent_scaling/nu_error/GROUP` and so on; `exclusive/judged/GROUP`, how many
-    candidates fire often enough; `exclusive/scaling/GROUP` and `exclusive/transfer/GROUP`, how many
-    pass each test alone at p <= 0.05; `exclusive/significant/GROUP`, how many are exclusive with evidence;
-    `exclusive/significant_share`, their share of all latents; and `exclusive/reference`, the number of
-    two-sided latents used for comparison: with few, no latent can be called.
+    Keys are `known/GROUP`, `target_worse/GROUP`, `latent_scaling/nu_error/GROUP` and so on;
+    `exclusive/judged/GROUP`, how many candidates can be judged; `exclusive/significant/GROUP`, how
+    many are exclusive with evidence; `exclusive/significant_share`, their share of all latents; and
+    `exclusive/power/GROUP`, the mean of `power` over the judged candidates.
     """
     values = {
+        "known": evidence.known,
+        "target_worse": evidence.target_worse,
         "latent_scaling/nu_error": evidence.nu_error,
         "latent_scaling/nu_reconstruction": evidence.nu_reconstruction,
         "transfer/auc": evidence.auc,
@@ -251,39 +269,56 @@ def claim_metrics(evidence: LatentEvidence) -> dict[str, float]:
         for name, value in values.items():
             result |= quantiles(f"{name}/{group}", value[latents])
     for group in (A_EXCLUSIVE, B_EXCLUSIVE):
-        judged = evidence.groups[group]
+        judged = evidence.groups[group] & evidence.is_judged
         result[f"exclusive/judged/{group}"] = int(judged.sum())
-        for name, p in (("scaling", evidence.p_scaling), ("transfer", evidence.p_transfer)):
-            result[f"exclusive/{name}/{group}"] = int((p[judged] <= 0.05).sum())
         result[f"exclusive/significant/{group}"] = int(evidence.is_exclusive[judged].sum())
-    result["exclusive/reference"] = int(evidence.groups[SHARED].sum())
+        if judged.any():
+            result[f"exclusive/power/{group}"] = power(evidence)[judged].mean().item()
     result["exclusive/significant_share"] = evidence.is_exclusive.double().mean().item()
     return result
 
 
-@torch.no_grad()
-def candidate_latents(crosscoder: Crosscoder) -> Bool[Tensor, " d_sae"]:
-    """Latents of the exclusive partitions, and those whose decoder has all but vanished in one
-    model."""
-    relative = relative_decoder_norms(crosscoder)
-    is_candidate = (relative > ONE_SIDED) | (relative < 1 - ONE_SIDED)
-    is_candidate[: crosscoder.partition.slices[SHARED].start] = True
-    return is_candidate
+def power(evidence: LatentEvidence) -> Float[Tensor, " d_sae"]:
+    """Probability that each judged latent would be called if its target knew a quarter of it and
+    predicted worse after three quarters of its firings, with the standard errors that it has; NaN
+    for the others.
+
+    The p-value to reach is that of the least significant call of the run, or, without calls, the
+    one that the first call needs (Benjamini & Hochberg: 5 % divided by the number of tests).
+    """
+    called = evidence.p[evidence.is_exclusive]
+    first = MAX_FALSE_DISCOVERIES / max(1, int(evidence.is_judged.sum()))
+    to_reach = max(called.max().item(), first) if len(called) > 0 else first
+
+    def chance(distance: float, se: Tensor) -> Tensor:
+        # Divided in torch, where a standard error of 0 gives infinity without a warning.
+        t = (distance / se.double()).cpu().numpy() - student.isf(to_reach, N_BLOCKS - 1)
+        return torch.from_numpy(student.cdf(t, N_BLOCKS - 1)).to(evidence.known)
+
+    found = chance(MAX_KNOWN - CLEARLY_KNOWN, evidence.known_se)
+    if not evidence.target_worse.isnan().all():
+        found *= chance(CLEARLY_WORSE - MIN_WORSE, evidence.target_worse_se).nan_to_num(0.0)
+    return found.where(evidence.is_judged, torch.nan)
 
 
-def p_near_zero(estimate: Estimate, limit: float) -> Float[Tensor, "*shape"]:
-    """The p-value of the hypothesis that an estimate lies outside `[-limit, limit]` (two one-sided
-    t tests); 1 if its standard error is unknown.
+def p_below(estimate: Estimate, limit: float) -> Float[Tensor, "*shape"]:
+    """The p-value of the hypothesis that a quantity is `limit` or more (one-sided t-test); 1 if its
+    estimate or standard error is unknown.
 
     >>> one = torch.ones(1, dtype=torch.double)
-    >>> p_near_zero(Estimate(0 * one, 0.1 * one, 9), 0.2).item() < 0.05 < p_near_zero(Estimate(0.1 * one, one, 9), 0.2).item()
+    >>> p_below(Estimate(0.3 * one, 0.1 * one, 9), 0.5).item() < 0.05 < p_below(Estimate(0.4 * one, 0.1 * one, 9), 0.5).item()
     True
     """
     if estimate.degrees < 1:
         return torch.ones_like(estimate.value)
-    distance = (limit - estimate.value.abs()) / estimate.se
+    distance = (limit - estimate.value) / estimate.se
     p = torch.from_numpy(student.sf(distance.cpu().numpy(), estimate.degrees))
     return p.to(estimate.value).nan_to_num(1.0)
+
+
+def p_above(estimate: Estimate, limit: float) -> Float[Tensor, "*shape"]:
+    """The p-value of the hypothesis that a quantity is `limit` or less; see `p_below`."""
+    return p_below(estimate._replace(value=-estimate.value), -limit)
 
 
 def _span(

@@ -108,7 +108,7 @@ def test_by_evidence_they_stand_as_the_evaluation_ranks_them(
     latents = [card["latent"] for card in result["latents"]]
     assert latents == [i for i in ranking(evidence).tolist() if i in latents] and len(latents) > 20
     for card in result["latents"]:
-        assert card["evidence"]["p_scaling"] == evidence.p_scaling[card["latent"]].item()
+        assert card["evidence"]["p"] == evidence.p[card["latent"]].item()
         assert card["verdict"]
     lines = (output / "latents.csv").read_text().splitlines()
     foreign = tmp_path / "foreign"

@@ -1,0 +1,77 @@
+"""Computes both models' losses on the text that follows each pair."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lens_dfc.analysis.causal.downstream import check_whole, contexts_at_once
+from sae_lens_dfc.analysis.steering.hooks import logits
+from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.contexts import Context
+from sae_lens_dfc.data.pair import ModelPair, padded
+from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.models.hooked_model import HookedModel
+
+
+def following_losses(
+    pair: ModelPair, data: PairData, n_pairs: int | None = None
+) -> list[Float[Tensor, "_ 2"]]:
+    """Losses of both models, in nats, on the text after each held-out row up to the next pair.
+
+    Args:
+        pair: The two models, whole: not with `drop_unused_layers`.
+        data: Held-out rows with their text.
+        n_pairs: About how many rows to measure, in whole contexts, an equal share of each batch;
+            none measures all.
+
+    Returns:
+        For each batch of held-out rows, A's loss and B's; NaN of rows that are not measured or end
+            their context.
+
+    Raises:
+        ValueError: A model was loaded without its upper layers.
+    """
+    check_whole(pair)
+    n = sum(len(rows.acts) for rows in data.held_out) if n_pairs is None else n_pairs
+    chosen = [rows.contexts for rows in data.held_out_with_text(n)]
+    batches = zip(data.held_out, chosen, strict=True)
+    return [
+        _of_rows(pair, rows, contexts)
+        for rows, contexts in tqdm(list(batches), "Losses on the text that follows", leave=False)
+    ]
+
+
+@torch.no_grad()
+def _of_rows(
+    pair: ModelPair, rows: PairedRows, contexts: Sequence[Context]
+) -> Float[Tensor, "n 2"]:
+    found = torch.full((len(rows.acts), 2), torch.nan)
+    for part in contexts_at_once(pair, contexts):
+        of_models = [_of_segments(model, m, part) for m, model in (("a", pair.a), ("b", pair.b))]
+        for context, a, b in zip(part, *of_models, strict=True):
+            here = rows.context == context.number
+            after = torch.stack([a, b], dim=1)[1:]
+            # Nothing is known of what follows the last segment.
+            after = torch.cat([after, torch.full((1, 2), torch.nan)])
+            found[here] = after[rows.segment[here]]
+    return found
+
+
+def _of_segments(
+    model: HookedModel, m: str, contexts: Sequence[Context]
+) -> Iterator[Float[Tensor, " segments"]]:
+    """Each context's segments' losses in nats, that of the first without its first token."""
+    texts = [context.segments for context in contexts]
+    ids, mask = padded(model, [t.ids_a if m == "a" else t.ids_b for t in texts])
+    log_q = logits(model, ids, mask)
+    for i, text in enumerate(texts):
+        last = torch.from_numpy(text.last_a if m == "a" else text.last_b)
+        n = int(last[-1]) + 1
+        # One context at a time: all in float32 would take twice the memory.
+        loss = -log_q[i, : n - 1].float().log_softmax(dim=-1)
+        loss = loss.gather(-1, ids[i, 1:n, None].to(loss.device))[:, 0].double().cpu()
+        upto = torch.cat([loss.new_zeros(1), loss.cumsum(dim=0)])[last]
+        yield upto.diff(prepend=upto.new_zeros(1)).float()
