@@ -8,7 +8,7 @@ from simple_parsing import field
 
 from sae_lens_dfc.core.flags import switch
 
-NAMES = ("recovery", "planted", "step", "data", "evaluate", "all", "compare")
+NAMES = ("recovery", "planted", "certain", "step", "data", "evaluate", "all", "compare")
 PRESETS = ("small", "full")
 """Presets of every benchmark except step."""
 
@@ -52,7 +52,9 @@ class BenchmarkOptions(StepConfig):
     """recovery: recovery of known features on toy pairs for five architectures, the recipe
     dfc-reassigned, variants of both, and BatchTopK of SAELens and (if installed) dictionary-learning,
     over dictionary sizes, seeds, wrong pairs and a null. planted: five architectures on real models
-    with a planted difference, scored by detection, ablation and addition. step: cost of one DFC
+    with a planted difference, scored by detection, ablation and addition. certain: pairs whose
+    difference is certain (languages that one model has never read) beside pairs with nothing to
+    find, with the latents that are called. step: cost of one DFC
     training step, relative to its encoder product and to other trainers. data: cost of harvesting,
     alignment, caching and shuffled reading, relative to their lower bounds. evaluate: a DFC and a
     BatchTopK crosscoder on the demo's models, over seeds, with nulls. all: all of these in turn.
@@ -64,7 +66,7 @@ class BenchmarkOptions(StepConfig):
     """small: one to two minutes each on two cores, ten for all. full: the hours-long runs reported
     in benchmarks/README.md. For all but step."""
     output: str | None = None
-    """Folder for the results. Existing results of recovery, planted and evaluate are not
+    """Folder for the results. Existing results of recovery, planted, certain and evaluate are not
     recomputed, nor in all those of step and data. If None: runs/benchmark/ plus the preset's name,
     or step."""
     jobs: int = os.cpu_count() or 1

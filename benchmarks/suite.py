@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.certain.run import run_certain_benchmark
 from benchmarks.data import FILENAME as DATA_FILENAME
 from benchmarks.data import run_data_benchmark
 from benchmarks.evaluate import run_evaluate_benchmark
@@ -15,8 +16,10 @@ from benchmarks.planted.run import run_planted_benchmark
 from benchmarks.recovery import FILENAME as RECOVERY_FILENAME
 from benchmarks.recovery import run_benchmark
 from benchmarks.step import run_step_benchmark
+from benchmarks.tables.certain_tables import certain_tables
 from benchmarks.tables.compare import Figure, compare, comparison_table, other_lines
 from benchmarks.tables.figures import (
+    certain_figures,
     data_figures,
     evaluate_figures,
     planted_figures,
@@ -25,6 +28,7 @@ from benchmarks.tables.figures import (
 )
 from benchmarks.tables.planted_tables import planted_tables
 from benchmarks.tables.plots import (
+    certain_plot,
     data_plot,
     evaluate_plot,
     planted_plot,
@@ -126,6 +130,13 @@ SUITE: dict[str, Benchmark] = {
         planted_figures,
         planted_plot,
         "organism",
+    ),
+    "certain": Benchmark(
+        lambda options, folder: run_certain_benchmark(options.preset, folder),
+        certain_tables,
+        certain_figures,
+        certain_plot,
+        "certain_case",
     ),
     "recovery": Benchmark(
         lambda options, folder: run_benchmark(

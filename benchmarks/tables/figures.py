@@ -5,8 +5,10 @@ from typing import Any
 
 from benchmarks.evaluate import ARCHITECTURES, MEASURES, PAIR
 from benchmarks.planted.options import NULL
+from benchmarks.tables.certain_tables import rows_by_case
 from benchmarks.tables.compare import Better, Figure, FigureKind
 from benchmarks.tables.tables import Rows, case_of, step_name
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 
 SHARE = 0.02
 """Smallest change worth reporting in a share, a recall or an AUROC."""
@@ -222,3 +224,24 @@ def _figure(
 
 def _machine(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("machine", "cpu", "formats") if row.get(name)}
+
+
+def certain_figures(rows: Rows) -> Iterator[Figure]:
+    """Calls per run of each case and side, and the share of them that is right."""
+    for case, own in rows_by_case(rows).items():
+        for side in (A_EXCLUSIVE, B_EXCLUSIVE):
+            scores = {f"seed {row['seed']}": row["score"][side] for row in own}
+            is_known = any(side in row["known_to"] for row in own)
+            called = {seed: float(score["called"]) for seed, score in scores.items()}
+            better: Better = "higher" if is_known else "lower"
+            subject = _without_run(own[0])
+            yield from _figure(f"{case}, {side}: called", better, 1.0, called, subject=subject)
+            if is_known:
+                right = {
+                    seed: score["right"] / score["called"]
+                    for seed, score in scores.items()
+                    if score["called"]
+                }
+                yield from _figure(
+                    f"{case}, {side}: precision", "higher", SHARE, right, subject=subject
+                )

@@ -9,8 +9,11 @@ from typing import Any
 from scipy.stats import binomtest
 
 from benchmarks.planted.options import NULL
+from benchmarks.tables.certain_tables import rows_by_case
 from benchmarks.tables.tables import COLUMNS, STEP_RATIOS, Rows, in_order, step_name
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
+from sae_lens_dfc.metrics.exclusivity.evidence import MAX_KNOWN, MIN_WORSE
 
 # Mid-lightness colors, visible on both light and dark backgrounds.
 COLORS = (
@@ -301,3 +304,41 @@ def _dots(
 def _fill(marker: str) -> dict[str, Any]:
     """Filled markers for the two models, empty ones for nulls."""
     return {"linestyle": "none", "markersize": 5, "mfc": None if marker == MARKERS[0] else "none"}
+
+
+def certain_plot(rows: Rows, path: Path) -> None:
+    """Plot both measures of the evidence for each judged latent, one panel per case."""
+    cases = rows_by_case(rows)
+    with picture(path, 3.4 * len(cases), 3.6) as figure:
+        panels = figure.subplots(1, len(cases), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, (case, own) in zip(panels, cases.items(), strict=True):
+            for side, label, color in zip(
+                (A_EXCLUSIVE, B_EXCLUSIVE), ("A", "B"), COLORS[:2], strict=True
+            ):
+                scores = [row["score"][side] for row in own]
+                points = [
+                    point
+                    for score in scores
+                    for point in zip(
+                        score["known"], score["target_worse"], score["is_called"], strict=True
+                    )
+                ]
+                for is_called in (False, True):
+                    x, y = ([p[i] for p in points if p[2] == is_called] for i in (0, 1))
+                    name = f"{label}'s, {'called' if is_called else 'not called'}"
+                    axes.scatter(
+                        x,
+                        y,
+                        s=9,
+                        color=color,
+                        label=name,
+                        facecolors=color if is_called else "none",
+                        linewidths=0.7,
+                    )
+            axes.axvline(MAX_KNOWN, color="gray", linewidth=0.8)
+            axes.axhline(MIN_WORSE, color="gray", linewidth=0.8)
+            axes.set_title(case, fontsize=9)
+            axes.set_xlabel("share known to the other model")
+            axes.set_xlim(-0.2, 1.2)
+        panels[0].set_ylabel("share of firings after which\nthe other model predicts worse")
+        panels[0].legend(fontsize=7)

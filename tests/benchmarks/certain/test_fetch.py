@@ -146,10 +146,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "index"
     folder.mkdir()
     for name, files in (("MODELS", model_files()), ("TEXT", text_files(tmp_path))):
-        package: packages.Package = getattr(fetch, name)
+        package: packages.Package = getattr(packages, name)
         digest = sha256_of(wheel(folder, package, files))
-        monkeypatch.setattr(fetch, name, packages.Package(package.name, package.version, digest))
-    monkeypatch.setattr(fetch, "LANGUAGES", ("e", "p"))
+        monkeypatch.setattr(packages, name, packages.Package(package.name, package.version, digest))
+    monkeypatch.setattr(glassllm, "LANGUAGES", ("e", "p"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
@@ -250,9 +250,9 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    package: packages.Package = getattr(fetch, name)
+    package: packages.Package = getattr(packages, name)
     other = packages.Package(package.name, package.version, "0" * 64)
-    monkeypatch.setattr(fetch, name, other)
+    monkeypatch.setattr(packages, name, other)
     before = set(tmp_path.iterdir())
     assert fetch.main([str(tmp_path / "case")]) == 1
     said = capsys.readouterr().err
@@ -263,7 +263,7 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(
 def test_a_package_that_the_index_lacks_is_named(
     index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (index / fetch.TEXT.wheel).unlink()
+    (index / packages.TEXT.wheel).unlink()
     before = set(tmp_path.iterdir())
     assert fetch.main([str(tmp_path / "case")]) == 1
     said = capsys.readouterr().err

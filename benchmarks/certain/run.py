@@ -1,0 +1,202 @@
+"""Benchmarks the calls on pairs whose difference is certain, next to pairs with nothing to find."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from benchmarks.certain.cases import LANGUAGE_TINY, TRAINING, WITHHELD, Case, Half, Pair, made
+from benchmarks.certain.score import score, share_of_firings
+from benchmarks.planted.run import resumed
+from benchmarks.provenance import provenance
+from benchmarks.recovery import write
+from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, knows_more_by_source
+from sae_lens_dfc.analysis.evaluation.measure import (
+    CausalOptions,
+    evidence_in,
+    measure,
+    train_crosscoder,
+)
+from sae_lens_dfc.analysis.evaluation.nulls import PairTask
+from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
+from sae_lens_dfc.data.config import SourceConfig
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from sae_lens_dfc.training.resolve import resolve
+
+FILENAME = "certain.json"
+BATCH_SIZE = 1024
+PAIRS = (
+    Pair(LANGUAGE_TINY),
+    Pair(LANGUAGE_TINY, is_null=True),
+    Pair(WITHHELD, 0.2),
+    Pair(WITHHELD, 0.05),
+    Pair(WITHHELD, 0.01),
+    Pair(WITHHELD, 0.2, is_null=True),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Training and evaluation of a crosscoder."""
+
+    d_sae: int = 1024
+    k: float = 16
+    max_unique_pairs: int = 60_000
+    steps: int = 600
+    eval_pairs: int = 40_000
+    downstream_pairs: int = 4_000
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of the benchmark."""
+
+    pairs: tuple[Pair, ...]
+    seeds: int
+    half: Half = "report"
+    settings: Settings = Settings()
+
+
+PRESETS = {
+    "small": Preset(
+        (Pair(LANGUAGE_TINY), Pair(LANGUAGE_TINY, is_null=True)),
+        seeds=1,
+        settings=Settings(max_unique_pairs=20_000, steps=200, eval_pairs=6_000),
+    ),
+    "full": Preset(PAIRS, seeds=5),
+    "tune": Preset(PAIRS, seeds=2, half="tune"),
+}
+
+
+class Run(NamedTuple):
+    """One crosscoder."""
+
+    pair: Pair
+    seed: int
+
+
+def runs(preset: Preset) -> list[Run]:
+    """Every pair with every seed, seed by seed."""
+    return [
+        Run(replace(pair, seed=seed if pair.case == WITHHELD else 0), seed)
+        for seed in range(preset.seeds)
+        for pair in preset.pairs
+    ]
+
+
+def settings(run: Run, preset: Preset) -> dict[str, Any]:
+    """Settings that determine a run's results."""
+    values = {
+        "pair": asdict(run.pair),
+        "seed": run.seed,
+        "half": preset.half,
+        "models": asdict(TRAINING),
+        **asdict(preset.settings),
+    }
+    return json.loads(json.dumps(values))
+
+
+def run_certain_benchmark(preset_name: str, folder: Path) -> list[dict[str, Any]]:
+    """Run all runs of a preset, writing the results after each; existing results are not
+    recomputed.
+
+    Args:
+        preset_name: Name in `PRESETS`.
+        folder: Folder for certain.json.
+
+    Raises:
+        OSError: A package cannot be downloaded.
+        ValueError: The folder's certain.json holds results of other settings, or something else.
+    """
+    preset = PRESETS[preset_name]
+    wanted = runs(preset)
+    path = folder / FILENAME
+    rows = resumed(path, [settings(run, preset) for run in wanted])
+    done = [row["settings"] for row in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in tqdm(wanted, "Certain differences", unit=" runs"):
+        if settings(run, preset) in done:
+            continue
+        rows.append({**row(run, preset), "settings": settings(run, preset), **provenance()})
+        write(rows, path)
+    return rows
+
+
+def row(run: Run, preset: Preset) -> dict[str, Any]:
+    """Train a run's crosscoder and compare its calls with what is certain.
+
+    Returns:
+        The pair; `score` by side; `knows_more`, the model that the loss with the other's map names
+            on each language; and the seconds of each part.
+    """
+    started = time.monotonic()
+    case = made(run.pair, preset.half)
+    built = time.monotonic()
+    task = collected(case, run.seed, preset.settings)
+    collecting = time.monotonic()
+    crosscoder = train_crosscoder(task)
+    trained = time.monotonic()
+    found = measure(crosscoder, task, CausalOptions(preset.settings.downstream_pairs))
+    measured = time.monotonic()
+    shares = share_of_firings(crosscoder, task.data)
+    return {
+        "certain_case": run.pair.case,
+        "share": run.pair.share,
+        "is_null": run.pair.is_null,
+        "seed": run.seed,
+        "score": score(evidence_in(found), crosscoder.partition, shares, case.known_to),
+        "known_to": dict(case.known_to),
+        "knows_more": knows_more_by_source(found.metrics),
+        "rises": {name: value for name, value in found.metrics.items() if name.startswith(PREFIX)},
+        "metrics": {
+            name: found.metrics[name]
+            for name in (
+                *(f"explained_variance/{m}" for m in "ab"),
+                *(f"known/{group}" for group in (A_EXCLUSIVE, B_EXCLUSIVE, "shared")),
+                *(f"alignment/coverage_{m}" for m in "ab"),
+            )
+            if name in found.metrics
+        },
+        "seconds": {
+            "models": round(built - started, 1),
+            "activations": round(collecting - built, 1),
+            "training": round(trained - collecting, 1),
+            "measures": round(measured - trained, 1),
+        },
+    }
+
+
+def collected(case: Case, seed: int, sizes: Settings) -> PairTask:
+    """The case's models with their activations on its text."""
+    pair = ModelPair.load(*case.models)
+    cfg = resolve(run_config(case, seed, sizes), pair.describe())
+    data = PairData.collect(PairedText(cfg, pair), "The two models")
+    return PairTask(cfg, pair, data).with_losses()
+
+
+def run_config(case: Case, seed: int, sizes: Settings) -> CrosscoderRunnerConfig:
+    """The training of a crosscoder."""
+    return CrosscoderRunnerConfig(
+        sae=DFCTrainingCrosscoderConfig(d_sae=sizes.d_sae, k=sizes.k, topk_threshold_lr=0.05),
+        model_a=case.models[0],
+        model_b=case.models[1],
+        sources=[SourceConfig(str(path)) for path in case.text.values()],
+        max_unique_pairs=sizes.max_unique_pairs,
+        training_tokens=sizes.steps * BATCH_SIZE,
+        eval_pairs=sizes.eval_pairs,
+        train_batch_size_tokens=BATCH_SIZE,
+        n_batches_in_buffer=32,
+        lr=1e-3,
+        lr_warm_up_steps=sizes.steps // 6,
+        lr_decay_steps=sizes.steps // 5,
+        dead_feature_window=sizes.steps // 6,
+        output_path=None,
+        seed=seed,
+    )

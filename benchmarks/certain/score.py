@@ -1,0 +1,81 @@
+"""Compares the latents that are called exclusive with what is certain: which language they fire on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence
+
+MIN_SHARE = 0.5
+"""Share of its firings above which a latent is one of a language."""
+OFTEN = 100
+"""Held-out firings from which on a latent must be found."""
+
+
+@torch.no_grad()
+def share_of_firings(crosscoder: Crosscoder, data: PairData) -> dict[str, Float[Tensor, " d_sae"]]:
+    """For each source of text, the share of each latent's held-out firings; NaN if it never
+    fires."""
+    of_context = torch.tensor([context.source for context in data.contexts])
+    counts = torch.zeros(len(data.sources), crosscoder.cfg.d_sae)
+    for rows in data.held_out:
+        fires = (crosscoder.encode(rows.acts.to(crosscoder.device)) > 0).float().cpu()
+        counts.index_add_(0, of_context[rows.context], fires)
+    return dict(zip(data.sources, counts / counts.sum(dim=0), strict=True))
+
+
+def score(
+    evidence: LatentEvidence,
+    partition: Partition,
+    shares: Mapping[str, Float[Tensor, " d_sae"]],
+    known_to: Mapping[str, str],
+) -> dict[str, dict[str, Any]]:
+    """For each side (`a_exclusive`, `b_exclusive`), the counts of latents.
+
+    Args:
+        evidence: Evidence for each latent.
+        partition: The crosscoder's partition.
+        shares: `share_of_firings`.
+        known_to: The language that only this side's model knows.
+
+    Returns:
+        `judged` and `called` of all candidates; `right`, the called ones of the side's language;
+            `often`, the latents of the partition that fire at least 100 times, `often_of_language`
+            those of the side's language, and how many of these are called (`often_called`,
+            `often_of_language_called`); and of each judged latent `known`, `target_worse`,
+            `language`, its share of firings on the side's language, and `is_called`.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for side, is_side in ((A_EXCLUSIVE, evidence.is_a), (B_EXCLUSIVE, ~evidence.is_a)):
+        judged = evidence.is_judged & is_side
+        called = evidence.is_exclusive & is_side
+        language = known_to.get(side)
+        share = torch.zeros(len(judged)) if language is None else shares[language]
+        is_right = share > MIN_SHARE
+        often = torch.zeros_like(judged)
+        often[partition.slices[side]] = evidence.firings[partition.slices[side]] >= OFTEN
+        result[side] = {
+            "judged": int(judged.sum()),
+            "called": int(called.sum()),
+            "right": int((called & is_right).sum()),
+            "often": int(often.sum()),
+            "often_called": int((often & called).sum()),
+            "often_of_language": int((often & is_right).sum()),
+            "often_of_language_called": int((often & is_right & called).sum()),
+            "known": _rounded(evidence.known[judged]),
+            "target_worse": _rounded(evidence.target_worse[judged]),
+            "language": _rounded(share[judged]),
+            "is_called": evidence.is_exclusive[judged].tolist(),
+        }
+    return result
+
+
+def _rounded(values: Float[Tensor, " n"]) -> list[float]:
+    return [round(value, 3) for value in values.double().tolist()]

@@ -1,0 +1,79 @@
+"""Formats the tables of the benchmark of certain differences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.tables.tables import Rows, Table
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
+
+SIDES = (A_EXCLUSIVE, B_EXCLUSIVE)
+
+
+def case_name(row: Mapping[str, Any]) -> str:
+    """A row's case in words.
+
+    >>> case_name({"certain_case": "withheld", "share": 0.05, "is_null": False})
+    'withheld, 5 %'
+    >>> case_name({"certain_case": "withheld", "share": 0.2, "is_null": True})
+    'null: two models of the same text'
+    >>> case_name({"certain_case": "language-tiny", "share": 0.0, "is_null": True})
+    'null: one model twice'
+    """
+    is_withheld = row["certain_case"] == "withheld"
+    if row["is_null"]:
+        return f"null: {'two models of the same text' if is_withheld else 'one model twice'}"
+    return (
+        f"{row['certain_case']}, {row['share']:.0%}".replace("%", " %")
+        if is_withheld
+        else row["certain_case"]
+    )
+
+
+def rows_by_case(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each case."""
+    cases: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(case_name(row), []).append(row)
+    return cases
+
+
+def certain_tables(rows: Rows) -> Iterator[Table]:
+    """What is called in each case, and the model that the loss with the other's map names."""
+    head = [
+        "",
+        "runs",
+        "judged",
+        "called, by run",
+        "of them on the language that only this model knows",
+    ]
+    cells = [[*head, "exclusive latents that fire 100 times: called"]]
+    for case, own in rows_by_case(rows).items():
+        for side in SIDES:
+            scores = [row["score"][side] for row in own]
+            is_known = any(side in row["known_to"] for row in own)
+            called = _sum(scores, "called")
+            right = f"{_sum(scores, 'right')} of {called}" if is_known else "nothing to find"
+            often = f"{_sum(scores, 'often_called')} of {_sum(scores, 'often')}"
+            name = f"{case}: {'A' if side == A_EXCLUSIVE else 'B'}"
+            calls = ", ".join(str(score["called"]) for score in scores)
+            cells.append([name, str(len(own)), str(_sum(scores, "judged")), calls, right, often])
+    yield Table("Latents called exclusive, with evidence", cells)
+    yield Table("Model that knows more, by the loss with the other's map in place", _named(rows))
+
+
+def _named(rows: Rows) -> list[list[str]]:
+    cells = [["", "text", "A named", "B named", "neither", "certain"]]
+    for case, own in rows_by_case(rows).items():
+        for language in own[0]["knows_more"]:
+            named = [row["knows_more"][language] for row in own]
+            known_to = {text: side for side, text in own[0]["known_to"].items()}
+            certain = {A_EXCLUSIVE: "A", B_EXCLUSIVE: "B"}.get(
+                known_to.get(language, ""), "neither"
+            )
+            counts = [str(named.count(model)) for model in ("a", "b", None)]
+            cells.append([case, language, *counts, certain])
+    return cells
+
+
+def _sum(scores: Sequence[Mapping[str, Any]], name: str) -> int:
+    return sum(score[name] for score in scores)

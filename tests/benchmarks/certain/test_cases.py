@@ -1,0 +1,106 @@
+"""The cases of certain differences, made of small packages in place of those on the index."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.certain import cases, glassllm, parallel_text
+from benchmarks.certain.cases import LANGUAGE_TINY, WITHHELD, Pair, made, passages
+from benchmarks.certain.run import PRESETS, run_certain_benchmark, runs
+from benchmarks.certain.withheld import mixed
+from sae_lens_dfc.organisms.from_scratch import Training
+from tests.benchmarks.certain import test_fetch
+
+index = test_fetch.index
+
+SMALL = Training(steps=2, batch=2, vocab_a=280, vocab_b=300)
+
+
+@pytest.fixture
+def here(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setenv("SAE_LENS_DFC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cases, "TRAINING", SMALL)
+    monkeypatch.setattr(
+        parallel_text, "EDITIONS", {"English": "k", "Portuguese": "a", "Italian": "x"}
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_withheld_models_differ_in_what_they_read() -> None:
+    case = made(Pair(WITHHELD, 0.3, seed=1), "report")
+    assert case.known_to == {"b_exclusive": "Portuguese"}
+    a, b = (AutoModelForCausalLM.from_pretrained(m.model_name) for m in case.models)
+    assert (a.config.model_type, b.config.model_type) == ("llama", "gpt2")
+    assert a.config.hidden_size != b.config.hidden_size
+    sizes = [len(AutoTokenizer.from_pretrained(m.model_name)) for m in case.models]
+    assert sizes[0] != sizes[1]
+    # The models are trained on the other half of the chapters.
+    read, trained_on = (
+        {*passages(path)} for path in (case.text["English"], _tune(case.text["English"]))
+    )
+    assert read and trained_on and not read & trained_on
+    assert made(Pair(WITHHELD, 0.3, seed=1), "report") == case
+
+
+def _tune(path: Path) -> Path:
+    return path.parent.parent / "tune" / path.name
+
+
+@pytest.mark.usefixtures("here")
+def test_the_null_of_two_models_has_two_that_read_the_same() -> None:
+    null = made(Pair(WITHHELD, 0.3, is_null=True, seed=1), "report")
+    pair = made(Pair(WITHHELD, 0.3, seed=1), "report")
+    assert null.known_to == {}
+    assert null.models[1] == pair.models[1]
+    assert null.models[0] != pair.models[0]
+
+
+@pytest.mark.usefixtures("here")
+def test_tuning_is_on_another_language_and_on_other_chapters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tune = made(Pair(WITHHELD, 0.3), "tune")
+    assert tune.known_to == {"b_exclusive": "Italian"}
+    monkeypatch.setattr(glassllm, "LANGUAGES", ("e", "p"))
+    tiny = [made(Pair(LANGUAGE_TINY), half).text["English"] for half in ("tune", "report")]
+    assert not {*passages(tiny[0])} & {*passages(tiny[1])}
+
+
+def test_a_share_is_of_characters() -> None:
+    texts = mixed(["a" * 80], ["b" * 4] * 100, 0.2, seed=0)
+    assert sum(text.count("b") for text in texts) == 20
+    assert mixed(["aa"], ["b"], 0.0, seed=0) == ["aa"]
+    with pytest.raises(ValueError, match="needs 75 more characters of the other language"):
+        mixed(["a" * 80], ["b" * 5], 0.5, seed=0)
+
+
+def test_each_seed_has_every_pair_and_models_of_its_own() -> None:
+    full = runs(PRESETS["full"])
+    assert len(full) == 5 * len(PRESETS["full"].pairs)
+    assert {run.pair.seed for run in full if run.pair.case == WITHHELD} == {0, 1, 2, 3, 4}
+    assert {run.pair.seed for run in full if run.pair.case == LANGUAGE_TINY} == {0}
+
+
+@pytest.mark.usefixtures("here")
+def test_results_are_kept_and_not_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole path, on models that know nothing."""
+    small = replace(
+        PRESETS["small"],
+        pairs=(Pair(WITHHELD, 0.3), Pair(WITHHELD, 0.3, is_null=True)),
+        settings=replace(
+            PRESETS["small"].settings, d_sae=40, k=4, max_unique_pairs=60, steps=6, eval_pairs=60
+        ),
+    )
+    monkeypatch.setitem(PRESETS, "small", small)
+    monkeypatch.setattr("benchmarks.certain.run.BATCH_SIZE", 32)
+    rows = run_certain_benchmark("small", tmp_path)
+    assert [row["is_null"] for row in rows] == [False, True]
+    assert {*rows[0]["knows_more"]} == {"English", "Portuguese"}
+    assert json.loads((tmp_path / "certain.json").read_text()) == rows
+    monkeypatch.setattr("benchmarks.certain.run.row", None)
+    assert run_certain_benchmark("small", tmp_path) == rows

@@ -1,0 +1,93 @@
+"""The score of calls whose truth is known, counted by hand."""
+
+import torch
+
+from benchmarks.certain.score import score, share_of_firings
+from benchmarks.tables.certain_tables import certain_tables
+from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
+from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.alignment.segments import Segment, Segments
+from sae_lens_dfc.data.contexts import Context
+from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence
+
+PARTITION = Partition(d_a=1, d_b=1, n_a_exclusive=3, n_b_exclusive=2, n_shared=1)
+
+
+def evidence() -> LatentEvidence:
+    """Latents 0 to 2 are A's, 3 and 4 B's, and 5 is shared."""
+    names = dict.fromkeys(LatentEvidence._fields, torch.full((6,), 0.3))
+    is_a = torch.tensor([True, True, True, False, False, True])
+    called = torch.tensor([True, True, False, True, False, False])
+    q = torch.tensor([0.01, 0.01, 0.4, 0.01, torch.nan, torch.nan])
+    firings = torch.tensor([150, 50, 100, 400, 500, 900])
+    return LatentEvidence(
+        **names | {"is_a": is_a, "is_exclusive": called, "q": q, "firings": firings}
+    )
+
+
+SHARES = {
+    "English": torch.tensor([0.9, 0.4, 0.8, 0.1, 0.1, 0.5]),
+    "Portuguese": torch.tensor([0.1, 0.6, 0.2, 0.9, 0.9, 0.5]),
+}
+
+
+def test_calls_are_right_on_the_language_that_only_their_model_knows() -> None:
+    known_to = {"a_exclusive": "English", "b_exclusive": "Portuguese"}
+    found = score(evidence(), PARTITION, SHARES, known_to)
+    a = {name: value for name, value in found["a_exclusive"].items() if isinstance(value, int)}
+    assert a == {
+        "judged": 3,
+        "called": 2,
+        "right": 1,  # latent 1 fires on Portuguese
+        "often": 2,  # latents 0 and 2
+        "often_called": 1,
+        "often_of_language": 2,
+        "often_of_language_called": 1,
+    }
+    b = found["b_exclusive"]
+    assert (b["judged"], b["called"], b["right"]) == (1, 1, 1)
+    assert (b["often"], b["often_called"]) == (2, 1)
+    assert found["a_exclusive"]["is_called"] == [True, True, False]
+
+
+def test_of_a_model_that_alone_knows_nothing_no_call_is_right() -> None:
+    found = score(evidence(), PARTITION, SHARES, {"b_exclusive": "Portuguese"})
+    assert found["a_exclusive"]["called"] == 2
+    assert found["a_exclusive"]["right"] == 0
+
+
+def test_firings_are_counted_by_source() -> None:
+    crosscoder = Crosscoder(CrosscoderConfig(d_in=2, d_sae=1, d_a=1, d_b=1))
+    crosscoder.W_enc.data = torch.ones(2, 1)
+    crosscoder.W_dec.data = torch.ones(1, 2)
+    segments = Segments.of([Segment((1,), (1,))])
+    contexts = [Context(segments, i, 0, source) for i, source in enumerate((0, 1, 1))]
+    acts = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.5, 0.0]])
+    rows = PairedRows(acts, torch.tensor([0, 1, 1, 0, 2]), torch.zeros(5, dtype=torch.long))
+    data = PairData([], [rows], contexts, {}, ["English", "Portuguese"])
+    shares = share_of_firings(crosscoder, data)
+    assert {name: x.item() for name, x in shares.items()} == {"English": 0.25, "Portuguese": 0.75}
+
+
+def test_the_table_has_each_case_and_side() -> None:
+    known_to = {"a_exclusive": "English", "b_exclusive": "Portuguese"}
+    row = {
+        "certain_case": "language-tiny",
+        "share": 0.0,
+        "is_null": False,
+        "score": score(evidence(), PARTITION, SHARES, known_to),
+        "known_to": known_to,
+        "knows_more": {"English": "a", "Portuguese": None},
+    }
+    null = {**row, "is_null": True, "known_to": {}, "knows_more": {"English": None}}
+    calls, named = certain_tables([row, row, null])
+    assert calls.cells[1] == ["language-tiny: A", "2", "6", "2, 2", "2 of 4", "2 of 4"]
+    assert calls.cells[3][:1] + calls.cells[3][4:5] == [
+        "null: one model twice: A",
+        "nothing to find",
+    ]
+    assert named.cells[1] == ["language-tiny", "English", "2", "0", "0", "A"]
+    assert named.cells[2] == ["language-tiny", "Portuguese", "0", "0", "2", "B"]
+    assert named.cells[3] == ["null: one model twice", "English", "0", "0", "1", "neither"]
