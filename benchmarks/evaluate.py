@@ -5,15 +5,14 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
-from benchmarks.planted.run import resumed
 from benchmarks.provenance import provenance
-from benchmarks.recovery import write
+from benchmarks.resume import with_missing
 from benchmarks.timing import timed
 from sae_lens_dfc.analysis.causal.downstream import downstream
 from sae_lens_dfc.analysis.evaluation.baselines import like
@@ -136,19 +135,16 @@ def run_evaluate_benchmark(preset_name: str, folder: Path) -> list[dict[str, Any
         ValueError: The folder's evaluate.json holds results of other settings, or something else.
     """
     preset = PRESETS[preset_name]
-    wanted = runs(preset)
-    path = folder / FILENAME
-    rows = resumed(path, [settings(run, preset) for run in wanted])
-    done = [row["settings"] for row in rows]
-    todo = [run for run in wanted if settings(run, preset) not in done]
-    if not todo:
-        return rows
-    folder.mkdir(parents=True, exist_ok=True)
-    case = _two_models(preset)
-    for run in tqdm(todo, "Evaluations", unit=" runs"):
-        rows.append({**row(run, case, preset), "settings": settings(run, preset), **provenance()})
-        write(rows, path)
-    return rows
+    # Loaded for the first missing run only.
+    two_models = cache(lambda: _two_models(preset))
+
+    def rows_of(run: Run) -> list[dict[str, Any]]:
+        own = row(run, two_models(), preset)
+        return [{**own, "settings": settings(run, preset), **provenance()}]
+
+    return with_missing(
+        folder / FILENAME, runs(preset), lambda run: settings(run, preset), rows_of, "Evaluations"
+    )
 
 
 def _two_models(preset: Preset) -> PairTask:

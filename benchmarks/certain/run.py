@@ -6,13 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
 from benchmarks.certain.cases import LANGUAGE_TINY, TRAINING, WITHHELD, Case, Half, Pair, made
 from benchmarks.certain.score import score, share_of_firings
-from benchmarks.planted.run import resumed
 from benchmarks.provenance import provenance
-from benchmarks.recovery import write
+from benchmarks.resume import with_missing
 from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, knows_more_by_source
 from sae_lens_dfc.analysis.evaluation.measure import (
     CausalOptions,
@@ -116,17 +113,17 @@ def run_certain_benchmark(preset_name: str, folder: Path) -> list[dict[str, Any]
         ValueError: The folder's certain.json holds results of other settings, or something else.
     """
     preset = PRESETS[preset_name]
-    wanted = runs(preset)
-    path = folder / FILENAME
-    rows = resumed(path, [settings(run, preset) for run in wanted])
-    done = [row["settings"] for row in rows]
-    folder.mkdir(parents=True, exist_ok=True)
-    for run in tqdm(wanted, "Certain differences", unit=" runs"):
-        if settings(run, preset) in done:
-            continue
-        rows.append({**row(run, preset), "settings": settings(run, preset), **provenance()})
-        write(rows, path)
-    return rows
+
+    def rows_of(run: Run) -> list[dict[str, Any]]:
+        return [{**row(run, preset), "settings": settings(run, preset), **provenance()}]
+
+    return with_missing(
+        folder / FILENAME,
+        runs(preset),
+        lambda run: settings(run, preset),
+        rows_of,
+        "Certain differences",
+    )
 
 
 def row(run: Run, preset: Preset) -> dict[str, Any]:

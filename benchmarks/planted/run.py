@@ -3,12 +3,10 @@ is computed."""
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from tqdm.auto import tqdm
 
 from benchmarks.planted.harvest import harvest, joined
 from benchmarks.planted.options import FULL, NULL
@@ -16,9 +14,7 @@ from benchmarks.planted.scoring.probes import Probes
 from benchmarks.planted.scoring.score import score
 from benchmarks.planted.training import TUNED, Training, trained
 from benchmarks.provenance import provenance
-from benchmarks.recovery import write
-from sae_lens_dfc.core.parsing import read_json
-from sae_lens_dfc.core.terminal import said_by
+from benchmarks.resume import with_missing
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.models.number_formats import fast_dtype
 from sae_lens_dfc.models.packaged import DEMO_A, unpack
@@ -141,37 +137,11 @@ def run_planted_benchmark(preset: str, output_folder: Path) -> list[dict[str, An
         ValueError: The folder's planted.json holds results of other settings, or something else.
     """
     chosen = PRESETS[preset]
-    wanted = runs(chosen)
-    path = output_folder / FILENAME
-    rows = resumed(path, [settings(run, chosen.training) for run in wanted])
-    done = [row["settings"] for row in rows]
-    output_folder.mkdir(parents=True, exist_ok=True)
-    for run in tqdm(wanted, "Planted differences", unit=" runs"):
-        if settings(run, chosen.training) in done:
-            continue
-        # Keep a run's rows only if all are there: they share one training.
-        rows += list(results(run, chosen.training))
-        write(rows, path)
-    return rows
-
-
-def resumed(path: Path, wanted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a results file.
-
-    Raises:
-        ValueError: The file holds something else, or rows with other settings.
-    """
-    if not path.exists():
-        return []
-    try:
-        rows = read_json(path, finite=False)
-        others = [row for row in rows if row["settings"] not in wanted]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} does not hold results of this benchmark: {said_by(error)} Name another --output."
-        ) from None
-    if others:
-        raise ValueError(
-            f"{path} holds {len(others)} results with other settings. Name another --output, or delete it."
-        )
-    return rows
+    return with_missing(
+        output_folder / FILENAME,
+        runs(chosen),
+        lambda run: settings(run, chosen.training),
+        # A run's rows share one training.
+        lambda run: results(run, chosen.training),
+        "Planted differences",
+    )

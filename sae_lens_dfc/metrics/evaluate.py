@@ -1,6 +1,6 @@
 """Computes all metrics of a crosscoder on held-out pairs, as one flat dictionary."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -140,21 +140,17 @@ def _with(
     contexts: Sequence[Tensor] | None,
     following: Sequence[Tensor] | None,
     deciles: Sequence[Deciles] | None,
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, Deciles | None]]:
+) -> Iterable[tuple[Tensor, Tensor | None, Tensor | None, Deciles | None]]:
     """Each batch with what is given of its rows.
 
     Raises:
-        ValueError: Something is given for fewer batches.
+        ValueError: Something is given for another number of batches.
     """
-    for i, batch in enumerate(acts):
-        few = [x for x in (contexts, following, deciles) if x is not None and len(x) <= i]
-        if few:
-            raise ValueError(
-                f"Contexts, losses or deciles are given for {len(few[0])} batches of activations, and there are more. Give them for each batch."
-            )
-        context = None if contexts is None else contexts[i]
-        after = None if following is None else following[i]
-        yield batch, context, after, None if deciles is None else deciles[i]
+    if contexts is None and following is None and deciles is None:
+        return ((batch, None, None, None) for batch in acts)
+    batches = list(acts)
+    given = ([None] * len(batches) if x is None else x for x in (contexts, following, deciles))
+    return zip(batches, *given, strict=True)
 
 
 def _crossed(
