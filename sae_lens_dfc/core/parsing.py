@@ -22,7 +22,7 @@ MAX_JSON = 8_000_000
 MAX_YAML = 100_000
 """Maximum size of a YAML file in bytes; the parser is pure Python and takes seconds per
 megabyte."""
-MAX_YAML_VALUES = 10_000
+MAX_YAML_VALUES = 2_000
 """Maximum number of values in a YAML file, including keys and lists; each takes 0.1 ms on a slow
 processor."""
 MAX_DEPTH = 40
