@@ -41,7 +41,7 @@ class ProbeOptions:
 
     hidden: int = 256
     """Hidden units."""
-    steps: int = 400
+    steps: int = 200
     batch: int = 1024
     """Rows per step."""
     lr: float = 2e-3

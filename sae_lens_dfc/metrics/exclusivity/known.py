@@ -17,7 +17,7 @@ from sae_lens_dfc.stats.probe import Probe, ProbeOptions, Rows, fit_probe
 
 MIN_FIRINGS_TO_FIT = 50
 """Minimum firings on the rows that the probes are fitted to, to measure a latent."""
-N_REFERENCE = 256
+N_REFERENCE = 64
 """Maximum number of two-sided latents that are measured for comparison."""
 
 
@@ -36,7 +36,7 @@ def fit_probes(
     options: ProbeOptions | None = None,
 ) -> Probes:
     """Fit a probe of each model's activations to the activations of the candidates, and of up to
-    256 two-sided latents for comparison, of those that fire often enough.
+    64 two-sided latents for comparison, of those that fire often enough.
 
     Args:
         crosscoder: The saved crosscoder.

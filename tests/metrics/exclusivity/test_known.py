@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
-from sae_lens_dfc.metrics.exclusivity.known import ShareKnown, fit_probes
+from sae_lens_dfc.metrics.exclusivity.known import N_REFERENCE, ShareKnown, fit_probes
 from sae_lens_dfc.stats.jackknife import Estimate
 from sae_lens_dfc.stats.probe import ProbeOptions
 
@@ -57,7 +57,14 @@ def known(kind: str, n: int = 8000) -> tuple[Estimate, Estimate]:
 
 @pytest.mark.parametrize(
     ("kind", "share"),
-    [("all", 1.0), ("half", 0.5), ("nothing", 0.0), ("in another form", 1.0), ("the text", 0.0)],
+    [
+        ("half", 0.5),
+        ("nothing", 0.0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("all", 1.0), ("in another form", 1.0), ("the text", 0.0))
+        ),
+    ],
 )
 def test_the_share_known_is_the_share_that_the_other_model_has(kind: str, share: float) -> None:
     found, own = known(kind)
@@ -66,6 +73,7 @@ def test_the_share_known_is_the_share_that_the_other_model_has(kind: str, share:
     assert 0 < found.se.item() < 0.05
 
 
+@pytest.mark.slow
 def test_the_standard_error_covers_the_sampling_of_the_text() -> None:
     """Ten disjoint sets of rows vary as one's standard error says."""
     found, _ = known("half", n=8000)
@@ -83,6 +91,7 @@ def test_a_latent_without_a_probe_is_not_measured() -> None:
     assert measure.estimates()["known"].value.isnan().all()
 
 
+@pytest.mark.slow
 def test_only_candidates_and_some_shared_latents_are_measured() -> None:
     cfg = CrosscoderConfig(d_in=2, d_sae=400, d_a=1, d_b=1, n_a_exclusive=2, n_b_exclusive=2)
     crosscoder = Crosscoder(cfg)
@@ -93,5 +102,5 @@ def test_only_candidates_and_some_shared_latents_are_measured() -> None:
         crosscoder.W_dec.data[latents, inputs] = 0
     latents = fit_probes(crosscoder, [torch.rand(100, 2)], ProbeOptions(steps=1)).latents
     assert latents[:4].tolist() == [0, 1, 2, 3]
-    assert len(latents) == 4 + 256
+    assert len(latents) == 4 + N_REFERENCE
     assert latents[4:].tolist() == sorted(set(latents[4:].tolist()))
