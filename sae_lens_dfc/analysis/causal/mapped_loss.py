@@ -1,6 +1,7 @@
 """Measures which model knows more, without a crosscoder: the rise of each model's next-token loss
 when it continues from an affine map of the other's activations."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -13,6 +14,7 @@ from sae_lens_dfc.analysis.causal.downstream import MEAN, check_whole, rows_in, 
 from sae_lens_dfc.analysis.steering.splicing import UNTOUCHED, Edit
 from sae_lens_dfc.data.activations import PairedRows
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.metrics.exclusivity.target_worse import MIN_LOSS_RATIO
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 from sae_lens_dfc.stats.jackknife import SE, Jackknife, Sums
 
@@ -22,7 +24,8 @@ MIN_RISE = 1e-3
 """Rise in nats per token below which no model is named: the models may run in bfloat16, and one
 model's two maps to itself differ by rounding."""
 N_ERRORS = 2
-"""Standard errors by which a rise must exceed 0, and the other model's, to name a model."""
+"""Standard errors by which a rise must exceed 0, and the other model's, and by which the ratio of the
+losses must exceed 1.25, to name a model."""
 
 
 @torch.no_grad()
@@ -58,8 +61,10 @@ def mapped_loss(
         For `m` in `a`, `b`, in nats per token: `mapped_loss/untouched/m`, the model's loss;
         `mapped_loss/rise/m`, its rise given the map of the other's activations;
         `mapped_loss/rise_of_mean/m`, its rise given its mean activation, for comparison; and
-        `mapped_loss/b_minus_a`, the difference of the two rises. The same of each source under
-        `mapped_loss/SOURCE/`. Each with its `/se` if there are at least two blocks.
+        `mapped_loss/b_minus_a`, the difference of the two rises. Without unit,
+        `mapped_loss/b_over_a`: the untouched B's loss on all this text over A's, which is
+        comparable whatever the tokenizers. The same of each source under `mapped_loss/SOURCE/`.
+        Each with its `/se` if there are at least two blocks.
 
     Raises:
         ValueError: There are no rows, they come without contexts or of a source that has no name,
@@ -130,42 +135,62 @@ def _measures(sums: Sums) -> dict[str, float]:
         result[f"rise/{m}"] = mapped - untouched
         result[f"rise_of_mean/{m}"] = mean - untouched
     result["b_minus_a"] = result["rise/b"] - result["rise/a"]
+    result["b_over_a"] = (sums[f"b{UNTOUCHED}"][0] / sums[f"a{UNTOUCHED}"][0]).item()
     return result
 
 
-class Rise(NamedTuple):
-    """A rise of a loss, or a difference of two."""
+class Measure(NamedTuple):
+    """A measure of both models' losses."""
 
-    nats: float
-    """Nats per token."""
+    value: float
     se: float
     """Its standard error; NaN if unknown."""
 
 
-def knows_more(a: Rise, b: Rise, b_minus_a: Rise) -> Literal["a", "b"] | None:
-    """The model that knows what the other does not, from both models' rises given the other's
-    mapped activations; none if they do not tell.
+class Losses(NamedTuple):
+    """What tells which of two models knows more."""
 
-    It is the one with the larger rise, if this rise exceeds 0, and the other's, by more than two
-    standard errors, and both by more than 0.001 nats per token. An unknown standard error names
-    none.
+    rise_a: Measure
+    """Rise of A's loss given B's mapped activations, in nats per token."""
+    rise_b: Measure
+    b_minus_a: Measure
+    """Their difference, with its own standard error: both come from the same text."""
+    b_over_a: Measure
+    """B's untouched loss on all the text over A's."""
 
-    Args:
-        a: Model A's rise.
-        b: Model B's rise.
-        b_minus_a: Their difference, with its own standard error: both come from the same text.
 
-    >>> knows_more(Rise(0.06, 0.03), Rise(0.98, 0.03), Rise(0.92, 0.04))
+def knows_more(losses: Losses) -> Literal["a", "b"] | None:
+    """The model that knows what the other does not; none if the losses do not tell.
+
+    It is the one with the larger rise, if
+
+    - this rise exceeds 0, and the other's, by more than two standard errors, and both by more than
+      0.001 nats per token, and
+    - the other model's untouched loss on the text is more than 1.25 times its own, by more than two
+      standard errors. Of two models that know the text equally well, the wider one loses more by
+      the other's map.
+
+    An unknown standard error names none.
+
+    >>> def of(a: float, b: float, b_over_a: float) -> Losses:
+    ...     return Losses(*(Measure(x, 0.03) for x in (a, b, b - a, b_over_a)))
+    >>> knows_more(of(0.06, 0.98, b_over_a=0.7))
     'b'
-    >>> knows_more(Rise(1.27, 0.07), Rise(-0.17, 0.04), Rise(-1.44, 0.08))
+    >>> knows_more(of(1.27, -0.17, b_over_a=1.5))
     'a'
-    >>> knows_more(Rise(0.50, 0.03), Rise(0.55, 0.03), Rise(0.05, 0.04))  # both lose as much
-    >>> knows_more(Rise(-0.17, 0.04), Rise(0.01, 0.04), Rise(0.18, 0.05))  # neither loses
+    >>> knows_more(of(0.06, 0.98, b_over_a=1.0))  # both predict the text as well
+    >>> knows_more(of(0.50, 0.55, b_over_a=0.7))  # both lose as much
+    >>> knows_more(of(-0.17, 0.01, b_over_a=0.7))  # neither loses
     """
-    name, larger = ("b", b) if b_minus_a.nats > 0 else ("a", a)
-    difference = Rise(abs(b_minus_a.nats), b_minus_a.se)
-    is_told = all(x > MIN_RISE and x > N_ERRORS * se for x, se in (larger, difference))
-    return name if is_told else None
+    name, larger = ("b", losses.rise_b) if losses.b_minus_a.value > 0 else ("a", losses.rise_a)
+    difference = Measure(abs(losses.b_minus_a.value), losses.b_minus_a.se)
+    rises = all(x > MIN_RISE and x > N_ERRORS * se for x, se in (larger, difference))
+    ratio, se = losses.b_over_a if name == "a" else _inverse(losses.b_over_a)
+    return name if rises and ratio - MIN_LOSS_RATIO > N_ERRORS * se else None
+
+
+def _inverse(ratio: Measure) -> Measure:
+    return Measure(1 / ratio.value, ratio.se / ratio.value**2)
 
 
 def sources_in(metrics: Mapping[str, float]) -> list[str]:
@@ -182,19 +207,20 @@ def who_knows_more(metrics: Mapping[str, float]) -> str:
     """Say in a sentence which model knows what the other does not, and by source in another; empty
     if it was not measured.
 
-    >>> rises = {"rise/a": 0.06, "rise/b": 0.98, "b_minus_a": 0.92}
-    >>> measured = {f"mapped_loss/{name}": x for name, x in rises.items()}
-    >>> who_knows_more(measured | {f"{name}/se": 0.03 for name in measured})
-    "Given A's activations mapped into it, B's loss rises by 0.980 ± 0.030 nats per token; given B's, A's rises by 0.060 ± 0.030: B knows what A does not."
+    >>> measures = {"rise/a": 0.06, "rise/b": 0.98, "b_minus_a": 0.92, "b_over_a": 0.7}
+    >>> measured = {f"mapped_loss/{name}": x for name, x in measures.items()}
+    >>> who_knows_more(measured | {f"{name}/se": 0.03 for name in measured}).split("; ")[1]
+    "given B's, A's rises by 0.060 ± 0.030, and on the same text B's untouched loss is 0.70 ± 0.03 times A's: B knows what A does not."
     """
-    rises = _rises(metrics, "")
-    if rises is None:
+    losses = _losses(metrics, "")
+    if losses is None:
         return ""
-    said = {m: _said(rise) for m, rise in zip("ab", rises, strict=False)}
+    ratio, error = losses.b_over_a
     named = {None: "neither is shown to know more", **{m: _knows(m) for m in "ab"}}
     result = (
-        f"Given A's activations mapped into it, B's loss {said['b']} nats per token; "
-        f"given B's, A's {said['a']}: {named[knows_more(*rises)]}."
+        f"Given A's activations mapped into it, B's loss {_said(losses.rise_b)} nats per token; "
+        f"given B's, A's {_said(losses.rise_a)}, and on the same text B's untouched loss is "
+        f"{ratio:.2f}{_plus_minus(error, 2)} times A's: {named[knows_more(losses)]}."
     )
     by_source: dict[str, list[str]] = {}
     for source, knows in knows_more_by_source(metrics).items():
@@ -207,8 +233,8 @@ def who_knows_more(metrics: Mapping[str, float]) -> str:
 
 def knows_more_by_source(metrics: Mapping[str, float]) -> dict[str, Literal["a", "b"] | None]:
     """`knows_more` on each source that has measures of its own."""
-    rises = {source: _rises(metrics, f"{source}/") for source in sources_in(metrics)}
-    return {source: knows_more(*three) for source, three in rises.items() if three is not None}
+    found = {source: _losses(metrics, f"{source}/") for source in sources_in(metrics)}
+    return {source: knows_more(losses) for source, losses in found.items() if losses is not None}
 
 
 def _knows(m: str) -> str:
@@ -216,15 +242,18 @@ def _knows(m: str) -> str:
     return f"{m.upper()} knows what {other.upper()} does not"
 
 
-def _said(rise: Rise) -> str:
-    verb = "falls" if rise.nats < 0 else "rises"
-    error = "" if rise.se != rise.se else f" ± {rise.se:.3f}"
-    return f"{verb} by {abs(rise.nats):.3f}{error}"
+def _said(rise: Measure) -> str:
+    verb = "falls" if rise.value < 0 else "rises"
+    return f"{verb} by {abs(rise.value):.3f}{_plus_minus(rise.se, 3)}"
 
 
-def _rises(metrics: Mapping[str, float], group: str) -> tuple[Rise, Rise, Rise] | None:
-    keys = [f"{PREFIX}{group}{name}" for name in ("rise/a", "rise/b", "b_minus_a")]
+def _plus_minus(se: float, digits: int) -> str:
+    return "" if math.isnan(se) else f" ± {se:.{digits}f}"
+
+
+def _losses(metrics: Mapping[str, float], group: str) -> Losses | None:
+    names = ("rise/a", "rise/b", "b_minus_a", "b_over_a")
+    keys = [f"{PREFIX}{group}{name}" for name in names]
     if not all(key in metrics for key in keys):
         return None
-    a, b, b_minus_a = (Rise(metrics[key], metrics.get(key + SE, float("nan"))) for key in keys)
-    return a, b, b_minus_a
+    return Losses(*(Measure(metrics[key], metrics.get(key + SE, math.nan)) for key in keys))

@@ -38,6 +38,7 @@ KNOWS_MORE = MeasureGroup(
         ("mapped_loss/rise/a", "Rise of A's loss, given B's activations"),
         ("mapped_loss/rise/b", "Rise of B's loss, given A's activations"),
         ("mapped_loss/b_minus_a", "Rise of B's loss minus A's"),
+        ("mapped_loss/b_over_a", "B's untouched loss on this text over A's"),
         ("mapped_loss/rise_of_mean/a", "Rise of A's loss, given its mean"),
         ("mapped_loss/rise_of_mean/b", "Rise of B's loss, given its mean"),
     ],

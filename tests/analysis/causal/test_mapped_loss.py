@@ -22,7 +22,7 @@ from sae_lens_dfc.stats.moments import PairMoments
 from tests.analysis.causal.test_downstream import HuggingFace, contexts_of, rows_of
 from tests.helpers import batches_of
 
-N_WORDS = 20
+N_WORDS = 8
 """Words of each of two classes in the made text."""
 
 
@@ -93,6 +93,14 @@ def test_rises_are_those_of_hugging_faces_own_model_and_of_least_squares(
     assert measured["mapped_loss/b_minus_a"] == pytest.approx(
         measured["mapped_loss/rise/b"] - measured["mapped_loss/rise/a"]
     )
+    of_b = 0
+    for batch in rows:
+        for c in batch.contexts:
+            first = batch.segment[batch.context == c.number].min()
+            of_b += len(c.segments.ids_b) - 1 - int(c.segments.last_b[first])
+    assert measured["mapped_loss/b_over_a"] == pytest.approx(
+        measured["mapped_loss/untouched/b"] * of_b / untouched, rel=1e-5
+    )
 
 
 def word_folder(parent: Path, knows_class: bool, tokenizer_folder: Path) -> Path:
@@ -162,9 +170,11 @@ def test_a_model_given_the_map_of_one_without_a_direction_loses_what_it_read_the
     assert found["mapped_loss/rise_of_mean/a"] == pytest.approx(math.log(2), abs=1e-3)
     assert found["mapped_loss/rise/b"] == pytest.approx(0, abs=1e-3)
     assert found["mapped_loss/rise_of_mean/b"] == pytest.approx(0, abs=1e-3)
+    assert found["mapped_loss/b_over_a"] == pytest.approx(4 / 3, abs=1e-3)
     assert "A knows what B does not" in who_knows_more(found)
 
 
+@pytest.mark.slow
 def test_the_other_way_round_the_other_model_is_named(words: ModelPair) -> None:
     turned = ModelPair(words.b, words.a)
     rows = word_rows(turned)
@@ -173,6 +183,7 @@ def test_the_other_way_round_the_other_model_is_named(words: ModelPair) -> None:
     assert "B knows what A does not" in who_knows_more(found)
 
 
+@pytest.mark.slow
 def test_one_model_twice_loses_nothing_on_either_side_and_is_not_named(
     llama_config: ModelConfig, words: ModelPair
 ) -> None:
@@ -251,5 +262,6 @@ def test_what_was_not_measured_is_not_said() -> None:
         "mapped_loss/rise/a": 1.0,
         "mapped_loss/rise/b": 0.0,
         "mapped_loss/b_minus_a": -1.0,
+        "mapped_loss/b_over_a": 2.0,
     }
-    assert who_knows_more(one_block).endswith("A's rises by 1.000: neither is shown to know more.")
+    assert who_knows_more(one_block).endswith("2.00 times A's: neither is shown to know more.")

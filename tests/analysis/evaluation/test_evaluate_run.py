@@ -56,7 +56,7 @@ def test_every_measure_stands_beside_the_same_of_each_null(metrics: dict[str, fl
         *(f"loss_recovered/{m}/without_exclusive" for m in "ab"),
         *("kl/a", "kl/b", "spliced_share/a", "spliced_share/b"),
         *(f"mapped_loss/{x}/{m}" for x in ("untouched", "rise", "rise_of_mean") for m in "ab"),
-        "mapped_loss/b_minus_a",
+        *("mapped_loss/b_minus_a", "mapped_loss/b_over_a"),
         *("explained_variance/a", "mse/a", "cosine/b", "norm_ratio/b", "l0/shared"),
         *("cross_reconstruction/b_from_a", "cross_reconstruction/a_from_b"),
         "cross_reconstruction/b_from_a/mapped",

@@ -165,7 +165,7 @@ def test_the_first_sentence_says_no_more_than_was_measured() -> None:
 
 
 def test_the_page_says_which_model_knows_more_and_on_which_source() -> None:
-    rises = {"rise/a": 0.06, "rise/b": 0.98, "b_minus_a": 0.92}
+    rises = {"rise/a": 0.06, "rise/b": 0.98, "b_minus_a": 0.92, "b_over_a": 0.7}
     whole = {f"mapped_loss/{name}": x for name, x in rises.items()}
     other = {f"mapped_loss/en/{name}": x for name, x in {**rises, "b_minus_a": 0.01}.items()}
     same = {f"mapped_loss/pt/{name}": x for name, x in rises.items()}
@@ -173,7 +173,8 @@ def test_the_page_says_which_model_knows_more_and_on_which_source() -> None:
     found |= {f"{name}/se": 0.03 for name in (*whole, *other, *same)}
     said = lead(found, None)
     assert lead(METRICS, None) in said and lead(METRICS, SCREENING) in lead(found, SCREENING)
-    assert "given B's, A's rises by 0.060 ± 0.030: B knows what A does not." in said
+    assert "given B's, A's rises by 0.060 ± 0.030, and on the same text" in said
+    assert "B's untouched loss is 0.70 ± 0.03 times A's: B knows what A does not." in said
     assert "By source: on en, neither is shown to know more; on pt, B knows" in said
     page = render_report(data(metrics=found))
     assert "Rise of B&#39;s loss, given A&#39;s activations, on pt" in page
@@ -677,6 +678,7 @@ def test_without_javascript_verdicts_and_measures_are_there(browser: Any, small:
     context_.close()
 
 
+@pytest.mark.slow
 def test_two_thousand_latents_fit_and_open_at_once(browser: Any, large: Path) -> None:
     assert large.stat().st_size < 20e6
     page = opened(browser, large)
@@ -705,6 +707,7 @@ def test_two_thousand_latents_fit_and_open_at_once(browser: Any, large: Path) ->
     page.close()
 
 
+@pytest.mark.slow
 def test_rows_come_as_one_scrolls_and_the_focus_stays(browser: Any, large: Path) -> None:
     page = opened(browser, large)
     page.locator("#rows").evaluate("el => { el.scrollTop = 34 * 1000 }")
@@ -727,6 +730,7 @@ def test_rows_come_as_one_scrolls_and_the_focus_stays(browser: Any, large: Path)
     page.close()
 
 
+@pytest.mark.slow
 def test_paper_gets_the_first_rows_and_says_how_many_more(browser: Any, large: Path) -> None:
     page = opened(browser, large)
     page.emulate_media(media="print")
