@@ -1,5 +1,5 @@
-"""Tests a difference causally: ablates a latent's model-specific contribution in one model, or adds
-it to the other, and measures whether the models' predictions become more alike."""
+"""Tests a latent causally: ablates its model-specific contribution in one model, or adds it to the
+other, and measures how far the predictions change and whether the models become more alike."""
 
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
@@ -136,15 +136,27 @@ def _texts(pair: ModelPair, rows: PairedRows, feature_acts: Tensor, numbers: Set
 
 
 class Verification(NamedTuple):
-    """How much closer the two models' next-token probabilities become, in bits of Jensen-Shannon
-    divergence."""
+    """Effects on the next-token probabilities, in bits of Jensen-Shannon divergence."""
 
     baseline_js_bits: float
-    """Their divergence without intervention, from 0 to 1; an upper bound on the effects."""
+    """The two models' divergence without intervention, from 0 to 1; an upper bound on how much
+    closer they become."""
     ablated: Effect
-    """Effect of ablating the model-specific direction in its source model."""
+    """How much closer the models become when the model-specific direction is ablated in its source
+    model."""
     patched: Effect
-    """Effect of adding it to the other model."""
+    """How much closer they become when it is added to the other model."""
+    used: Effect
+    """How far the source model's own probabilities move when the direction is ablated in it."""
+
+
+class _NextToken(NamedTuple):
+    """A model's next-token probabilities at the end of each text."""
+
+    common: Float[Tensor, "texts outcomes"]
+    """Over the outcomes common to both vocabularies."""
+    own: Float[Tensor, "texts d_vocab"]
+    """Over its own vocabulary."""
 
 
 @torch.no_grad()
@@ -155,15 +167,16 @@ def verify(
     controls: Mapping[str, Mapping[ModelName, Float[Tensor, "_ _"]]],
     outcomes: tuple[Outcomes, Outcomes] | None = None,
 ) -> Verification:
-    """Test whether the models become more alike when a latent's model-specific contribution is
-    ablated in the source, and when it is added to the other model.
+    """Test whether a model uses a latent's model-specific contribution, and whether the models
+    become more alike when it is ablated in the source, and when it is added to the other model.
 
     With `f` the latent's activation, every paired position is changed to `x_s - f own` in the
     source or to `x_t + f moved` in the other model. The next-token probabilities at the end of each
     text are compared over the outcomes common to both vocabularies (`common_outcomes`). The effect
     is `JS(p_a, p_b)` without intervention minus `JS` with one model changed, positive if the change
     brings the models closer. A real difference between the models is expected to have both effects;
-    a quirk of one direction is not.
+    a quirk of one direction is not. Whether the source uses the direction needs neither the other
+    model nor a map: it is `JS` between the source's probabilities of its own tokens without and with the ablation.
 
     Args:
         pair: The two models.
@@ -184,7 +197,7 @@ def verify(
     models = _models(pair)
     target: ModelName = "b" if own.source == "a" else "a"
 
-    def next_token(m: ModelName, direction: Tensor | None) -> Tensor:
+    def next_token(m: ModelName, direction: Tensor | None) -> _NextToken:
         acts = texts.acts[m]
         if direction is not None:
             reading = texts.readings[m]
@@ -193,32 +206,42 @@ def verify(
             acts[where] += texts.feature_acts.to(acts)[:, None] * direction.to(acts)
         reading = texts.readings[m]
         found = logits_at_end(models[m], reading.ids, reading.mask, acts)
-        probabilities = outcome_probabilities(found, of_models[m]).cpu()
-        if probabilities.isnan().any():
+        common = outcome_probabilities(found, of_models[m]).cpu()
+        if common.isnan().any():
             raise ValueError(
                 f"Model {m.upper()}'s next-token probabilities are NaN{'' if direction is None else ' when it is changed'}: its "
                 "activations overflow. Load it in bfloat16 or float32."
             )
-        return probabilities
+        return _NextToken(common, found.float().softmax(dim=-1).cpu())
 
     untouched = {m: next_token(m, None) for m in models}
-    baseline = jensen_shannon(untouched["a"], untouched["b"])
+    baseline = jensen_shannon(untouched["a"].common, untouched["b"].common)
 
-    def effect(m: ModelName, direction: Tensor) -> Effect:
-        other = untouched["b" if m == "a" else "a"]
+    def moved(m: ModelName, direction: Tensor) -> dict[str, Tensor]:
+        after, other = next_token(m, direction), untouched["b" if m == "a" else "a"]
+        return {
+            "closer": baseline - jensen_shannon(after.common, other.common),
+            "moved": jensen_shannon(after.own, untouched[m].own),
+        }
 
-        def closer(one: Tensor) -> Tensor:
-            return baseline - jensen_shannon(next_token(m, one), other)
-
+    def effects(m: ModelName, direction: Tensor) -> dict[str, Effect]:
         norm = direction.float().norm()
+        found = moved(m, direction)
         beside = {
-            kind: torch.stack([closer(one * norm) for one in normalize(of_models[m].float())])
+            kind: [moved(m, one * norm) for one in normalize(of_models[m].float())]
             for kind, of_models in controls.items()
         }
-        return Effect(closer(direction), beside)
+        return {
+            name: Effect(
+                values,
+                {kind: torch.stack([one[name] for one in ones]) for kind, ones in beside.items()},
+            )
+            for name, values in found.items()
+        }
 
+    ablated, patched = effects(own.source, -own.own), effects(target, own.moved)
     return Verification(
-        baseline.mean().item(), effect(own.source, -own.own), effect(target, own.moved)
+        baseline.mean().item(), ablated["closer"], patched["closer"], ablated["moved"]
     )
 
 

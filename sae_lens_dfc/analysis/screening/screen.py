@@ -6,24 +6,21 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.analysis.autointerp.concerns import CONCERNS, read_concerns
-from sae_lens_dfc.analysis.causal.activation_patching import Texts, own_part, texts_of, verify
-from sae_lens_dfc.analysis.causal.shared_vocabulary import common_outcomes
 from sae_lens_dfc.analysis.evaluation.evaluate_run import case_of, judge_for, stored_metrics
 from sae_lens_dfc.analysis.evaluation.measure import measure
 from sae_lens_dfc.analysis.latents.max_activating import (
-    FiringPosition,
     MaxActivatingExamples,
     collect_max_activating,
 )
-from sae_lens_dfc.analysis.options import MIN_TEXTS, ScreenOptions
+from sae_lens_dfc.analysis.options import ScreenOptions
 from sae_lens_dfc.analysis.report.build import report_data, report_settings
 from sae_lens_dfc.analysis.report.findings import Finding, Screening
 from sae_lens_dfc.analysis.report.results import (
@@ -33,21 +30,15 @@ from sae_lens_dfc.analysis.report.results import (
     write_results,
 )
 from sae_lens_dfc.analysis.saved_run.held_out import evidence_of, opened_run, own_config
-from sae_lens_dfc.analysis.screening.candidates import (
-    candidates,
-    control_directions,
-    differences_made,
-    source_of,
-    split,
-    windows,
-)
+from sae_lens_dfc.analysis.screening.candidates import candidates, differences_made
+from sae_lens_dfc.analysis.screening.causal_tests import Sizes, Subject, causal_tests
 from sae_lens_dfc.analysis.screening.describe import Asked, explained, what_it_costs
 from sae_lens_dfc.analysis.screening.verdicts import (
+    OF_ONE_BASIS,
     CausalTest,
     Explained,
+    effect_names,
     findings,
-    samples,
-    tested,
     verdict_stage,
 )
 from sae_lens_dfc.core.atomic_write import atomic_folder
@@ -56,9 +47,8 @@ from sae_lens_dfc.core.output_folder import locked_output
 from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.core.terminal import print_result, text_table
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.alignment.segments import Segments
 from sae_lens_dfc.data.pair import ModelPair
-from sae_lens_dfc.metrics.evaluate import Evaluation
+from sae_lens_dfc.metrics.evaluate import Evaluation, evaluate
 from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.exclusivity.decoders import both_decoder_differences
 from sae_lens_dfc.stats.affine_maps import AffineMaps
@@ -101,15 +91,8 @@ def screen_run(options: ScreenOptions) -> None:
         for s in found.stages
     ]
     print_result(text_table(["stage", "in", "out", "left out"], rows))
-    head = [
-        "",
-        "latent",
-        "partition",
-        "verdict",
-        "ablated: closer by, bits",
-        "patched in",
-        "description",
-    ]
+    one_basis = all(one.verdict in OF_ONE_BASIS for one in found.findings)
+    head = ["", "latent", "partition", "verdict", *effect_names(one_basis), "description"]
     print_result("\n" + text_table(head, [_line(one) for one in found.findings]))
     print_result(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
 
@@ -155,7 +138,9 @@ def screen(options: ScreenOptions) -> Screening:
                 on.crosscoder, on.pair, on.data, on.gathered, first, asked, progress
             )
         results = _tested(on, first.latents, options, progress)
-        found = findings(on.crosscoder, first.latents, results, said, evidence.is_exclusive)
+        found = findings(
+            on.crosscoder, first.latents, results, said, evidence, on.affine_maps is None
+        )
         screening = Screening([*first.stages, verdict_stage(found)], found)
         _write(on, screening, stored, options)
         progress.forget()
@@ -167,11 +152,14 @@ def _opened(options: ScreenOptions) -> Screened:
     # All layers are needed for next-token predictions.
     crosscoder, cfg, pair = opened_run(options.run, options, drop_unused_layers=False)
     own = own_config(options.run, options, options.fit_pairs)
-    case = case_of(options.run, options, own, pair)
-    data, evaluation = case.data, measure(crosscoder, case)
     stored = evidence_of(options.run, options.evidence, crosscoder)
-    if stored is not None:
-        evaluation = evaluation._replace(evidence=stored)
+    case = case_of(options.run, options, own, pair)
+    data = case.data
+    if stored is None:
+        evaluation = measure(crosscoder, case.with_losses())
+    else:
+        found = evaluate(crosscoder, [rows.acts for rows in data.held_out])
+        evaluation = found._replace(metrics=found.metrics | data.metrics, evidence=stored)
     d_a = crosscoder.cfg.d_a
     affine_maps = None if data.one_basis(d_a) else data.affine_maps(d_a).to(crosscoder.device)
     gathered = collect_max_activating(crosscoder, data.held_out)
@@ -184,52 +172,20 @@ def _tested(
 ) -> dict[int, CausalTest | None]:
     """Test each latent causally; none for a latent that fires at the end of too few of its test
     texts."""
-    of_a, of_b = (x.cpu() for x in on.own)
-    acts = torch.cat([rows.acts for rows in on.data.held_out])
-    lives = on.gathered.firing.counts > 0
-    controls = control_directions(
-        on.crosscoder, acts, lives, latents, options.controls, options.seed
-    )
-    outcomes = common_outcomes(on.pair.a, on.pair.b)
+    subject = Subject(on.crosscoder, on.pair, on.data, on.gathered, on.own)
+    test = causal_tests(subject, latents, Sizes(options.texts, options.controls, options.seed))
 
-    def test_one(latent: int) -> dict[str, Any] | None:
-        own = own_part(of_a, of_b, latent, source_of(on.crosscoder, latent))
-        texts = texts_of(on.crosscoder, on.pair, latent, _kept_for_test(on, latent, options.texts))
-        if len(texts.rows.contexts) < MIN_TEXTS:
-            return None
-        found = verify(on.pair, texts, own, controls, outcomes)
-        silent = _silent(on, latent, texts, options)
-        beside = None if silent is None else verify(on.pair, silent, own, {}, outcomes)
-        shown = samples(on.pair, texts, own)
-        return asdict(tested(own, found, beside, shown))
+    def stored(latent: int) -> dict[str, Any] | None:
+        found = test(latent)
+        return None if found is None else asdict(found)
 
     results: dict[int, CausalTest | None] = {}
     for latent in tqdm(latents, "Testing", unit=" latents"):
-        result = progress.done(f"tested {latent}", lambda latent=latent: test_one(latent))
+        result = progress.done(f"tested {latent}", partial(stored, latent))
         results[latent] = (
             None if result is None else from_plain(CausalTest, result, "A causal test")
         )
     return results
-
-
-def _kept_for_test(on: Screened, latent: int, n: int) -> list[Segments]:
-    _, places = split(on.gathered.places(latent, n_strongest=2 * n, n_quantiles=0))
-    return windows(on.pair, on.data.contexts, places)
-
-
-def _silent(on: Screened, latent: int, texts: Texts, options: ScreenOptions) -> Texts | None:
-    """Texts at whose end the latent does not fire, given the activation it has in the other texts;
-    none if there are too few."""
-    generator = torch.Generator().manual_seed(options.seed + latent)
-    contexts = on.data.contexts
-    drawn = torch.randperm(len(contexts), generator=generator)[: options.texts].tolist()
-    places = [FiringPosition(i, len(contexts[i].segments) - 1, 0.0, None) for i in drawn]
-    found = texts_of(
-        on.crosscoder, on.pair, latent, windows(on.pair, contexts, places), fires=False
-    )
-    if len(found.rows.contexts) < MIN_TEXTS:
-        return None
-    return found.with_activation(texts.at_end.mean().item())
 
 
 def _settings(options: ScreenOptions) -> dict[str, Any]:

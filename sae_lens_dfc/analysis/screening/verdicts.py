@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -25,6 +24,7 @@ from sae_lens_dfc.analysis.steering.options import Sampling
 from sae_lens_dfc.analysis.steering.positions import positions_of
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.metrics.exclusivity.evidence import MAX_KNOWN, LatentEvidence
 from sae_lens_dfc.models.config import ModelName
 from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.stats.significance import Effect, benjamini_hochberg, interval
@@ -40,8 +40,27 @@ CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED = (
     "not confirmed",
     "not tested",
 )
-VERDICTS = (CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED)
-"""Verdicts from strongest to weakest."""
+OF_ONE_BASIS = (CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED)
+"""Verdicts between models of one basis, from strongest to weakest."""
+EXCLUSIVE_USED, EXCLUSIVE_UNUSED, DIFFERENT, SHARED_BY_BOTH, NOT_JUDGED = (
+    "exclusive and used",
+    "exclusive, no effect found",
+    "used differently",
+    "shared",
+    "not judged",
+)
+OF_TWO_BASES = (EXCLUSIVE_USED, DIFFERENT, EXCLUSIVE_UNUSED, SHARED_BY_BOTH, NOT_JUDGED)
+"""Verdicts between other models, from strongest to weakest."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One effect of a causal test beside its controls."""
+
+    shown: EffectView
+    p: float
+    is_beyond: bool
+    """Whether it is beyond the 95th percentile of every kind of control."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +72,14 @@ class CausalTest:
     n_texts: int
     baseline_js_bits: float
     """Jensen-Shannon divergence between the models without intervention, in bits."""
-    effects: list[EffectView]
-    p_ablated: float
-    p_patched: float
-    beyond_ablated: bool
-    beyond_patched: bool
+    ablated: Way
+    """How much closer ablating in the source brings the models."""
+    patched: Way
+    """How much closer adding to the other model brings them."""
+    used: Way
+    """How far ablating in the source moves the source's own predictions."""
+    off_topic: EffectView | None
+    """Of adding to the other model where the latent is silent; none if it is silent too rarely."""
     samples: list[SteeringSample]
 
 
@@ -69,23 +91,21 @@ def tested(
 ) -> CausalTest:
     """Convert a verification to the form shown in the report."""
     source, target = own.source.upper(), "B" if own.source == "a" else "A"
-    effects = [
-        _view(f"ablated in {source}: closer by, bits", found.ablated),
-        _view(f"added to {target}: closer by, bits", found.patched),
-    ]
-    if off_topic is not None:
-        effects.append(_view(f"added to {target} where it is silent, bits", off_topic.patched))
+    silent = f"added to {target} where it is silent: closer by, bits"
     return CausalTest(
-        own.source,
-        len(found.ablated.values),
-        found.baseline_js_bits,
-        effects,
-        found.ablated.p,
-        found.patched.p,
-        found.ablated.is_beyond,
-        found.patched.is_beyond,
-        samples,
+        source=own.source,
+        n_texts=len(found.ablated.values),
+        baseline_js_bits=found.baseline_js_bits,
+        ablated=_way(f"ablated in {source}: closer by, bits", found.ablated),
+        patched=_way(f"added to {target}: closer by, bits", found.patched),
+        used=_way(f"ablated in {source}: {source} moves by, bits", found.used),
+        off_topic=None if off_topic is None else _view(silent, off_topic.patched),
+        samples=samples,
     )
+
+
+def _way(name: str, effect: Effect) -> Way:
+    return Way(_view(name, effect), effect.p, effect.is_beyond)
 
 
 def _view(name: str, effect: Effect) -> EffectView:
@@ -105,47 +125,66 @@ def findings(
     order: Sequence[int],
     results: Mapping[int, CausalTest | None],
     explained: Mapping[int, Explained],
-    exclusive: Bool[Tensor, " d_sae"],
+    evidence: LatentEvidence,
+    one_basis: bool,
 ) -> list[Finding]:
     """A verdict on each latent, ordered by strength of the verdict, then by size of the effect.
 
-    A latent is `confirmed` when ablating its model-specific direction in the source and adding it
-    to the other model both bring the models closer by at least 0.01 bits, each beyond the 95th
-    percentile of every kind of control and at a false discovery rate of 5 % over all tested latents
-    (Benjamini-Hochberg on the p-values of each way); `partial` when only one of them does.
+    An effect *holds* if it is 0.01 bits or more, beyond the 95th percentile of every kind of
+    control, and significant at a false discovery rate of 5 % over all tested latents
+    (Benjamini-Hochberg on the p-values of each kind of effect).
+
+    If both models share one basis, a latent is `confirmed` when ablating its model-specific
+    direction in the source and adding it to the other model both bring the models closer, and
+    `partial` when only one of them does. Between other models, where adding a direction needs a map
+    that may lack what one model alone has, it is
+
+    - `exclusive and used` if it is exclusive with evidence and ablating it moves its own model's
+      predictions;
+    - `exclusive, no effect found` if it is exclusive with evidence only;
+    - `used differently` if the other model knows less than half of it, it moves its own model's
+      predictions, and the evidence does not show that the other model lacks it: the two may
+      represent the same text in two ways;
+    - `shared` if the other model knows half of it or more;
+    - `not judged` otherwise.
 
     Args:
         crosscoder: The saved crosscoder.
         order: The tested latents, ordered by evidence.
         results: Result of each test; none if the latent fired at the end of too few texts.
         explained: The judge's answers.
-        exclusive: Which latents are exclusive with evidence.
+        evidence: Evidence of exclusivity.
+        one_basis: Whether both models share one basis, as a model and its fine-tune do.
     """
     done = {i: one for i in order if (one := results[i]) is not None}
-    of_ways = [
-        benjamini_hochberg(torch.tensor([getattr(one, p) for one in done.values()])).tolist()
-        for p in ("p_ablated", "p_patched")
-    ]
-    q: dict[int, tuple[float, float]] = dict(zip(done, zip(*of_ways, strict=True), strict=True))
-    ways: dict[int, tuple[bool, bool]] = {}
-    for latent, one in done.items():
-        ablated, patched = (effect.mean >= MIN_EFFECT for effect in one.effects[:2])
-        ways[latent] = (
-            ablated and one.beyond_ablated and q[latent][0] <= Q,
-            patched and one.beyond_patched and q[latent][1] <= Q,
-        )
+    q = {name: _adjusted(done, name) for name in ("ablated", "patched", "used")}
+
+    def holds(latent: int, name: str) -> bool:
+        way: Way = getattr(done[latent], name)
+        return way.shown.mean >= MIN_EFFECT and way.is_beyond and q[name][latent] <= Q
 
     def verdict(latent: int) -> str:
-        if latent not in ways:
+        if not one_basis:
+            return _of_two_bases(evidence, latent, latent in done and holds(latent, "used"))
+        if latent not in done:
             return UNTESTED
-        return {2: CONFIRMED, 1: PARTIAL, 0: NOT_CONFIRMED}[sum(ways[latent])]
+        ways = holds(latent, "ablated") + holds(latent, "patched")
+        return {2: CONFIRMED, 1: PARTIAL, 0: NOT_CONFIRMED}[ways]
 
     def effect(latent: int) -> float:
-        one = results[latent]
-        return 0.0 if one is None else sum(e.mean for e in one.effects[:2])
+        one = done.get(latent)
+        if one is None:
+            return 0.0
+        ways = [one.ablated, one.patched] if one_basis else [one.used]
+        return sum(way.shown.mean for way in ways)
 
     def finding(latent: int, rank: int) -> Finding:
-        one, said = results[latent], explained.get(latent, Explained())
+        one, said = done.get(latent), explained.get(latent, Explained())
+        called = EXCLUSIVE if evidence.is_exclusive[latent] else NOT_EXCLUSIVE
+        of_test = [TOO_FEW_TEXTS]
+        if one is not None:
+            adjusted = {name: values[latent] for name, values in q.items()}
+            of_test = _reasons(one, adjusted, one_basis)
         return Finding(
             latent=latent,
             partition=crosscoder.partition.name_of(latent),
@@ -153,48 +192,77 @@ def findings(
             description=said.description,
             detection=said.detection,
             concerns=list(said.concerns),
-            effects=[] if one is None else one.effects,
+            effects=[] if one is None else _effects(one, one_basis),
             samples=[] if one is None else one.samples,
             verdict=verdict(latent),
-            reasons=_reasons(one, q.get(latent), bool(exclusive[latent])),
+            reasons=[called, *of_test],
         )
 
-    ranked = sorted(order, key=lambda i: (VERDICTS.index(verdict(i)), -effect(i)))
+    verdicts = OF_ONE_BASIS if one_basis else OF_TWO_BASES
+    ranked = sorted(order, key=lambda i: (verdicts.index(verdict(i)), -effect(i)))
     return [finding(latent, rank) for rank, latent in enumerate(ranked, 1)]
 
 
-def _reasons(
-    one: CausalTest | None, q: tuple[float, float] | None, is_exclusive: bool
-) -> list[str]:
-    called = (
-        "It is exclusive, with evidence from activations."
-        if is_exclusive
-        else "It is not significant (exclusive): its activation or direction was found in the other model too, or could not be ruled out there."
-    )
-    if one is None or q is None:
-        return [
-            called,
-            f"It fires at the end of fewer than {MIN_TEXTS} of its test texts.",
-        ]
+def _adjusted(done: Mapping[int, CausalTest], name: str) -> dict[int, float]:
+    p = torch.tensor([getattr(one, name).p for one in done.values()])
+    return dict(zip(done, benjamini_hochberg(p).tolist(), strict=True))
+
+
+def _of_two_bases(evidence: LatentEvidence, latent: int, is_used: bool) -> str:
+    known = evidence.known[latent].item()
+    if evidence.is_exclusive[latent]:
+        return EXCLUSIVE_USED if is_used else EXCLUSIVE_UNUSED
+    if not evidence.is_judged[latent]:
+        return NOT_JUDGED
+    if known >= MAX_KNOWN:
+        return SHARED_BY_BOTH
+    return DIFFERENT if is_used else NOT_JUDGED
+
+
+def _effects(one: CausalTest, one_basis: bool) -> list[EffectView]:
+    """All effects, those of the verdict first."""
+    closer, used = [one.ablated.shown, one.patched.shown], [one.used.shown]
+    off_topic = [] if one.off_topic is None else [one.off_topic]
+    return [*closer, *used, *off_topic] if one_basis else [*used, *closer, *off_topic]
+
+
+def effect_names(one_basis: bool) -> tuple[str, str]:
+    """Short names of the first two effects of a finding."""
+    ablated = "ablated: closer by, bits"
+    return (ablated, "patched in") if one_basis else ("ablated: moves by, bits", ablated)
+
+
+EXCLUSIVE = "It is exclusive, with evidence from activations."
+NOT_EXCLUSIVE = "It is not shown to be exclusive: its activation was found in the other model too, or could not be ruled out there."
+TOO_FEW_TEXTS = f"It fires at the end of fewer than {MIN_TEXTS} of its test texts."
+
+
+def _reasons(one: CausalTest, q: Mapping[str, float], one_basis: bool) -> list[str]:
     source, target = one.source.upper(), "B" if one.source == "a" else "A"
-    shares = [
-        e.mean / one.baseline_js_bits if one.baseline_js_bits > 0 else 0.0 for e in one.effects[:2]
-    ]
-    return [
-        called,
-        f"On {one.n_texts} test texts, not used for its description, the models' predictions are {one.baseline_js_bits:.3f} bits apart.",
-        f"Ablating its model-specific part in {source} removes {shares[0]:.0%} of that (q = {q[0]:.2g}, "
-        f"{'beyond' if one.beyond_ablated else 'within'} the controls); adding it to {target} removes {shares[1]:.0%} "
-        f"(q = {q[1]:.2g}, {'beyond' if one.beyond_patched else 'within'} the controls).",
-    ]
+
+    def beside(name: str) -> str:
+        way: Way = getattr(one, name)
+        return f"(q = {q[name]:.2g}, {'beyond' if way.is_beyond else 'within'} the controls)"
+
+    def share(way: Way) -> str:
+        whole = one.baseline_js_bits
+        return f"{way.shown.mean / whole if whole > 0 else 0.0:.0%}"
+
+    used = f"Ablating it in {source} moves {source}'s own predictions by {one.used.shown.mean:.3f} bits {beside('used')}."
+    apart = f"On {one.n_texts} test texts, not used for its description, the models' predictions are {one.baseline_js_bits:.3f} bits apart."
+    closer = (
+        f"Ablating its model-specific part in {source} removes {share(one.ablated)} of that {beside('ablated')}; "
+        f"adding it to {target} removes {share(one.patched)} {beside('patched')}."
+    )
+    return [apart, closer, used] if one_basis else [used, apart, closer]
 
 
 def verdict_stage(found: Sequence[Finding]) -> StageCount:
-    """Count the verdicts; confirmed latents pass the stage."""
+    """Count the verdicts; confirmed latents, and those exclusive and used, pass the stage."""
     counts = Counter(finding.verdict for finding in found)
-    return stage(
-        "confirmed by steering", len(found), {v: counts[v] for v in VERDICTS if v != CONFIRMED}
-    )
+    passed = CONFIRMED, EXCLUSIVE_USED
+    others = [v for v in (*OF_ONE_BASIS, *OF_TWO_BASES) if v not in passed]
+    return stage("confirmed by steering", len(found), {v: counts[v] for v in others})
 
 
 SAMPLED = Sampling(max_new_tokens=24, temperature=0.0)

@@ -17,6 +17,8 @@ from sae_lens_dfc.analysis.causal.activation_patching import (
     texts_of,
     verify,
 )
+from sae_lens_dfc.analysis.causal.shared_vocabulary import jensen_shannon
+from sae_lens_dfc.analysis.steering.hooks import logits_at_end
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.data.alignment.segments import Segments
 from sae_lens_dfc.data.pair import ModelPair
@@ -153,8 +155,20 @@ def test_without_its_own_part_the_changed_model_is_the_other_one(
         # The whole distance goes, text by text.
         assert effect.mean == pytest.approx(found.baseline_js_bits, rel=1e-2)
         assert effect.is_beyond and effect.limits["random"] < 0.9 * effect.mean
+
+    # Without its own part B is A, so that B's predictions move to A's.
+    def probabilities(m: ModelName) -> Tensor:
+        # Of two copies of one model A's stands for B's.
+        found = logits_at_end(twins.a, texts.readings[m].ids, texts.readings[m].mask, texts.acts[m])
+        return found.double().softmax(dim=-1)
+
+    distance = jensen_shannon(probabilities("a"), probabilities("b"))
+    assert found.used.mean == pytest.approx(distance.mean().item(), rel=1e-2)
+    assert found.used.is_beyond and found.used.limits["random"] < 0.9 * found.used.mean
     wrong = verify(twins, texts, ModelSpecificDirection(0, "b", -own.own, -own.moved), controls)
     assert wrong.ablated.mean < 0 and not wrong.ablated.is_beyond
+    unread = ModelSpecificDirection(0, "b", 0 * own.own, 0 * own.moved)
+    assert verify(twins, texts, unread, controls).used.mean == 0
 
 
 def test_texts_are_those_at_whose_end_it_fires(

@@ -1,6 +1,7 @@
 """`sae-lens-dfc screen RUN`: its rules by hand, and the whole of it on two tiny models."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +10,61 @@ import torch
 
 from sae_lens_dfc.analysis.latents.max_activating import FiringPosition
 from sae_lens_dfc.analysis.report.findings import EffectView
+from sae_lens_dfc.analysis.screening import causal_tests as causal_tests_module
 from sae_lens_dfc.analysis.screening import screen as screen_module
 from sae_lens_dfc.analysis.screening.candidates import source_of, windows
 from sae_lens_dfc.analysis.screening.verdicts import (
     CONFIRMED,
     NOT_CONFIRMED,
+    OF_TWO_BASES,
     PARTIAL,
     UNTESTED,
     CausalTest,
     Explained,
+    Way,
     findings,
     verdict_stage,
 )
 from sae_lens_dfc.cli.main import main
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence
 from tests.helpers import batches_of, make_firing_dfc, train_tiny
 
 
+def way(mean: float, p: float = 0.001, is_beyond: bool = True) -> Way:
+    return Way(EffectView("effect", mean, 0, 1, {}), p, is_beyond)
+
+
 def result(
-    ablated: float = 0.2,
-    patched: float = 0.1,
-    p: tuple[float, float] = (0.001, 0.001),
-    beyond: tuple[bool, bool] = (True, True),
+    ablated: float | Way = 0.2, patched: float | Way = 0.1, used: Way | None = None
 ) -> CausalTest:
-    effects = [EffectView("ablated", ablated, 0, 1, {}), EffectView("patched", patched, 0, 1, {})]
-    return CausalTest("b", 8, 0.4, effects, *p, *beyond, samples=[])
+    of_ablated, of_patched = (x if isinstance(x, Way) else way(x) for x in (ablated, patched))
+    of_used = used or way(0.3)
+    return CausalTest("b", 8, 0.4, of_ablated, of_patched, of_used, off_topic=None, samples=[])
 
 
-def verdicts(results: dict[int, CausalTest | None]) -> list[tuple[int, str]]:
-    crosscoder, none = make_firing_dfc(), torch.zeros(24, dtype=torch.bool)
-    found = findings(crosscoder, list(results), results, {}, none)
+def evidence(
+    known: Sequence[float] = (), exclusive: Sequence[int] = (), judged: Sequence[int] = ()
+) -> LatentEvidence:
+    """Of 24 latents; what is not given is unknown."""
+    values = torch.full((24,), torch.nan)
+    none = torch.zeros(24, dtype=torch.bool)
+    fields = dict.fromkeys(LatentEvidence._fields, values)
+    share, q, called = values.clone(), values.clone(), none.clone()
+    share[: len(known)] = torch.tensor(known)
+    q[list(judged)] = 1.0
+    called[list(exclusive)] = True
+    fields |= {"known": share, "q": q, "is_exclusive": called}
+    return LatentEvidence(**fields)
+
+
+def verdicts(
+    results: dict[int, CausalTest | None],
+    of: LatentEvidence | None = None,
+) -> list[tuple[int, str]]:
+    """Between models of one basis, or with evidence between others."""
+    crosscoder = make_firing_dfc()
+    found = findings(crosscoder, list(results), results, {}, of or evidence(), of is None)
     assert [one.rank for one in found] == list(range(1, len(found) + 1))
     return [(one.latent, one.verdict) for one in found]
 
@@ -46,12 +72,12 @@ def verdicts(results: dict[int, CausalTest | None]) -> list[tuple[int, str]]:
 def test_a_verdict_needs_both_ways_beyond_their_controls() -> None:
     assert verdicts(
         {
-            1: result(beyond=(True, False)),
-            2: result(beyond=(False, False)),
+            1: result(patched=way(0.1, is_beyond=False)),
+            2: result(way(0.2, is_beyond=False), way(0.1, is_beyond=False)),
             3: None,
             4: result(),
             5: result(ablated=0.3),
-            6: result(p=(0.001, 0.2)),
+            6: result(patched=way(0.1, p=0.2)),
         }
     ) == [
         (5, CONFIRMED),
@@ -69,15 +95,42 @@ def test_a_difference_that_nobody_could_notice_is_not_confirmed() -> None:
 
 
 def test_p_values_are_corrected_for_how_many_were_tested() -> None:
-    alone = verdicts({1: result(p=(0.04, 0.04))})
-    among = verdicts({1: result(p=(0.04, 0.04)), **{i: result(p=(0.9, 0.9)) for i in range(2, 9)}})
+    doubtful, poor = (result(way(0.2, p), way(0.1, p)) for p in (0.04, 0.9))
+    alone = verdicts({1: doubtful})
+    among = verdicts({1: doubtful, **dict.fromkeys(range(2, 9), poor)})
     assert alone == [(1, CONFIRMED)] and among[0] == (1, NOT_CONFIRMED)
 
 
+def test_between_other_models_it_is_exclusive_by_evidence_and_used_by_its_own_effect() -> None:
+    unused = result(used=way(0.3, is_beyond=False))
+    results = {0: unused, 1: result(), 2: result(), 3: result(), 4: unused, 5: result(), 6: None}
+    of = evidence([0.1, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1], exclusive=[0, 1, 6], judged=range(5))
+    assert verdicts(results, of) == [
+        (1, "exclusive and used"),
+        (2, "used differently"),
+        (0, "exclusive, no effect found"),
+        (6, "exclusive, no effect found"),
+        (3, "shared"),
+        (4, "not judged"),
+        (5, "not judged"),
+    ]
+
+
+def test_an_own_effect_needs_its_size_and_its_significance() -> None:
+    of = evidence([0.1, 0.1], exclusive=[0], judged=[0])
+    for used in (way(0.001), way(0.3, p=0.2)):
+        assert verdicts({0: result(used=used)}, of) == [(0, "exclusive, no effect found")]
+    # Neither the map nor the other model has a say.
+    no_map = result(way(-0.1, 0.9, False), way(-0.1, 0.9, False))
+    assert verdicts({0: no_map}, of) == [(0, "exclusive and used")]
+
+
 def test_what_is_left_out_is_counted() -> None:
-    crosscoder, none = make_firing_dfc(), torch.zeros(24, dtype=torch.bool)
-    results = {1: result(), 2: result(beyond=(False, False)), 3: None}
-    found = findings(crosscoder, [1, 2, 3], results, {1: Explained("cats", 0.9, ["x"])}, none)
+    crosscoder = make_firing_dfc()
+    poor = way(0.2, is_beyond=False)
+    results = {1: result(), 2: result(poor, poor), 3: None}
+    said = {1: Explained("cats", 0.9, ["x"])}
+    found = findings(crosscoder, [1, 2, 3], results, said, evidence(), one_basis=True)
     stage = verdict_stage(found)
     assert (stage.intake, stage.output) == (3, 1)
     assert stage.dropped == {NOT_CONFIRMED: 1, UNTESTED: 1}
@@ -115,7 +168,7 @@ FEW = ("--keep", "4", "--texts", "4", "--controls", "2")
 def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verify, calls = screen_module.verify, list[int]()
+    verify, calls = causal_tests_module.verify, list[int]()
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -125,10 +178,10 @@ def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
 
     output = tmp_path / "out"
     args = ["screen", str(run), "--output", str(output), *FEW]
-    monkeypatch.setattr(screen_module, "verify", stopping)
+    monkeypatch.setattr(causal_tests_module, "verify", stopping)
     assert main(args) not in (0, 1)
     assert not output.exists() and (tmp_path / "out.progress.jsonl").exists()
-    monkeypatch.setattr(screen_module, "verify", verify)
+    monkeypatch.setattr(causal_tests_module, "verify", verify)
     assert main([*args, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     stored = json.loads((output / "screening.json").read_text())
@@ -145,18 +198,21 @@ def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
         assert stage["intake"] - stage["output"] == sum(stage["dropped"].values())
     # Two unrelated models have no basis in common: what is looked at is what one alone may use.
     assert {one["partition"] for one in found} <= {"a_exclusive", "b_exclusive"}
-    tested = [one for one in found if one["verdict"] != UNTESTED]
+    assert {one["verdict"] for one in found} <= set(OF_TWO_BASES)
+    tested = [one for one in found if one["effects"]]
     assert tested
     for one in tested:
-        assert len(one["effects"]) >= 2 and len(one["samples"]) == 4
+        assert len(one["effects"]) >= 3 and one["effects"][0]["name"].endswith("moves by, bits")
+        assert len(one["samples"]) == 4
         assert all(
             set(e["controls"]) == {"random directions", "shared latents"}
-            for e in one["effects"][:2]
+            for e in one["effects"][:3]
         )
     page = (output / "report.html").read_text()
     assert f"#latent-{found[0]['latent']}" in page and found[0]["verdict"] in page
 
 
+@pytest.mark.slow
 def test_a_judge_stands_before_the_steering(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,7 +225,7 @@ def test_a_judge_stands_before_the_steering(
         return "Description: anything" if "Description:" in prompt else "Concerns: none"
 
     monkeypatch.setattr(screen_module, "judge_for", lambda _options: judge)
-    monkeypatch.setattr(screen_module, "verify", None)
+    monkeypatch.setattr(causal_tests_module, "verify", None)
     args = ["screen", str(run), "--output", str(tmp_path / "out"), *FEW]
     assert main(args) == 0
     stages = {
@@ -199,6 +255,7 @@ def test_wrong_flags_are_refused_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_progress_of_other_settings_stays(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

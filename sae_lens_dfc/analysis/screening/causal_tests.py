@@ -1,0 +1,105 @@
+"""Tests latents causally, each on texts at whose end it fires."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lens_dfc.analysis.causal.activation_patching import Texts, own_part, texts_of, verify
+from sae_lens_dfc.analysis.causal.shared_vocabulary import Outcomes, common_outcomes
+from sae_lens_dfc.analysis.latents.max_activating import FiringPosition, MaxActivatingExamples
+from sae_lens_dfc.analysis.options import MIN_TEXTS
+from sae_lens_dfc.analysis.screening.candidates import (
+    control_directions,
+    source_of,
+    split,
+    windows,
+)
+from sae_lens_dfc.analysis.screening.verdicts import CausalTest, samples, tested
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.data.alignment.segments import Segments
+from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.models.config import ModelName
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a causal test."""
+
+    texts: int = 8
+    """Texts on which a latent is tested."""
+    controls: int = 8
+    """Control directions of each kind."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A crosscoder with its whole models, held-out text and latents' examples."""
+
+    crosscoder: Crosscoder
+    pair: ModelPair
+    data: PairData
+    gathered: MaxActivatingExamples
+    own: tuple[Float[Tensor, "d_sae d_a"], Float[Tensor, "d_sae d_b"]]
+    """Each latent's model-specific directions in A and in B; see `both_decoder_differences`."""
+
+
+def causal_tests(
+    on: Subject, latents: Sequence[int], sizes: Sizes
+) -> Callable[[int], CausalTest | None]:
+    """Draw the controls for some latents, which are left out of them.
+
+    Returns:
+        Tests one latent: none if it fires at the end of too few of its test texts.
+    """
+    acts = torch.cat([rows.acts for rows in on.data.held_out])
+    lives = on.gathered.firing.counts > 0
+    controls = control_directions(on.crosscoder, acts, lives, latents, sizes.controls, sizes.seed)
+    outcomes = common_outcomes(on.pair.a, on.pair.b)
+    return partial(_test, on, sizes, controls, outcomes)
+
+
+def _test(
+    on: Subject,
+    sizes: Sizes,
+    controls: Mapping[str, Mapping[ModelName, Tensor]],
+    outcomes: tuple[Outcomes, Outcomes],
+    latent: int,
+) -> CausalTest | None:
+    of_a, of_b = (x.cpu() for x in on.own)
+    own = own_part(of_a, of_b, latent, source_of(on.crosscoder, latent))
+    kept = _kept_for_test(on, latent, sizes.texts)
+    if len(kept) < MIN_TEXTS:
+        return None
+    texts = texts_of(on.crosscoder, on.pair, latent, kept)
+    if len(texts.rows.contexts) < MIN_TEXTS:
+        return None
+    found = verify(on.pair, texts, own, controls, outcomes)
+    silent = _silent(on, latent, texts, sizes)
+    beside = None if silent is None else verify(on.pair, silent, own, {}, outcomes)
+    return tested(own, found, beside, samples(on.pair, texts, own))
+
+
+def _kept_for_test(on: Subject, latent: int, n: int) -> list[Segments]:
+    _, places = split(on.gathered.places(latent, n_strongest=2 * n, n_quantiles=0))
+    return windows(on.pair, on.data.contexts, places)
+
+
+def _silent(on: Subject, latent: int, texts: Texts, sizes: Sizes) -> Texts | None:
+    """Texts at whose end the latent does not fire, given the activation it has in the other texts;
+    none if there are too few."""
+    generator = torch.Generator().manual_seed(sizes.seed + latent)
+    contexts = on.data.contexts
+    drawn = torch.randperm(len(contexts), generator=generator)[: sizes.texts].tolist()
+    places = [FiringPosition(i, len(contexts[i].segments) - 1, 0.0, None) for i in drawn]
+    found = texts_of(
+        on.crosscoder, on.pair, latent, windows(on.pair, contexts, places), fires=False
+    )
+    if len(found.rows.contexts) < MIN_TEXTS:
+        return None
+    return found.with_activation(texts.at_end.mean().item())
