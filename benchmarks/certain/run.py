@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.certain.cases import LANGUAGE_TINY, TRAINING, WITHHELD, Case, Half, Pair, made
+from benchmarks.certain.causal import used
 from benchmarks.certain.score import score, share_of_firings
 from benchmarks.provenance import provenance
 from benchmarks.resume import with_missing
@@ -130,7 +131,7 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
     """Train a run's crosscoder and compare its calls with what is certain.
 
     Returns:
-        The pair; `score` by side; `knows_more`, the model that the loss with the other's map names
+        The pair; `score` and `used` by side; `knows_more`, the model that the loss with the other's map names
             on each language; and the seconds of each part.
     """
     started = time.monotonic()
@@ -142,13 +143,16 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
     trained = time.monotonic()
     found = measure(crosscoder, task, CausalOptions(preset.settings.downstream_pairs))
     measured = time.monotonic()
-    shares = share_of_firings(crosscoder, task.data)
+    shares, evidence = share_of_firings(crosscoder, task.data), evidence_in(found)
+    are_used = used(crosscoder, task, evidence, shares, case.known_to)
+    tested = time.monotonic()
     return {
         "certain_case": run.pair.case,
         "share": run.pair.share,
         "is_null": run.pair.is_null,
         "seed": run.seed,
-        "score": score(evidence_in(found), crosscoder.partition, shares, case.known_to),
+        "score": score(evidence, crosscoder.partition, shares, case.known_to),
+        "used": are_used,
         "known_to": dict(case.known_to),
         "knows_more": knows_more_by_source(found.metrics),
         "rises": {name: value for name, value in found.metrics.items() if name.startswith(PREFIX)},
@@ -166,6 +170,7 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
             "activations": round(collecting - built, 1),
             "training": round(trained - collecting, 1),
             "measures": round(measured - trained, 1),
+            "causal tests": round(tested - measured, 1),
         },
     }
 

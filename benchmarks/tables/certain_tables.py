@@ -45,8 +45,10 @@ def certain_tables(rows: Rows) -> Iterator[Table]:
         "judged",
         "called, by run",
         "of them on the language that only this model knows",
+        "exclusive latents that fire 100 times: called",
+        "called and tested causally: exclusive and used",
     ]
-    cells = [[*head, "exclusive latents that fire 100 times: called"]]
+    cells = [head]
     for case, own in rows_by_case(rows).items():
         for side in SIDES:
             scores = [row["score"][side] for row in own]
@@ -56,7 +58,10 @@ def certain_tables(rows: Rows) -> Iterator[Table]:
             often = f"{_sum(scores, 'often_called')} of {_sum(scores, 'often')}"
             name = f"{case}: {'A' if side == A_EXCLUSIVE else 'B'}"
             calls = ", ".join(str(score["called"]) for score in scores)
-            cells.append([name, str(len(own)), str(_sum(scores, "judged")), calls, right, often])
+            tests = [row["used"][side] for row in own]
+            used = f"{_sum(tests, 'used')} of {_sum(tests, 'tested')}"
+            judged = str(_sum(scores, "judged"))
+            cells.append([name, str(len(own)), judged, calls, right, often, used])
     yield Table("Latents called exclusive, with evidence", cells)
     yield Table("Model that knows more, by the loss with the other's map in place", _named(rows))
 

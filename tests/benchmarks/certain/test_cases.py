@@ -5,18 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.certain import cases, glassllm, parallel_text
+from benchmarks.certain import cases, causal, glassllm, parallel_text
 from benchmarks.certain.cases import LANGUAGE_TINY, WITHHELD, Pair, made, passages
-from benchmarks.certain.run import PRESETS, run_certain_benchmark, runs
+from benchmarks.certain.run import PRESETS, Settings, collected, run_certain_benchmark, runs
 from benchmarks.certain.withheld import mixed
+from sae_lens_dfc.analysis.evaluation.measure import evidence_in, measure, train_crosscoder
+from sae_lens_dfc.analysis.report.findings import EffectView
+from sae_lens_dfc.analysis.screening.verdicts import CausalTest, Way
+from sae_lens_dfc.metrics.exclusivity.evidence import MIN_FIRINGS
 from sae_lens_dfc.organisms.from_scratch import Training
 from tests.benchmarks.certain import test_fetch
 
 index = test_fetch.index
 
 SMALL = Training(steps=2, batch=2, vocab_a=280, vocab_b=300)
+SIZES = Settings(d_sae=40, k=4, max_unique_pairs=60, steps=6, eval_pairs=60)
 
 
 @pytest.fixture
@@ -58,6 +64,7 @@ def test_the_null_of_two_models_has_two_that_read_the_same() -> None:
     assert null.models[0] != pair.models[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_tuning_is_on_another_language_and_on_other_chapters(
     monkeypatch: pytest.MonkeyPatch,
@@ -85,6 +92,40 @@ def test_each_seed_has_every_pair_and_models_of_its_own() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_of_each_side_the_first_called_latents_are_tested_in_their_own_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every third test has no texts, and every second of the others shows an effect."""
+    task = collected(made(Pair(WITHHELD, 0.3), "report"), 0, SIZES)
+    crosscoder = train_crosscoder(task)
+    measured = evidence_in(measure(crosscoder, task))
+    firings = torch.full_like(measured.firings, MIN_FIRINGS)
+    asked: list[int] = []
+
+    def result(latent: int) -> CausalTest | None:
+        asked.append(latent)
+        if len(asked) % 3 == 0:
+            return None
+        used = Way(EffectView("", 0.3, 0, 1, {}), 0.001, len(asked) % 3 == 1)
+        return CausalTest("b", 8, 0.4, used, used, used, off_topic=None, samples=[])
+
+    monkeypatch.setattr(causal, "N_TESTED", 3)
+    monkeypatch.setattr(causal, "causal_tests", lambda *_args: result)
+    every = measured._replace(is_exclusive=torch.ones_like(measured.is_a), firings=firings)
+    shares = {"Portuguese": torch.ones(SIZES.d_sae)}
+    found = causal.used(crosscoder, task, every, shares, {"b_exclusive": "Portuguese"})
+    assert measured.is_a[asked].tolist() == [True] * 3 + [False] * 3
+    assert found == {
+        "a_exclusive": {"tested": 2, "used": 1, "right": 0},
+        "b_exclusive": {"tested": 2, "used": 1, "right": 1},
+    }
+    none = every._replace(is_exclusive=torch.zeros_like(measured.is_a))
+    nothing = causal.used(crosscoder, task, none, shares, {})
+    assert [sum(counts.values()) for counts in nothing.values()] == [0, 0]
+    assert len(asked) == 6
+
+
+@pytest.mark.usefixtures("here")
 def test_results_are_kept_and_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,9 +133,7 @@ def test_results_are_kept_and_not_computed_again(
     small = replace(
         PRESETS["small"],
         pairs=(Pair(WITHHELD, 0.3), Pair(WITHHELD, 0.3, is_null=True)),
-        settings=replace(
-            PRESETS["small"].settings, d_sae=40, k=4, max_unique_pairs=60, steps=6, eval_pairs=60
-        ),
+        settings=SIZES,
     )
     monkeypatch.setitem(PRESETS, "small", small)
     monkeypatch.setattr("benchmarks.certain.run.BATCH_SIZE", 32)

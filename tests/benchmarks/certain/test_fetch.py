@@ -215,6 +215,7 @@ def test_text_is_cut_where_glassllm_cuts_it(tokenizer: Any, text: str, tokens: l
     assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == tokens
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("index")
 def test_the_case_is_fetched_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "case"

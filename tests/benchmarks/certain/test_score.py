@@ -78,12 +78,14 @@ def test_the_table_has_each_case_and_side() -> None:
         "share": 0.0,
         "is_null": False,
         "score": score(evidence(), PARTITION, SHARES, known_to),
+        "used": {side: {"tested": 2, "used": 1, "right": 1} for side in known_to},
         "known_to": known_to,
         "knows_more": {"English": "a", "Portuguese": None},
     }
     null = {**row, "is_null": True, "known_to": {}, "knows_more": {"English": None}}
     calls, named = certain_tables([row, row, null])
-    assert calls.cells[1] == ["language-tiny: A", "2", "6", "2, 2", "2 of 4", "2 of 4"]
+    name = "language-tiny: A"
+    assert calls.cells[1] == [name, "2", "6", "2, 2", "2 of 4", "2 of 4", "2 of 4"]
     assert calls.cells[3][:1] + calls.cells[3][4:5] == [
         "null: one model twice: A",
         "nothing to find",

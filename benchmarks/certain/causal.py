@@ -1,0 +1,65 @@
+"""Tests the latents called exclusive causally, in their own model."""
+
+from collections.abc import Mapping
+
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks.certain.score import MIN_SHARE
+from sae_lens_dfc.analysis.evaluation.nulls import PairTask
+from sae_lens_dfc.analysis.latents.max_activating import collect_max_activating
+from sae_lens_dfc.analysis.screening.causal_tests import Sizes, Subject, causal_tests
+from sae_lens_dfc.analysis.screening.verdicts import EXCLUSIVE_USED, findings
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
+from sae_lens_dfc.crosscoders.inference import Crosscoder
+from sae_lens_dfc.metrics.exclusivity.decoders import both_decoder_differences
+from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, ranking
+
+N_TESTED = 8
+"""Latents of each side that are tested, those with the most evidence."""
+
+
+def used(
+    crosscoder: Crosscoder,
+    task: PairTask,
+    evidence: LatentEvidence,
+    shares: Mapping[str, Float[Tensor, " d_sae"]],
+    known_to: Mapping[str, str],
+) -> dict[str, dict[str, int]]:
+    """For each side, of the first latents that are called: how many are `tested`, are `used`
+    (verdict `exclusive and used`), and are `right`, used and of the side's language.
+
+    Args:
+        crosscoder: The crosscoder.
+        task: The whole models and their data.
+        evidence: Evidence for each latent.
+        shares: `share_of_firings`.
+        known_to: The language that only this side's model knows.
+    """
+    order = [int(i) for i in ranking(evidence) if evidence.is_exclusive[i]]
+    sides = {
+        A_EXCLUSIVE: [i for i in order if evidence.is_a[i]][:N_TESTED],
+        B_EXCLUSIVE: [i for i in order if not evidence.is_a[i]][:N_TESTED],
+    }
+    latents = [i for of_side in sides.values() for i in of_side]
+    if not latents:
+        return {side: dict.fromkeys(("tested", "used", "right"), 0) for side in sides}
+    affine_maps = task.data.affine_maps(crosscoder.cfg.d_a)
+    gathered = collect_max_activating(crosscoder, task.data.held_out)
+    own = both_decoder_differences(crosscoder, affine_maps)
+    test = causal_tests(Subject(crosscoder, task.pair, task.data, gathered, own), latents, Sizes())
+    results = {latent: test(latent) for latent in latents}
+    found = findings(crosscoder, latents, results, {}, evidence, one_basis=False)
+    are_used = {one.latent for one in found if one.verdict == EXCLUSIVE_USED}
+
+    def is_right(side: str, latent: int) -> bool:
+        return side in known_to and shares[known_to[side]][latent].item() > MIN_SHARE
+
+    return {
+        side: {
+            "tested": sum(results[i] is not None for i in of_side),
+            "used": sum(i in are_used for i in of_side),
+            "right": sum(i in are_used and is_right(side, i) for i in of_side),
+        }
+        for side, of_side in sides.items()
+    }
