@@ -52,12 +52,14 @@ def undeclared(folder: Path, everywhere: bool, with_extras: bool) -> set[str]:
     return names - {*ours, *sys.stdlib_module_names, *NOT_DECLARED, *provided(with_extras)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [False, True], ids=["at the top", "anywhere"])
 def test_every_package_that_is_imported_is_declared(everywhere: bool) -> None:
     assert undeclared(PACKAGE, everywhere, with_extras=everywhere) == set()
     assert undeclared(ROOT / "benchmarks", everywhere, with_extras=True) == set()
 
 
+@pytest.mark.slow
 def test_every_package_that_is_declared_is_imported() -> None:
     trees = [ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))]
     names = {name for tree in trees for name in imported(tree, everywhere=True)}

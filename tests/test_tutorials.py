@@ -137,6 +137,7 @@ def test_a_source_runs_at_the_small_setting(name: str, tmp_path: Path) -> None:
     assert_ran(notebook_of(tmp_path / f"{name}.ipynb"))
 
 
+@pytest.mark.slow
 def test_a_notebook_with_other_cells_than_its_source_is_found_and_nothing_is_run(
     tmp_path: Path,
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_file_that_is_no_result_or_of_other_settings_is_refused(
     assert "jobs must be at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_trained_on_wrong_pairs_is_measured_on_right_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -156,6 +157,7 @@ def test_the_null_has_as_many_features_and_none_exclusive() -> None:
     assert sizes == {"a_exclusive": 0, "b_exclusive": 0, "shared": PRESETS["small"].toy.n_features}
 
 
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_seed() -> None:
     run = Run("small", "batchtopk_crosscoder", 0.4, 3, 0.0, False)
     one, again = row(run), row(run)

@@ -106,6 +106,7 @@ def run(output: Path, **extra: Any) -> int:
     return main(["step", *args, "--output", str(output)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("dictionary_learning")
 def test_every_figure_is_written_and_printed_with_its_range(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -90,6 +90,7 @@ def test_all_of_the_suite_is_run_and_written_as_tables_and_pictures(
         assert title in out and title in (tmp_path / f"{name}.md").read_text()
 
 
+@pytest.mark.slow
 def test_one_failure_does_not_lose_the_others(
     ran: list[str],
     tmp_path: Path,
@@ -152,6 +153,7 @@ def test_results_of_other_settings_are_not_taken_for_those_wanted(
     assert len(timed) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUITE)
 def test_a_picture_is_the_same_bytes_for_the_same_results(name: str, tmp_path: Path) -> None:
     pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]
@@ -372,6 +374,7 @@ def test_help_has_the_first_sentence_of_the_options() -> None:
     assert " ".join((options.BenchmarkOptions.__doc__ or "").split()) == SUMMARY
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_large_and_results_are_compared_from_a_shell() -> None:
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-X", "importtime", "-m", "benchmarks", *args]

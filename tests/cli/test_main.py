@@ -55,6 +55,7 @@ def test_train_writes_a_crosscoder_and_says_where(run: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_path_of_a_step_and_the_format_of_its_product_are_flags(
     flags: list[str], tmp_path: Path
 ) -> None:
@@ -67,6 +68,7 @@ def test_the_path_of_a_step_and_the_format_of_its_product_are_flags(
     assert main(["evaluate", str(tmp_path / "run"), "--eval-pairs", "300", "--json"]) == 0
 
 
+@pytest.mark.slow
 def test_evaluate_prints_measures_for_people_and_machines(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +80,7 @@ def test_evaluate_prints_measures_for_people_and_machines(
     assert "Explained variance, A" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluate_of_two_seeds_says_how_far_they_agree(
     flags: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +99,7 @@ def test_evaluate_of_two_seeds_says_how_far_they_agree(
     assert "A run is given twice" in fails(["evaluate", str(run), str(run)], capsys)
 
 
+@pytest.mark.slow
 def test_report_goes_into_the_run_unless_told_otherwise(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +110,7 @@ def test_report_goes_into_the_run_unless_told_otherwise(
     assert "tiny-llama" in other.read_text() and '"contexts":[[' in other.read_text()
 
 
+@pytest.mark.slow
 def test_a_recipe_gives_the_flags_and_others_win(flags: list[str], tmp_path: Path) -> None:
     args = ["train", "--recipe", "dfc-reassigned", *flags, "--reassign-at", "0.6", "0.9"]
     assert main([*args, "--output-path", str(tmp_path / "run")]) == 0
@@ -115,6 +120,7 @@ def test_a_recipe_gives_the_flags_and_others_win(flags: list[str], tmp_path: Pat
     assert (settings["sae"]["reassign_steps"], settings["sae"]["evidence_window"]) == ([12, 18], 2)
 
 
+@pytest.mark.slow
 def test_a_recipe_may_stand_in_the_yaml(flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("recipe: dfc-reassigned\n")
     args = ["train", "--config", str(tmp_path / "c.yaml"), *flags]
@@ -153,6 +159,7 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.sub("-", "", recipe) in usage.replace("-", "")
 
 
+@pytest.mark.slow
 def test_yaml_gives_the_flags_and_the_command_line_wins(flags: list[str], tmp_path: Path) -> None:
     values = dict(zip((f[2:].replace("-", "_") for f in flags[::2]), flags[1::2], strict=True))
     nested: dict[str, object] = {"architecture": "batchtopk_crosscoder"}

@@ -32,6 +32,7 @@ def tokens(pair: ModelPair) -> Tensor:
     return torch.tensor(ids[:512]).view(16, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not HAS_HOOKED_TRANSFORMER, reason="SAEDashboard 0.8.0 itself imports HookedTransformer."
 )

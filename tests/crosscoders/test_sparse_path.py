@@ -435,6 +435,7 @@ def test_a_coarse_product_finds_the_latents_that_the_exact_one_finds() -> None:
     torch.testing.assert_close(outputs[1].sae_out, outputs[0].sae_out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_coarse_product_leaves_the_training_as_it_is() -> None:
     exact, coarse = (
         curve(200, training_path="sparse", encoder_product=p) for p in ("exact", "bfloat16")

@@ -158,6 +158,7 @@ def test_the_size_of_a_forward_pass_changes_no_activation(pair: ModelPair, n: in
     torch.testing.assert_close(many, one, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pass_that_starts_at_a_bookmark_gives_the_rest(pair: ModelPair) -> None:
     stream = stream_of(pair, reference_pages()[:4], batch_size_prompts=2, n_pairs=1500)
     counts = PairCounts()

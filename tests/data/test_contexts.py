@@ -87,6 +87,7 @@ def test_a_pass_ends_with_the_source_whose_turn_it_is_and_says_so(
     assert caplog.text == ""
 
 
+@pytest.mark.slow
 def test_held_out_and_training_documents_are_apart_and_together_all(pair: ModelPair) -> None:
     parts = {}
     for part in ("training", "held_out", "all"):
@@ -122,6 +123,7 @@ def test_a_document_of_ten_megabytes_is_read_in_linear_time(pair: ModelPair) -> 
     assert sum(len(c.segments) - 1 for c in contexts_of(stream, counts)) == 50_000
 
 
+@pytest.mark.slow
 def test_a_stream_that_starts_at_a_place_gives_the_rest(pair: ModelPair, tmp_path: Path) -> None:
     # Two sources, one a streamed data set of two files, of which a place is not just a number.
     for name, pages in (("1", PAGES[:8]), ("2", PAGES[8:16])):

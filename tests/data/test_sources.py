@@ -223,6 +223,7 @@ def models(llama_folder: Path, gpt2_folder: Path) -> list[str]:
     return ["--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder)]
 
 
+@pytest.mark.slow
 def test_chats_make_the_same_activations_from_every_kind_of_file(
     models: list[str], tmp_path: Path
 ) -> None:

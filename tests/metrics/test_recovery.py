@@ -126,6 +126,7 @@ def test_shares_by_frequency_are_of_the_features_in_each_decile() -> None:
     assert frequency_deciles(torch.rand(1000)).bincount().tolist() == [100] * 10
 
 
+@pytest.mark.slow
 def test_calls_with_evidence_are_counted_against_the_features() -> None:
     toy = ToyPair(TOY)
     made = perfect(toy, N_SPLIT)

@@ -139,6 +139,7 @@ def test_the_demos_models_run_in_what_the_processor_is_fast_in(
     assert {model.dtype for model in by_name} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_this_processor_is_measured_as_torch_itself_would_time_it() -> None:
     from torch.utils.benchmark import Timer
 
@@ -153,6 +154,7 @@ def test_this_processor_is_measured_as_torch_itself_would_time_it() -> None:
     assert ratio / 5 < slowdown("bfloat16", "cpu") < ratio * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [0.5, 58.0])
 def test_a_recipe_of_bfloat16_multiplies_in_it_where_the_processor_is_fast_and_nowhere_else(
     times: float,
@@ -247,6 +249,7 @@ def test_what_is_bfloat16_by_default_is_stored_and_not_multiplied() -> None:
         assert "bfloat16" not in str(RECIPES[name].settings)
 
 
+@pytest.mark.slow
 def test_one_warning_says_that_a_step_in_bfloat16_is_slow_here(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -376,6 +379,7 @@ def test_a_local_judge_whose_files_are_bfloat16_runs_in_it_where_the_processor_i
 # --- tutorials ---
 
 
+@pytest.mark.slow
 def test_the_first_tutorial_takes_no_product_in_bfloat16_where_that_is_slow(
     monkeypatch: pytest.MonkeyPatch, products: Products, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def test_what_is_built_is_built_once_and_whole(
     assert read_organism_manifest(first)["settings"] == {"seed": 1}
 
 
+@pytest.mark.slow
 def test_one_seed_is_one_pair_of_small_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_a_strong_organisms_adapter_has_the_bits_of_its_model_b(
     } | {"planted.json"}
 
 
+@pytest.mark.slow
 def test_a_weak_organisms_adapter_is_its_model_b_but_for_two_roundings(
     taught: Callable[[str], Path],
 ) -> None:
@@ -191,6 +193,7 @@ def test_an_organisms_adapter_opens_where_its_folder_has_moved(
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
+@pytest.mark.slow
 def test_an_organism_is_a_folder_that_train_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,6 +233,7 @@ def test_a_table_that_ends_too_early_is_the_datas_fault() -> None:
 # --- as a user meets it ---
 
 
+@pytest.mark.slow
 def test_a_training_reads_a_folder_of_parquet_as_it_is_by_default(
     tmp_path: Path, llama_folder: Path, gpt2_folder: Path
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_crosscoder_cannot_ask_for_code_to_be_trusted(tmp_path: Path) -> None:
     assert "A file cannot ask for that" in refused(lambda: load_crosscoder(tmp_path / "saved"))
 
 
+@pytest.mark.slow
 def test_a_cache_that_names_a_model_with_code_opens_none(
     run: Path, llama_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -238,6 +238,7 @@ def test_a_damaged_crosscoder(name: str, tmp_path: Path, n_mutations: int) -> No
     check(name, Artifact(path, damage, lambda: used(tmp_path / "saved")), n_mutations)
 
 
+@pytest.mark.slow
 def test_damaged_settings_of_a_run(run: Path, tmp_path: Path, n_mutations: int) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
 

@@ -119,6 +119,7 @@ def test_the_folders_of_several_crosscoders_are_not_named_by_a_file(
     assert list(run_config(str(folder), HeldOutOptions()).saes) == ["0_dfc", "1_dfc"]
 
 
+@pytest.mark.slow
 def test_a_report_replaces_a_link_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> None:
     folder = copied(run, tmp_path / "run")
     mine = tmp_path / "mine.txt"
@@ -140,6 +141,7 @@ def test_what_is_replaced_is_not_written_through_a_link(tmp_path: Path) -> None:
     assert mine.read_text() == "mine" and (tmp_path / "file").read_text() == "theirs"
 
 
+@pytest.mark.slow
 def test_a_run_neither_writes_nor_removes_where_its_settings_say(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def test_noise_is_not_explained() -> None:
     assert fitted_and_measured("noise") < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_unit_of_inputs_and_targets_does_not_matter(scale: float) -> None:
     assert fitted_and_measured("product", scale) == pytest.approx(
@@ -89,6 +90,7 @@ def test_without_targets_there_is_nothing_to_fit() -> None:
     assert probe(torch.randn(3, 2)).shape == (3, 0)
 
 
+@pytest.mark.slow
 def test_the_fit_is_the_same_each_time_and_leaves_the_random_state_alone() -> None:
     before = torch.random.get_rng_state()
     assert fitted_and_measured("half noise") == fitted_and_measured("half noise")

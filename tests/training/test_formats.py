@@ -84,6 +84,7 @@ def of_formats(caplog: pytest.LogCaptureFixture) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 def test_a_training_that_auto_began_ends_as_it_would_have_on_the_processor_that_began_it(
     begun: float,
@@ -123,6 +124,7 @@ def test_a_training_that_auto_began_ends_as_it_would_have_on_the_processor_that_
     assert of_formats(caplog) == []
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 def test_another_format_by_name_is_refused_with_both(
     begun: float,
@@ -152,6 +154,7 @@ def test_another_format_by_name_is_refused_with_both(
     assert "auto would choose" in said
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 def test_a_cache_that_auto_began_goes_on_with_the_same_bytes_and_is_trained_on(
     begun: float,

@@ -209,7 +209,13 @@ def _text(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize(("name", "config_class"), FAMILIES.items())
+@pytest.mark.parametrize(
+    ("name", "config_class"),
+    [
+        pytest.param(*of_family, marks=[pytest.mark.slow] if i > 0 else [])
+        for i, of_family in enumerate(FAMILIES.items())
+    ],
+)
 def test_a_recipe_trains_on_stand_ins_of_its_architecture(
     name: str, config_class: Any, tmp_path: Path
 ) -> None:

@@ -128,7 +128,12 @@ def stopped_and_resumed(
 
 @pytest.mark.parametrize(
     "sae",
-    [TESTED, ON_THE_SPARSE_PATH, COARSE, STANDARD],
+    [
+        pytest.param(TESTED, marks=pytest.mark.slow),
+        ON_THE_SPARSE_PATH,
+        pytest.param(COARSE, marks=pytest.mark.slow),
+        STANDARD,
+    ],
     ids=["dfc", "dfc, sparse", "dfc, bfloat16", "standard"],
 )
 @pytest.mark.parametrize("prefetch", [pytest.param(0, marks=pytest.mark.slow), 2])
@@ -145,6 +150,7 @@ def test_a_training_stopped_twice_ends_with_the_same_bits(
     assert resumed == uninterrupted(cfg, pair)
 
 
+@pytest.mark.slow
 def test_a_training_in_memory_resumes_too(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +158,7 @@ def test_a_training_in_memory_resumes_too(
     assert stopped_and_resumed(cfg, pair, monkeypatch, 29) == uninterrupted(cfg, pair)
 
 
+@pytest.mark.slow
 def test_several_crosscoders_resume_together(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +169,7 @@ def test_several_crosscoders_resume_together(
     assert len(set(weights.values())) == 5, "the same settings twice are two seeds"
 
 
+@pytest.mark.slow
 def test_a_training_on_a_cache_resumes(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -176,6 +184,7 @@ def test_a_training_on_a_cache_resumes(
     assert stopped_and_resumed(cfg, pair, monkeypatch, 29) == uninterrupted(cfg, pair)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_training_starts_at_its_beginning(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,6 +229,7 @@ def test_other_settings_than_the_checkpoints_are_refused(
         CrosscoderTrainingRunner(replace(cfg, resume=True, **change), pair).run()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +280,7 @@ def copied(model: ModelConfig, folder: Path) -> ModelConfig:
     return replace(model, model_name=str(folder))
 
 
+@pytest.mark.slow
 def test_data_and_models_that_were_moved_and_another_device_are_gone_on_with_to_the_same_bits(
     cfg: CrosscoderRunnerConfig,
     pair: ModelPair,
@@ -323,6 +334,7 @@ def test_other_rows_at_another_place_are_not_gone_on_with(
         CrosscoderTrainingRunner(replace(cfg, dataset_path=str(other), resume=True), pair).run()
 
 
+@pytest.mark.slow
 def test_a_streamed_folder_that_was_moved_is_gone_on_with_and_another_is_not(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -343,6 +355,7 @@ def test_a_streamed_folder_that_was_moved_is_gone_on_with_and_another_is_not(
     assert weights(tmp_path / "run") == uninterrupted(here, pair)[WEIGHTS]
 
 
+@pytest.mark.slow
 def test_what_is_given_up_for_and_one_source_in_a_list_change_nothing(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +366,7 @@ def test_what_is_given_up_for_and_one_source_in_a_list_change_nothing(
     assert weights(Path(cfg.output_path or "")) == uninterrupted(cfg, pair)[WEIGHTS]
 
 
+@pytest.mark.slow
 def test_another_kind_of_device_is_gone_on_with_and_said(
     cfg: CrosscoderRunnerConfig,
     pair: ModelPair,
@@ -374,6 +388,7 @@ def test_another_kind_of_device_is_gone_on_with_and_said(
     assert "device was cuda:3 and is cpu, model_b.device was cuda:3 and is cpu" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_chat", [True, False])
 def test_another_chat_template_is_another_training_if_the_text_is_chats(
     is_chat: bool, cfg: CrosscoderRunnerConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -401,6 +416,7 @@ def test_another_chat_template_is_another_training_if_the_text_is_chats(
         CrosscoderTrainingRunner(resumed, changed).run()
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_other_text_or_models_is_not_taken_for_this_one(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
@@ -430,6 +446,7 @@ def test_a_finished_run_of_a_device_that_is_not_here_is_found_to_be_finished(
     assert CrosscoderTrainingRunner(replace(cfg, resume=True), pair).is_finished
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_with_moved_data_on_a_device_of_another_name(
     command: list[str],
     tmp_path: Path,
@@ -461,6 +478,7 @@ def test_a_model_that_changed_is_not_gone_on_with(
         CrosscoderTrainingRunner(replace(cfg, resume=True), pair).run()
 
 
+@pytest.mark.slow
 def test_resuming_what_is_finished_says_so_and_another_run_there_is_left_alone(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,6 +498,7 @@ def test_resuming_what_is_finished_says_so_and_another_run_there_is_left_alone(
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_a_checkpoint_is_one_clear_error_and_keeps_the_one_before(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,6 +567,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(command: list[str], tmp_path:
     assert saved(killed) == saved(whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_stays_until_the_next_of_its_step_is_whole_and_halves_are_tidied_up(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

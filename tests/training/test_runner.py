@@ -205,6 +205,7 @@ def test_training_beats_the_untrained_crosscoder(
         assert after[key] > max(before[key], 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_the_same_seed_gives_the_same_weights(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, prefetch: int
@@ -369,6 +370,7 @@ def test_wandb_gets_the_held_out_measures(
     assert logged["crosscoder/metrics/l0"] == pytest.approx(4, abs=0.05)
 
 
+@pytest.mark.slow
 def test_autocast_on_the_sparse_path_is_the_coarse_product_and_nothing_else(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, kinds_trained: set[str]
 ) -> None:
@@ -462,6 +464,7 @@ def test_saelens_trainer_takes_a_crosscoder_and_any_iterator(
     assert trained.to_inference().max_forbidden_weight() == 0
 
 
+@pytest.mark.slow
 def test_saelens_multi_sae_trainer_trains_all_architectures_on_one_stream(
     kinds_trained: set[str],
 ) -> None:

@@ -142,6 +142,7 @@ def test_both_models_read_the_same_of_the_sources_answer(pair: ModelPair) -> Non
     assert max(n_pairs) > 2
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_groups_with_the_control_beside_them(pair: ModelPair) -> None:
     directions = {
         i: Directions(2 * drawn(16, i), 2 * drawn(24, 50 + i), "b" if i == 9 else "a")

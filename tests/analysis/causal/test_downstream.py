@@ -277,6 +277,7 @@ def test_one_model_twice_is_measured_twice(llama_config: ModelConfig) -> None:
     assert result["loss_recovered/b"] == 0
 
 
+@pytest.mark.slow
 def test_how_much_is_held_at_once_changes_no_measure(
     pair: ModelPair, rows: list[PairedRows], means: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_another_null_is_refused_by_name(case: PairTask) -> None:
         null_case("twin", case)
 
 
+@pytest.mark.slow
 def test_true_features_are_beyond_a_null_of_halves_and_halves_are_not() -> None:
     real, same = (
         ToyPair(TOY),
@@ -153,6 +154,7 @@ def test_true_features_are_beyond_a_null_of_halves_and_halves_are_not() -> None:
     assert itself["transfer/auc/a_exclusive"] <= 0.2
 
 
+@pytest.mark.slow
 def test_shared_latents_are_beyond_shuffled_pairs() -> None:
     toy = ToyPair(TOY)
     wrong = ToyPair(replace(TOY, pairing_noise=1.0))

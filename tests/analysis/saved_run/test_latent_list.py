@@ -80,6 +80,7 @@ def test_latents_are_listed_with_all_that_is_on_their_cards(listed: Listed) -> N
             assert context["activation"] in [s["activation"] for s in context["segments"]]
 
 
+@pytest.mark.slow
 def test_each_order_is_that_of_its_measure_and_a_partition_is_kept_to(listed: Listed) -> None:
     for partition in ("a_exclusive", "b_exclusive", "shared"):
         cards = listed("--partition", partition, "--sort", "firing_rate", "--top", "9")["latents"]
@@ -95,6 +96,7 @@ def test_each_order_is_that_of_its_measure_and_a_partition_is_kept_to(listed: Li
     assert is_shared == sorted(is_shared) and any(is_shared) and not all(is_shared)
 
 
+@pytest.mark.slow
 def test_by_evidence_they_stand_as_the_evaluation_ranks_them(
     run: Path, listed: Listed, refused: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -122,6 +124,7 @@ def test_by_evidence_they_stand_as_the_evaluation_ranks_them(
         assert len(list(csv.DictReader(file))) == 64
 
 
+@pytest.mark.slow
 def test_what_fires_on_one_text_and_not_on_another_comes_first(run: Path, listed: Listed) -> None:
     shouted, quiet = run.parent / "shouted.jsonl", run.parent / "text.jsonl"
     args = ["--dataset", str(shouted), "--against", str(quiet), "--eval-pairs", "1000"]

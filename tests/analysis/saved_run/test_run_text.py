@@ -56,6 +56,7 @@ def measures(capsys: pytest.CaptureFixture[str], run: Path, *flags: str) -> dict
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_moved_text_gives_the_measures_of_the_part_that_was_held_out(
     run: Path, moved: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

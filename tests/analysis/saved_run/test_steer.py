@@ -157,6 +157,7 @@ def test_the_first_token_is_left_out_where_the_activation_is_read(
     assert steer(*flags)["steered"] == read_whole(pair, "a", change)
 
 
+@pytest.mark.slow
 def test_the_latents_table_beside_the_run_or_of_an_evaluation_gives_the_unit(
     steer: Steer, refused: Callable[..., str], run: Path, crosscoder: Crosscoder, tmp_path: Path
 ) -> None:
@@ -182,6 +183,7 @@ def test_the_latents_table_beside_the_run_or_of_an_evaluation_gives_the_unit(
     assert "has no latents.csv" in refused(*flags, "--evaluation", str(tmp_path / "none"))
 
 
+@pytest.mark.slow
 def test_a_latent_of_a_alone_steers_b_by_a_map_only(
     steer: Steer,
     refused: Callable[..., str],
@@ -257,6 +259,7 @@ def test_a_latent_that_never_fires_is_refused(
     assert "Latent 3 has no maximum activation" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["{{ raise_exception('no chats here') }}", "{% for %}"])
 def test_a_raw_prompt_needs_no_chat_template_that_works(
     template: str,

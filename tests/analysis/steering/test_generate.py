@@ -101,6 +101,7 @@ def test_greedy_answers_are_hugging_faces_one_by_one_whatever_the_batch(
         assert answer(model, prompts, given, seed=0) == expected
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_line_for_each_prompt_that_makes_two_chats(
     options: Options, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

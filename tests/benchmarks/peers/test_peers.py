@@ -95,6 +95,7 @@ def test_the_same_weights_are_the_same_crosscoder_whoever_trained_them() -> None
     assert scores[0]["exclusive_recall"] == 1 and scores[0]["false_exclusive_rate"] == 0
 
 
+@pytest.mark.slow
 def test_a_row_of_saelens_has_every_figure_and_its_own_settings() -> None:
     theirs, mine = row(small(SAELENS)), row(small(OURS))
     assert theirs.keys() == mine.keys()
@@ -106,6 +107,7 @@ def test_a_row_of_saelens_has_every_figure_and_its_own_settings() -> None:
     assert theirs["evidence_recall"] is not None
 
 
+@pytest.mark.slow
 @needs_dictionary_learning
 def test_a_row_of_dictionary_learning_has_every_figure_and_its_version() -> None:
     theirs, mine = row(small(DICTIONARY_LEARNING)), row(small(OURS))
@@ -176,6 +178,7 @@ def test_matched_dictionaries_of_the_true_features_find_all_of_them_and_call_not
     assert without.is_alone[matches.b[0]]  # the other half of it is alone now
 
 
+@pytest.mark.slow
 def test_a_row_of_two_dictionaries_has_no_evidence_and_every_other_figure() -> None:
     theirs, mine = row(small(SEPARATE)), row(small(OURS))
     assert theirs.keys() - mine.keys() == {"matching_limit"} and mine.keys() <= theirs.keys()
@@ -260,6 +263,7 @@ def test_every_peer_gets_the_normalized_pairs_that_ours_gets(
 # --- the package that may not be there ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_dictionary_learning")
 def test_without_the_package_its_rows_are_left_out_and_it_is_said_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

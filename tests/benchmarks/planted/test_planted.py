@@ -202,6 +202,7 @@ def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| a/weak | 0 | 69% | dfc | 1 | partition | 1.00 |" in each
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_are_kept_and_refused(tmp_path: Path) -> None:
     path = tmp_path / run.FILENAME
     for text in ('[{"settings": {}}]', '{"a": 1}', "["):

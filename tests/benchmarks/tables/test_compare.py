@@ -69,6 +69,7 @@ def test_a_regression_of_three_standard_deviations_is_flagged_among_twenty_figur
     assert [(c.figure, c.flag) for c in flagged] == [(names[7], "worse")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paired", [True, False])
 def test_of_two_hundred_figures_without_a_change_at_most_one_in_twenty_is_flagged(
     paired: bool,

@@ -28,6 +28,7 @@ def test_every_positive_latent_fires_in_training_and_after() -> None:
     assert torch.equal(crosscoder.eval().encode(acts), trained)
 
 
+@pytest.mark.slow
 def test_the_penalty_warms_up_and_a_higher_one_leaves_fewer_latents_active() -> None:
     l0: dict[float, float] = {}
     acts = make_acts(256, 12)

@@ -105,6 +105,7 @@ def test_whole_character_tokens_agree_with_the_quadratic_oracle(
     assert aligned_positions(a, b) == quadratic_oracle(a, b)
 
 
+@pytest.mark.slow
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text())
 def test_any_text_aligns_between_bytes_and_normalizing_tokenizers(

@@ -167,6 +167,7 @@ chats = st.lists(
 )
 
 
+@pytest.mark.slow
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(
     messages=chats,

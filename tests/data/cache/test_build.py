@@ -69,6 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_cache_holds_the_rows_that_training_would_read(cfg: CacheConfig, pair: ModelPair) -> None:
     cached = cache_activations(cfg, pair)
     counts = PairCounts()
@@ -91,6 +92,7 @@ def test_the_manifest_says_what_made_the_cache(cfg: CacheConfig, pair: ModelPair
     assert all(len(shard["xxh3"]) == 32 for shard in manifest["shards"])
 
 
+@pytest.mark.slow
 def test_origins_let_each_row_be_found_in_the_text(cfg: CacheConfig, pair: ModelPair) -> None:
     cached = cache_activations(replace(cfg, save_origins=True, outlier_factor=1e9), pair)
     columns = [cached.shard(i) for i in range(len(cached.shards))]
@@ -115,6 +117,7 @@ def test_origins_let_each_row_be_found_in_the_text(cfg: CacheConfig, pair: Model
         assert found["token_a"][i] == ids_a[-1]
 
 
+@pytest.mark.slow
 def test_training_on_a_cache_opens_no_model_and_knows_what_made_it(
     cfg: CacheConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
@@ -147,6 +150,7 @@ def test_a_cache_of_other_models_or_data_is_refused(
         CrosscoderTrainingRunner(training(cfg, **change))
 
 
+@pytest.mark.slow
 def test_a_text_that_ends_early_is_said_and_the_cache_can_be_used(
     cfg: CacheConfig, pair: ModelPair
 ) -> None:
@@ -160,6 +164,7 @@ def test_a_text_that_ends_early_is_said_and_the_cache_can_be_used(
     assert len(whole) == counts.pairs > 3000
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_cache_or_anything_else_is_left_alone(
     cfg: CacheConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
@@ -197,6 +202,7 @@ def until(
         cache_activations(cfg, pair)
 
 
+@pytest.mark.slow
 def test_a_cache_goes_on_when_text_and_models_have_moved_and_not_with_others(
     cfg: CacheConfig,
     pair: ModelPair,
@@ -242,6 +248,7 @@ def test_a_cache_that_goes_on_on_another_kind_of_device_says_so(
     assert "model_b.device was cuda:2 and is cpu" in said
 
 
+@pytest.mark.slow
 def test_a_training_on_a_cache_finds_its_text_where_it_is_now(
     cfg: CacheConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
@@ -256,6 +263,7 @@ def test_a_training_on_a_cache_finds_its_text_where_it_is_now(
         CrosscoderTrainingRunner(training(cfg, dataset_path=str(moved)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_shards", [0, 1, 2])
 def test_a_cache_stopped_before_its_first_files_can_be_resumed(
     n_shards: int, cfg: CacheConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
@@ -364,6 +372,7 @@ def test_one_file_serves_cache_and_train(
     assert metadata["pairs_trained"] == 1280
 
 
+@pytest.mark.slow
 def test_a_list_of_crosscoders_is_trained_on_one_stream(
     cfg: CacheConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -408,6 +417,7 @@ def test_sources_and_a_data_set_in_one_file_are_refused(
     assert "has both sources and dataset_path" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_text_takes_the_place_of_all_sources(
     cfg: CacheConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_data_set_that_is_a_script_is_refused_by_that_reason(tmp_path: Path) -
         load_texts(str(tmp_path / "wikitext.py"))
 
 
+@pytest.mark.slow
 def test_cpython_docs_repeat_no_long_paragraph() -> None:
     paragraphs = [p for text in cpython_docs() for p in text.split("\n\n") if len(p) >= 80]
     assert len(paragraphs) == len(set(paragraphs))

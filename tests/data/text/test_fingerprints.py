@@ -64,6 +64,7 @@ def test_other_kinds_of_documents_are_told_apart_by_their_content() -> None:
     assert len({one["content"] for one in signs}) == 4
 
 
+@pytest.mark.slow
 def test_of_many_rows_some_are_read_from_the_first_to_the_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -37,6 +37,7 @@ TOY = ToyPairConfig(
     min_magnitude=0.5,
     min_frequency=0.01,
 )
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 PROBES = ProbeOptions(hidden=32, steps=60, batch=256)
 N_SPLIT = 4
 """Shared features that the crosscoder has split in two: one latent for A, one for B."""
@@ -129,6 +130,7 @@ def test_the_calls_are_counted_by_model(split: tuple[Evaluation, LatentEvidence]
     assert metrics["transfer/auc/a_exclusive/p5"] <= metrics["transfer/auc/a_exclusive"]
 
 
+@pytest.mark.slow
 def test_where_every_feature_is_shared_nothing_is_called() -> None:
     shared = replace(TOY, a_exclusive_fraction=0.0, b_exclusive_fraction=0.0)
     pair = ToyPair(shared)
@@ -173,6 +175,7 @@ def test_oriented_measures_are_larger_for_the_true_ones(
         assert values[:6].min() > values[6:10].max(), name
 
 
+@pytest.mark.slow
 def test_equal_widths_are_scaled_directly_too_and_the_larger_counts() -> None:
     toy = replace(TOY, d_b=TOY.d_a)
     pair = ToyPair(toy)
@@ -245,14 +248,14 @@ def superposed(seed: int, n_own: int, n_split: int) -> tuple[LatentEvidence, int
     return evidence, n_own
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_in_superposition_no_half_of_a_shared_feature_is_called(seed: int) -> None:
     evidence, _ = superposed(seed, n_own=0, n_split=60)
     assert sum(evidence.groups[f"{m}_exclusive"].sum() for m in "ab") > 100
     assert not evidence.is_exclusive.any()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_in_superposition_features_of_one_model_are_called(seed: int) -> None:
     evidence, n_own = superposed(seed, n_own=20, n_split=10)
     called = evidence.is_exclusive

@@ -302,6 +302,7 @@ def test_a_bare_adapter_is_compared_with_its_base(adapter: Path, llama_folder: P
     )
 
 
+@pytest.mark.slow
 def test_a_check_of_a_bare_adapter_looks_at_its_base(
     adapter: Path, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +353,7 @@ def test_a_whole_model_needs_a_model_a(llama_folder: Path) -> None:
     assert or_base_of(ModelConfig(), ModelConfig(str(llama_folder))) == ModelConfig()
 
 
+@pytest.mark.slow
 def test_one_command_leads_from_an_adapter_to_a_report(
     adapter: Path, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

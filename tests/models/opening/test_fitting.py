@@ -265,6 +265,7 @@ def test_a_model_with_more_embeddings_than_tokens_is_opened(
     assert model.n_embeddings == 640 > len(model.tokenizer)
 
 
+@pytest.mark.slow
 def test_every_kind_of_tokenizer_fits_the_model_that_was_made_for_it(
     tokenizers: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -293,6 +294,7 @@ def test_a_text_that_spells_such_a_token_out_is_one_clear_error(padded: ModelCon
         ModelPair(model, model).segments("The cat <|pad|> sat")
 
 
+@pytest.mark.slow
 def test_a_training_leaves_out_the_documents_that_spell_such_a_token_out(
     padded: ModelConfig, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

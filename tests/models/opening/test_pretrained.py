@@ -186,6 +186,7 @@ def test_training_with_a_model_that_lacks_weights_ends_before_it_begins(
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_a_stripped_model_is_trained_and_measured(
     llama_folder: Path, untied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def test_two_tokenizers_fit_on_a_screen_that_ends_with_a_command_that_trains(
     assert (output / "sae_weights.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_coverage_and_reasons_are_those_that_align_counts(
     llama_folder: Path, gpt2_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +131,7 @@ def test_coverage_and_reasons_are_those_that_align_counts(
     assert first["a"] == found["coverage"]["dropped_a"]["no_partner"]
 
 
+@pytest.mark.slow
 def test_a_model_and_its_fine_tune_share_basis_and_tokenizer_and_another_seed_no_basis(
     llama_folder: Path,
     fine_tune: Path,
@@ -164,6 +166,7 @@ def test_a_data_set_of_empty_documents_is_a_problem(
     assert "empty in column 'text'. Its columns are ['text']" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "is_said"), [(3, True), (4, False)])
 def test_a_text_of_which_nothing_is_held_out_is_a_note(
     n: int,
@@ -181,6 +184,7 @@ def test_a_text_of_which_nothing_is_held_out_is_a_note(
     )
 
 
+@pytest.mark.slow
 def test_chats_without_a_template_are_a_problem_and_with_one_are_none(
     llama_folder: Path, gpt2_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +213,7 @@ def test_what_cannot_be_opened_hides_nothing_else(
     ]
 
 
+@pytest.mark.slow
 def test_an_output_folder_in_use_is_told_and_the_rest_is_measured(
     llama_folder: Path, gpt2_folder: Path, texts: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -220,6 +225,7 @@ def test_an_output_folder_in_use_is_told_and_the_rest_is_measured(
     assert found["needs"]["seconds"]["total"] > 0
 
 
+@pytest.mark.slow
 def test_an_architecture_that_the_widths_do_not_fit_is_told_and_the_text_is_read(
     llama_folder: Path, gpt2_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +235,7 @@ def test_an_architecture_that_the_widths_do_not_fit_is_told_and_the_text_is_read
     assert found["coverage"]["pairs"] > 0
 
 
+@pytest.mark.slow
 def test_a_crosscoder_larger_than_the_machine_is_not_built(
     llama_folder: Path, gpt2_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +246,7 @@ def test_a_crosscoder_larger_than_the_machine_is_not_built(
     assert "not measured, as it does not fit" in out
 
 
+@pytest.mark.slow
 def test_a_recipe_a_file_and_short_names_say_what_train_would_do(
     llama_folder: Path, gpt2_folder: Path, texts: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -251,6 +259,7 @@ def test_a_recipe_a_file_and_short_names_say_what_train_would_do(
     assert "--model-b.dtype=float64" in found["next"] and "--sae.k 4" in found["next"]
 
 
+@pytest.mark.slow
 def test_without_a_number_of_latents_the_demos_is_taken_and_told(
     llama_folder: Path, gpt2_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +268,7 @@ def test_without_a_number_of_latents_the_demos_is_taken_and_told(
     assert told(args, capsys)["next"].endswith("--sae.d-sae 2048")
 
 
+@pytest.mark.slow
 def test_text_that_is_repeated_is_told_with_what_saves_the_models_passes(
     llama_folder: Path, gpt2_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +287,7 @@ def test_a_check_of_a_training_on_a_cache_is_refused(capsys: pytest.CaptureFixtu
     assert "which a training on a cache does not open" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_says_first_what_the_first_documents_come_to(
     llama_folder: Path, gpt2_folder: Path, texts: Path, tmp_path: Path, caplog: Any
 ) -> None:

@@ -133,6 +133,7 @@ def test_disk_has_the_run_and_three_checkpoints_at_the_most(cfg: CrosscoderRunne
     assert disk(replace(cfg, n_checkpoints=1), 12).checkpoints == 3 * 4 * 612 + 40 * 12 * 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_as_large_as_is_said(
     llama_config: ModelConfig, gpt2_config: ModelConfig, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def test_a_text_read_to_its_end_has_as_many_pairs_as_training_takes(pair: ModelP
     assert found.counts.coverage.pairs == sum(found.pairs_of)
 
 
+@pytest.mark.slow
 def test_pairs_of_the_whole_text_are_told_from_its_first_documents(pair: ModelPair) -> None:
     # The first documents are a tenth as long as the rest.
     pages = reference_pages()
