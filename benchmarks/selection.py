@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evaluate import LARGE_DEMO
 from benchmarks.provenance import provenance
 from sae_lens_dfc import BatchTopKTrainingCrosscoderConfig, ModelPair
 from sae_lens_dfc.analysis.evaluation.baselines import like
 from sae_lens_dfc.analysis.evaluation.demo import demo_models, demo_run_config
-from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
 from sae_lens_dfc.analysis.evaluation.measure import measure as measured
 from sae_lens_dfc.analysis.evaluation.measure import train_crosscoder
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/selection.json"))
     args = parser.parse_args()
-    demo = DemoConfig()
+    demo = LARGE_DEMO
     model_a, model_b = demo_models(demo)
     cfg = demo_run_config(demo, model_a, model_b)
     pair = ModelPair.load(model_a, model_b)

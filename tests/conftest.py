@@ -77,6 +77,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+LONGEST = ("test_small_demo.py", "test_screen.py", "test_data_parallel.py", "test_tutorials.py")
+"""Files that take longest. A worker takes a whole file, so that one begun last would end long after
+all others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 BEGAN = time.monotonic()
 
 

@@ -13,15 +13,14 @@ import pytest
 
 from benchmarks import data, evaluate, options, recovery, suite
 from benchmarks.__main__ import SUMMARY, main
-from benchmarks.evaluate import MEASURES, PAIR, Preset, runs, settings
+from benchmarks.evaluate import LARGE_DEMO, MEASURES, PAIR, Preset, runs, settings
 from benchmarks.options import StepConfig
 from benchmarks.planted import run as planted
 from benchmarks.suite import SUITE, figures_of, present, results_in
-from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks" / "results"
-PRESET = Preset(DemoConfig(), seeds=3, nulls=("self", "shuffle"), downstream_pairs=2000)
+PRESET = Preset(LARGE_DEMO, seeds=3, nulls=("self", "shuffle"), downstream_pairs=2000)
 
 
 def test_each_benchmark_has_the_presets_that_can_be_asked_for() -> None:

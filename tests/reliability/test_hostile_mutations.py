@@ -453,8 +453,9 @@ def test_a_damaged_screening_that_is_under_way(tmp_path: Path, n_mutations: int)
     effect = {"name": "ablated", "mean": 0.1, "low": 0.0, "high": 0.2, "controls": {"random": 0.1}}
     sample = {"model": "a", "change": "model-specific part ablated", "strength": 1.0, "prompt": "p"}
     sample |= {"before": "x", "after": "y"}
-    test = {"source": "a", "n_texts": 5, "baseline_js_bits": 0.4, "effects": [effect, effect]}
-    test |= {"p_ablated": 0.1, "p_patched": 0.2, "beyond_ablated": True, "beyond_patched": False}
+    way = {"shown": effect, "p": 0.1, "is_beyond": True}
+    test = {"source": "a", "n_texts": 5, "baseline_js_bits": 0.4, "off_topic": effect}
+    test |= dict.fromkeys(("ablated", "patched", "used"), way)
     lines = [
         {"settings": {"seed": 0}},
         {"name": "tested 3", "result": {**test, "samples": [sample]}},

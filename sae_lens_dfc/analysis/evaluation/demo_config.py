@@ -32,7 +32,7 @@ class DemoConfig:
     """Dictionary size: number of latents."""
     k: float = 32
     """Average number of active latents per pair (L0)."""
-    max_unique_pairs: int = 96_000
+    max_unique_pairs: int = 48_000
     """Distinct pairs to train on."""
     training_tokens: int = 307_200
     """Pairs to train on, counting repeats."""

@@ -36,7 +36,8 @@ def fit_probes(
     options: ProbeOptions | None = None,
 ) -> Probes:
     """Fit a probe of each model's activations to the activations of the candidates, and of up to
-    64 two-sided latents for comparison, of those that fire often enough.
+    64 two-sided latents for comparison, of those that fire often enough; without candidates there
+    is nothing to compare and no latent is measured.
 
     Args:
         crosscoder: The saved crosscoder.
@@ -68,6 +69,8 @@ def _to_measure(crosscoder: Crosscoder, training: Sequence[Tensor]) -> Int[Tenso
     # Evenly spaced over the dictionary, so that no measure selects them.
     some = torch.linspace(0, max(0, len(reference) - 1), min(N_REFERENCE, len(reference))).long()
     candidates = (candidate_latents(crosscoder) & fires).nonzero()[:, 0]
+    if len(candidates) == 0:
+        return candidates
     return torch.cat([candidates, reference[some.to(reference.device)]])
 
 

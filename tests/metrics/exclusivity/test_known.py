@@ -104,3 +104,15 @@ def test_only_candidates_and_some_shared_latents_are_measured() -> None:
     assert latents[:4].tolist() == [0, 1, 2, 3]
     assert len(latents) == 4 + N_REFERENCE
     assert latents[4:].tolist() == sorted(set(latents[4:].tolist()))
+
+
+def test_without_candidates_nothing_is_measured() -> None:
+    crosscoder = Crosscoder(CrosscoderConfig(d_in=2, d_sae=8, d_a=1, d_b=1))
+    crosscoder.W_enc.data.fill_(1.0)
+    crosscoder.W_dec.data.fill_(1.0)
+    acts = torch.rand(100, 2)
+    probes = fit_probes(crosscoder, [acts], ProbeOptions(steps=1))
+    assert len(probes.latents) == 0
+    measure = ShareKnown(crosscoder, probes)
+    measure.update(acts, crosscoder.encode(acts))
+    assert measure.estimates()["known"].value.isnan().all()
