@@ -30,7 +30,7 @@
 folder = "runs/tutorial-2"  # output folder
 text = "cpython-docs"  # ships with Python; a hub name, a file or a folder works too
 context_size = 128  # tokens per context
-max_unique_pairs = 48_000  # distinct training pairs; half of the demo's, to finish in minutes
+max_unique_pairs = 48_000  # distinct training pairs, as many as the demo's
 training_tokens = (
     204_800  # training pairs, repeats included: 200 steps of 1,024, so each pair is seen four times
 )

@@ -353,8 +353,7 @@ spread.apply(lambda row: f"{row['mean']:.2f} [{row['min']:.2f}, {row['max']:.2f}
 # about twice the effect of directions with the activations' covariance at small strengths, with bands that touch. Uniform directions have a much larger effect: Gemma's variance lies in few dimensions, so a uniform direction moves its activations to where they never are.
 # **The conclusion depends on the choice of control**, which is why the package's tests use more than one kind. (Do not compare the two panels with each other: they show two models, and two norms.)
 #
-# Steering by addition is a way to explore, not evidence. Evidence is a predicted change, on texts where the latent fires by itself, larger than with controls. `screen`, in the next tutorial, tests this. On this pair
-# it confirms none of 16 latents.
+# Steering by addition is a way to explore, not evidence. Evidence is a predicted change, on texts where the latent fires by itself, larger than with controls. `screen`, in the next tutorial, tests this.
 #
 # ## From a shell
 #

@@ -409,7 +409,7 @@ found.replace({"null": {float("nan"): "–"}})
 # the mean, and the part that varies has little weight. Shared latents then lean to the other model. We do not know whether Llama and Qwen have this problem; the
 # ten-minute check will show it. The cell below tries the remedy, a flag.
 #
-# **The exclusive partitions are almost dead**, in the null as well. A hundred steps are too few to conclude anything else: in the demo's run of 300 steps none of A's and a quarter of
+# **The exclusive partitions are almost dead**, in the null as well. A hundred steps are too few to conclude anything else: in the demo's run of 300 steps none of A's and a tenth of
 # B's are dead. If they stay dead in a long run, try `--sae.decoder-norm l2`, which is our default but not the paper's. It is fairer to latents that write to one model only
 # ([benchmarks](../benchmarks/README.md)).
 

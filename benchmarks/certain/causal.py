@@ -17,6 +17,7 @@ from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, ranking
 
 N_TESTED = 8
 """Latents of each side that are tested, those with the most evidence."""
+SIZES = Sizes(with_samples=False)
 
 
 def used(
@@ -47,7 +48,7 @@ def used(
     affine_maps = task.data.affine_maps(crosscoder.cfg.d_a)
     gathered = collect_max_activating(crosscoder, task.data.held_out)
     own = both_decoder_differences(crosscoder, affine_maps)
-    test = causal_tests(Subject(crosscoder, task.pair, task.data, gathered, own), latents, Sizes())
+    test = causal_tests(Subject(crosscoder, task.pair, task.data, gathered, own), latents, SIZES)
     results = {latent: test(latent) for latent in latents}
     found = findings(crosscoder, latents, results, {}, evidence, one_basis=False)
     are_used = {one.latent for one in found if one.verdict == EXCLUSIVE_USED}

@@ -196,6 +196,8 @@ class ScreenOptions(Judging):
     controls: int = 8
     """Control directions of each of two kinds: random directions, and decoder directions of shared
     latents."""
+    no_samples: bool = switch()
+    """Generate no sample continuations with each latent ablated and added."""
     fit_pairs: int = 20_000
     """Maximum number of training pairs to fit the affine maps between the models."""
     seed: int = 0

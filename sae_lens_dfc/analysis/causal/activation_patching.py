@@ -155,8 +155,8 @@ class _NextToken(NamedTuple):
 
     common: Float[Tensor, "texts outcomes"]
     """Over the outcomes common to both vocabularies."""
-    own: Float[Tensor, "texts d_vocab"]
-    """Over its own vocabulary."""
+    own: Float[Tensor, "texts d_vocab"] | None
+    """Over its own vocabulary; none of the model that the latent is not specific to."""
 
 
 @torch.no_grad()
@@ -212,17 +212,18 @@ def verify(
                 f"Model {m.upper()}'s next-token probabilities are NaN{'' if direction is None else ' when it is changed'}: its "
                 "activations overflow. Load it in bfloat16 or float32."
             )
-        return _NextToken(common, found.float().softmax(dim=-1).cpu())
+        return _NextToken(common, found.float().softmax(dim=-1).cpu() if m == own.source else None)
 
     untouched = {m: next_token(m, None) for m in models}
     baseline = jensen_shannon(untouched["a"].common, untouched["b"].common)
 
     def moved(m: ModelName, direction: Tensor) -> dict[str, Tensor]:
         after, other = next_token(m, direction), untouched["b" if m == "a" else "a"]
-        return {
-            "closer": baseline - jensen_shannon(after.common, other.common),
-            "moved": jensen_shannon(after.own, untouched[m].own),
-        }
+        found = {"closer": baseline - jensen_shannon(after.common, other.common)}
+        before = untouched[m].own
+        if after.own is not None and before is not None:
+            found["moved"] = jensen_shannon(after.own, before)
+        return found
 
     def effects(m: ModelName, direction: Tensor) -> dict[str, Effect]:
         norm = direction.float().norm()

@@ -190,7 +190,9 @@ def knows_more(losses: Losses) -> Literal["a", "b"] | None:
 
 
 def _inverse(ratio: Measure) -> Measure:
-    return Measure(1 / ratio.value, ratio.se / ratio.value**2)
+    if ratio.value <= 0:
+        return Measure(math.nan, math.nan)
+    return Measure(1 / ratio.value, ratio.se / ratio.value / ratio.value)
 
 
 def sources_in(metrics: Mapping[str, float]) -> list[str]:

@@ -47,7 +47,7 @@ def _found(metrics: Mapping[str, float], screening: Screening | None) -> str:
     of_none = "" if called else f" ({judged:,} candidates could be judged{_power(metrics)})"
     return (
         f"{found} exclusive with evidence from activations{of_none}. "
-        "No latent was screened, so none is confirmed by steering."
+        "No latent was screened, so none was tested causally."
     )
 
 

@@ -33,7 +33,7 @@ class MeasureGroup(NamedTuple):
 
 KNOWS_MORE = MeasureGroup(
     "Which model knows more",
-    "Rise of a model's next-token loss, in nats per token, when it continues from the other model's activations, mapped by an affine map. 0: it loses nothing. The larger rise is of the model that knows more, as far as the map tells; with its mean activation a model keeps nothing.",
+    "Rise of a model's next-token loss, in nats per token, when it continues from the other model's activations, mapped by an affine map. 0: it loses nothing; with its mean activation a model keeps nothing. A model knows more if its rise is the larger and the other's untouched loss on the same text is more than 1.25 times its own: of two models that know a text equally well, the wider one has the larger rise.",
     [
         ("mapped_loss/rise/a", "Rise of A's loss, given B's activations"),
         ("mapped_loss/rise/b", "Rise of B's loss, given A's activations"),

@@ -35,6 +35,8 @@ class Sizes:
     controls: int = 8
     """Control directions of each kind."""
     seed: int = 0
+    with_samples: bool = True
+    """Whether to write both models' continuations with the latent ablated and added."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def _test(
     found = verify(on.pair, texts, own, controls, outcomes)
     silent = _silent(on, latent, texts, sizes)
     beside = None if silent is None else verify(on.pair, silent, own, {}, outcomes)
-    return tested(own, found, beside, samples(on.pair, texts, own))
+    shown = samples(on.pair, texts, own) if sizes.with_samples else []
+    return tested(own, found, beside, shown)
 
 
 def _kept_for_test(on: Subject, latent: int, n: int) -> list[Segments]:

@@ -173,7 +173,7 @@ def _tested(
     """Test each latent causally; none for a latent that fires at the end of too few of its test
     texts."""
     subject = Subject(on.crosscoder, on.pair, on.data, on.gathered, on.own)
-    test = causal_tests(subject, latents, Sizes(options.texts, options.controls, options.seed))
+    test = causal_tests(subject, latents, _sizes(options))
 
     def stored(latent: int) -> dict[str, Any] | None:
         found = test(latent)
@@ -186,6 +186,10 @@ def _tested(
             None if result is None else from_plain(CausalTest, result, "A causal test")
         )
     return results
+
+
+def _sizes(options: ScreenOptions) -> Sizes:
+    return Sizes(options.texts, options.controls, options.seed, not options.no_samples)
 
 
 def _settings(options: ScreenOptions) -> dict[str, Any]:

@@ -42,14 +42,17 @@ CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED = (
 )
 OF_ONE_BASIS = (CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED)
 """Verdicts between models of one basis, from strongest to weakest."""
-EXCLUSIVE_USED, EXCLUSIVE_UNUSED, DIFFERENT, SHARED_BY_BOTH, NOT_JUDGED = (
+EXCLUSIVE_USED, DIFFERENT, EXCLUSIVE_UNUSED, EXCLUSIVE_UNTESTED = (
     "exclusive and used",
-    "exclusive, no effect found",
     "used differently",
-    "shared",
-    "not judged",
+    "exclusive, no effect found",
+    "exclusive, not tested",
 )
-OF_TWO_BASES = (EXCLUSIVE_USED, DIFFERENT, EXCLUSIVE_UNUSED, SHARED_BY_BOTH, NOT_JUDGED)
+SHARED_BY_BOTH, NOTHING_SHOWN, NOT_JUDGED = "shared", "nothing shown", "not judged"
+OF_TWO_BASES = (
+    *(EXCLUSIVE_USED, DIFFERENT, EXCLUSIVE_UNUSED, EXCLUSIVE_UNTESTED),
+    *(SHARED_BY_BOTH, NOTHING_SHOWN, NOT_JUDGED),
+)
 """Verdicts between other models, from strongest to weakest."""
 
 
@@ -141,12 +144,13 @@ def findings(
 
     - `exclusive and used` if it is exclusive with evidence and ablating it moves its own model's
       predictions;
-    - `exclusive, no effect found` if it is exclusive with evidence only;
+    - `exclusive, no effect found` if it is exclusive with evidence only, and `exclusive, not tested`
+      if it fires at the end of too few test texts;
     - `used differently` if the other model knows less than half of it, it moves its own model's
       predictions, and the evidence does not show that the other model lacks it: the two may
       represent the same text in two ways;
     - `shared` if the other model knows half of it or more;
-    - `not judged` otherwise.
+    - `nothing shown` if it is judged and none of these holds, and `not judged` otherwise.
 
     Args:
         crosscoder: The saved crosscoder.
@@ -165,7 +169,9 @@ def findings(
 
     def verdict(latent: int) -> str:
         if not one_basis:
-            return _of_two_bases(evidence, latent, latent in done and holds(latent, "used"))
+            return _of_two_bases(
+                evidence, latent, holds(latent, "used") if latent in done else None
+            )
         if latent not in done:
             return UNTESTED
         ways = holds(latent, "ablated") + holds(latent, "patched")
@@ -208,15 +214,15 @@ def _adjusted(done: Mapping[int, CausalTest], name: str) -> dict[int, float]:
     return dict(zip(done, benjamini_hochberg(p).tolist(), strict=True))
 
 
-def _of_two_bases(evidence: LatentEvidence, latent: int, is_used: bool) -> str:
-    known = evidence.known[latent].item()
+def _of_two_bases(evidence: LatentEvidence, latent: int, is_used: bool | None) -> str:
+    """The verdict between models of two bases; `is_used` is none for a latent without a test."""
     if evidence.is_exclusive[latent]:
-        return EXCLUSIVE_USED if is_used else EXCLUSIVE_UNUSED
+        return {None: EXCLUSIVE_UNTESTED, True: EXCLUSIVE_USED, False: EXCLUSIVE_UNUSED}[is_used]
     if not evidence.is_judged[latent]:
         return NOT_JUDGED
-    if known >= MAX_KNOWN:
+    if evidence.known[latent] >= MAX_KNOWN:
         return SHARED_BY_BOTH
-    return DIFFERENT if is_used else NOT_JUDGED
+    return DIFFERENT if is_used else NOTHING_SHOWN
 
 
 def _effects(one: CausalTest, one_basis: bool) -> list[EffectView]:

@@ -155,7 +155,7 @@ def test_page_without_null_says_so() -> None:
 def test_the_first_sentence_says_no_more_than_was_measured() -> None:
     assert "was not measured" in lead({"l0": 1.0}, None)
     assert lead(METRICS, None).startswith("5 of 40 judged candidates are exclusive with evidence")
-    assert "none is confirmed by steering" in lead(METRICS, None)
+    assert "none was tested causally" in lead(METRICS, None)
     none = METRICS | {"exclusive/significant/a_exclusive": 0}
     assert lead(none, None).startswith("No latent is exclusive with evidence")
     assert "Of 40 latents, 1 reached the end of the screening: 1 confirmed" in lead(

@@ -109,9 +109,9 @@ def test_between_other_models_it_is_exclusive_by_evidence_and_used_by_its_own_ef
         (1, "exclusive and used"),
         (2, "used differently"),
         (0, "exclusive, no effect found"),
-        (6, "exclusive, no effect found"),
+        (6, "exclusive, not tested"),
         (3, "shared"),
-        (4, "not judged"),
+        (4, "nothing shown"),
         (5, "not judged"),
     ]
 
@@ -210,6 +210,18 @@ def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
         )
     page = (output / "report.html").read_text()
     assert f"#latent-{found[0]['latent']}" in page and found[0]["verdict"] in page
+
+
+@pytest.mark.slow
+def test_without_samples_the_verdicts_are_the_same(run: Path, tmp_path: Path) -> None:
+    found: list[list[dict[str, Any]]] = []
+    for name, flags in (("with", []), ("without", ["--no-samples"])):
+        output = tmp_path / name
+        assert main(["screen", str(run), "--output", str(output), *FEW, *flags]) == 0
+        found.append(json.loads((output / "screening.json").read_text())["findings"])
+    shown, silent = found
+    assert any(one["samples"] for one in shown)
+    assert silent == [{**one, "samples": []} for one in shown]
 
 
 @pytest.mark.slow
