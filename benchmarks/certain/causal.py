@@ -7,12 +7,10 @@ from torch import Tensor
 
 from benchmarks.certain.score import MIN_SHARE
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
-from sae_lens_dfc.analysis.latents.max_activating import collect_max_activating
-from sae_lens_dfc.analysis.screening.causal_tests import Sizes, Subject, causal_tests
+from sae_lens_dfc.analysis.screening.causal_tests import Sizes, causal_tests, subject_of
 from sae_lens_dfc.analysis.screening.verdicts import EXCLUSIVE_USED, findings
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.metrics.exclusivity.decoders import both_decoder_differences
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, ranking
 
 N_TESTED = 8
@@ -45,12 +43,10 @@ def used(
     latents = [i for of_side in sides.values() for i in of_side]
     if not latents:
         return {side: dict.fromkeys(("tested", "used", "right"), 0) for side in sides}
-    affine_maps = task.data.affine_maps(crosscoder.cfg.d_a)
-    gathered = collect_max_activating(crosscoder, task.data.held_out)
-    own = both_decoder_differences(crosscoder, affine_maps)
-    test = causal_tests(Subject(crosscoder, task.pair, task.data, gathered, own), latents, SIZES)
+    on = subject_of(crosscoder, task.pair, task.data)
+    test = causal_tests(on, latents, SIZES)
     results = {latent: test(latent) for latent in latents}
-    found = findings(crosscoder, latents, results, {}, evidence, one_basis=False)
+    found = findings(crosscoder, latents, results, {}, evidence, on.one_basis)
     are_used = {one.latent for one in found if one.verdict == EXCLUSIVE_USED}
 
     def is_right(side: str, latent: int) -> bool:

@@ -176,7 +176,8 @@ def verify(
     is `JS(p_a, p_b)` without intervention minus `JS` with one model changed, positive if the change
     brings the models closer. A real difference between the models is expected to have both effects;
     a quirk of one direction is not. Whether the source uses the direction needs neither the other
-    model nor a map: it is `JS` between the source's probabilities of its own tokens without and with the ablation.
+    model nor a map: it is `JS` between the source's probabilities of its own tokens without and
+    with the ablation.
 
     Args:
         pair: The two models.

@@ -1,7 +1,7 @@
 """Tests latents causally, each on texts at whose end it fires."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,7 +10,11 @@ from torch import Tensor
 
 from sae_lens_dfc.analysis.causal.activation_patching import Texts, own_part, texts_of, verify
 from sae_lens_dfc.analysis.causal.shared_vocabulary import Outcomes, common_outcomes
-from sae_lens_dfc.analysis.latents.max_activating import FiringPosition, MaxActivatingExamples
+from sae_lens_dfc.analysis.latents.max_activating import (
+    FiringPosition,
+    MaxActivatingExamples,
+    collect_max_activating,
+)
 from sae_lens_dfc.analysis.options import MIN_TEXTS
 from sae_lens_dfc.analysis.screening.candidates import (
     control_directions,
@@ -18,12 +22,15 @@ from sae_lens_dfc.analysis.screening.candidates import (
     split,
     windows,
 )
-from sae_lens_dfc.analysis.screening.verdicts import CausalTest, samples, tested
+from sae_lens_dfc.analysis.screening.samples import samples
+from sae_lens_dfc.analysis.screening.verdicts import CausalTest, tested
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.data.alignment.segments import Segments
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.metrics.exclusivity.decoders import both_decoder_differences
 from sae_lens_dfc.models.config import ModelName
+from sae_lens_dfc.stats.affine_maps import AffineMaps
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,30 @@ class Subject:
     pair: ModelPair
     data: PairData
     gathered: MaxActivatingExamples
+    affine_maps: AffineMaps | None
+    """None if both models share one basis."""
     own: tuple[Float[Tensor, "d_sae d_a"], Float[Tensor, "d_sae d_b"]]
     """Each latent's model-specific directions in A and in B; see `both_decoder_differences`."""
+
+    @property
+    def one_basis(self) -> bool:
+        """Whether both models share one basis, as a model and its fine-tune do."""
+        return self.affine_maps is None
+
+
+def subject_of(crosscoder: Crosscoder, pair: ModelPair, data: PairData) -> Subject:
+    """Collect what the causal tests need.
+
+    Args:
+        crosscoder: The saved crosscoder.
+        pair: The two models, whole.
+        data: Their training and held-out rows.
+    """
+    d_a = crosscoder.cfg.d_a
+    affine_maps = None if data.one_basis(d_a) else data.affine_maps(d_a).to(crosscoder.device)
+    gathered = collect_max_activating(crosscoder, data.held_out)
+    own = both_decoder_differences(crosscoder, affine_maps)
+    return Subject(crosscoder, pair, data, gathered, affine_maps, own)
 
 
 def causal_tests(
@@ -63,6 +92,8 @@ def causal_tests(
     lives = on.gathered.firing.counts > 0
     controls = control_directions(on.crosscoder, acts, lives, latents, sizes.controls, sizes.seed)
     outcomes = common_outcomes(on.pair.a, on.pair.b)
+    of_a, of_b = on.own
+    on = replace(on, own=(of_a.cpu(), of_b.cpu()))
     return partial(_test, on, sizes, controls, outcomes)
 
 
@@ -73,8 +104,7 @@ def _test(
     outcomes: tuple[Outcomes, Outcomes],
     latent: int,
 ) -> CausalTest | None:
-    of_a, of_b = (x.cpu() for x in on.own)
-    own = own_part(of_a, of_b, latent, source_of(on.crosscoder, latent))
+    own = own_part(*on.own, latent, source_of(on.crosscoder, latent))
     kept = _kept_for_test(on, latent, sizes.texts)
     if len(kept) < MIN_TEXTS:
         return None

@@ -10,16 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.analysis.autointerp.concerns import CONCERNS, read_concerns
 from sae_lens_dfc.analysis.evaluation.evaluate_run import case_of, judge_for, stored_metrics
 from sae_lens_dfc.analysis.evaluation.measure import measure
-from sae_lens_dfc.analysis.latents.max_activating import (
-    MaxActivatingExamples,
-    collect_max_activating,
-)
 from sae_lens_dfc.analysis.options import ScreenOptions
 from sae_lens_dfc.analysis.report.build import report_data, report_settings
 from sae_lens_dfc.analysis.report.findings import Finding, Screening
@@ -31,7 +26,7 @@ from sae_lens_dfc.analysis.report.results import (
 )
 from sae_lens_dfc.analysis.saved_run.held_out import evidence_of, opened_run, own_config
 from sae_lens_dfc.analysis.screening.candidates import candidates, differences_made
-from sae_lens_dfc.analysis.screening.causal_tests import Sizes, Subject, causal_tests
+from sae_lens_dfc.analysis.screening.causal_tests import Sizes, Subject, causal_tests, subject_of
 from sae_lens_dfc.analysis.screening.describe import Asked, explained, what_it_costs
 from sae_lens_dfc.analysis.screening.verdicts import (
     OF_ONE_BASIS,
@@ -46,12 +41,7 @@ from sae_lens_dfc.core.journal import Journal
 from sae_lens_dfc.core.output_folder import locked_output
 from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.core.terminal import print_result, text_table
-from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.evaluate import Evaluation, evaluate
-from sae_lens_dfc.metrics.evaluation_data import PairData
-from sae_lens_dfc.metrics.exclusivity.decoders import both_decoder_differences
-from sae_lens_dfc.stats.affine_maps import AffineMaps
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 
 logger = logging.getLogger(__name__)
@@ -61,18 +51,11 @@ SCREENING_FILENAME = "screening.json"
 
 @dataclass(frozen=True)
 class Screened:
-    """The models, data and measures of a screening."""
+    """What a screening tests, with its settings and measures."""
 
-    crosscoder: Crosscoder
+    subject: Subject
     cfg: CrosscoderRunnerConfig
-    pair: ModelPair
-    data: PairData
     evaluation: Evaluation
-    gathered: MaxActivatingExamples
-    affine_maps: AffineMaps | None
-    """None if both models share one basis."""
-    own: tuple[Tensor, Tensor]
-    """Each latent's model-specific directions in A and in B; see `both_decoder_differences`."""
 
 
 def screen_run(options: ScreenOptions) -> None:
@@ -120,13 +103,13 @@ def screen(options: ScreenOptions) -> Screening:
         if judge is not None:
             logger.warning("%s", what_it_costs(options.keep, concerns))
         stored = stored_metrics(options.evidence or options.run, options.run, options)
-        on = _opened(options)
+        screened = _opened(options)
+        on, evidence = screened.subject, screened.evaluation.evidence
         output = Path(options.output)
         progress = Journal(output.with_name(f"{output.name}.progress.jsonl"), _settings(options))
         made = differences_made(on.crosscoder, on.gathered, on.own, on.affine_maps)
-        evidence = on.evaluation.evidence
         assert evidence is not None  # `measure` maps the models
-        first = candidates(evidence, on.gathered, made, options.keep, on.affine_maps is None)
+        first = candidates(evidence, on.gathered, made, options.keep, on.one_basis)
         if not first.latents:
             raise ValueError(
                 f"No latent of {options.run} fires on held-out text and could be a difference. Check with `evaluate` that the run is trained."
@@ -138,11 +121,9 @@ def screen(options: ScreenOptions) -> Screening:
                 on.crosscoder, on.pair, on.data, on.gathered, first, asked, progress
             )
         results = _tested(on, first.latents, options, progress)
-        found = findings(
-            on.crosscoder, first.latents, results, said, evidence, on.affine_maps is None
-        )
+        found = findings(on.crosscoder, first.latents, results, said, evidence, on.one_basis)
         screening = Screening([*first.stages, verdict_stage(found)], found)
-        _write(on, screening, stored, options)
+        _write(screened, screening, stored, options)
         progress.forget()
         return screening
 
@@ -160,20 +141,16 @@ def _opened(options: ScreenOptions) -> Screened:
     else:
         found = evaluate(crosscoder, [rows.acts for rows in data.held_out])
         evaluation = found._replace(metrics=found.metrics | data.metrics, evidence=stored)
-    d_a = crosscoder.cfg.d_a
-    affine_maps = None if data.one_basis(d_a) else data.affine_maps(d_a).to(crosscoder.device)
-    gathered = collect_max_activating(crosscoder, data.held_out)
-    own_parts = both_decoder_differences(crosscoder, affine_maps)
-    return Screened(crosscoder, cfg, pair, data, evaluation, gathered, affine_maps, own_parts)
+    return Screened(subject_of(crosscoder, pair, data), cfg, evaluation)
 
 
 def _tested(
-    on: Screened, latents: Sequence[int], options: ScreenOptions, progress: Journal
+    on: Subject, latents: Sequence[int], options: ScreenOptions, progress: Journal
 ) -> dict[int, CausalTest | None]:
     """Test each latent causally; none for a latent that fires at the end of too few of its test
     texts."""
-    subject = Subject(on.crosscoder, on.pair, on.data, on.gathered, on.own)
-    test = causal_tests(subject, latents, _sizes(options))
+    sizes = Sizes(options.texts, options.controls, options.seed, not options.no_samples)
+    test = causal_tests(on, latents, sizes)
 
     def stored(latent: int) -> dict[str, Any] | None:
         found = test(latent)
@@ -188,10 +165,6 @@ def _tested(
     return results
 
 
-def _sizes(options: ScreenOptions) -> Sizes:
-    return Sizes(options.texts, options.controls, options.seed, not options.no_samples)
-
-
 def _settings(options: ScreenOptions) -> dict[str, Any]:
     """Everything that determines a test's result: the options except the output, and the
     weights."""
@@ -203,11 +176,12 @@ def _settings(options: ScreenOptions) -> dict[str, Any]:
 
 
 def _write(
-    on: Screened, screening: Screening, stored: Mapping[str, float], options: ScreenOptions
+    screened: Screened, screening: Screening, stored: Mapping[str, float], options: ScreenOptions
 ) -> None:
-    metrics = {**stored, **on.evaluation.metrics}
-    measured = Measured(on.crosscoder, on.evaluation._replace(metrics=metrics))
-    page = report_data(measured, on.data, on.pair, report_settings(on.cfg))
+    on, evaluation = screened.subject, screened.evaluation
+    metrics = {**stored, **evaluation.metrics}
+    measured = Measured(on.crosscoder, evaluation._replace(metrics=metrics))
+    page = report_data(measured, on.data, on.pair, report_settings(screened.cfg))
     page = replace(page, metrics=drop_nonfinite(metrics), screening=screening)
     with atomic_folder(options.output) as folder:
         write_results(folder, page, measured)

@@ -1,5 +1,4 @@
-"""Turns the causal tests of a screening into a verdict on each latent, and generates sample
-continuations that show it."""
+"""Turns the causal tests of a screening into a verdict on each latent."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,26 +6,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from sae_lens_dfc.analysis.causal.activation_patching import (
     ModelSpecificDirection,
-    Texts,
     Verification,
 )
 from sae_lens_dfc.analysis.options import MIN_TEXTS
 from sae_lens_dfc.analysis.report.findings import EffectView, Finding, StageCount, SteeringSample
 from sae_lens_dfc.analysis.screening.candidates import stage
-from sae_lens_dfc.analysis.steering.generate import answer
-from sae_lens_dfc.analysis.steering.hooks import changed
-from sae_lens_dfc.analysis.steering.options import Sampling
-from sae_lens_dfc.analysis.steering.positions import positions_of
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.exclusivity.evidence import MAX_KNOWN, LatentEvidence
 from sae_lens_dfc.models.config import ModelName
-from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.stats.significance import Effect, benjamini_hochberg, interval
 
 Q = 0.05
@@ -269,49 +259,3 @@ def verdict_stage(found: Sequence[Finding]) -> StageCount:
     passed = CONFIRMED, EXCLUSIVE_USED
     others = [v for v in (*OF_ONE_BASIS, *OF_TWO_BASES) if v not in passed]
     return stage("confirmed by steering", len(found), {v: counts[v] for v in others})
-
-
-SAMPLED = Sampling(max_new_tokens=24, temperature=0.0)
-
-
-@torch.no_grad()
-def samples(
-    pair: ModelPair, texts: Texts, own: ModelSpecificDirection, n: int = 2
-) -> list[SteeringSample]:
-    """Both models' continuations of the first texts, untouched and with the latent's model-specific
-    part ablated or added.
-
-    The change applies only at the text's positions, where the latent's activation is known, not at
-    generated tokens.
-    """
-    target: ModelName = "b" if own.source == "a" else "a"
-    found: list[SteeringSample] = []
-    ways: list[tuple[ModelName, str, Tensor]] = [
-        (own.source, "model-specific part ablated", -own.own),
-        (target, "model-specific part patched in", own.moved),
-    ]
-    for m, change, direction in ways:
-        model = pair.a if m == "a" else pair.b
-        for i in range(min(n, len(texts.rows.contexts))):
-            found.append(_sample(model, m, change, texts, i, direction))
-    return found
-
-
-def _sample(
-    model: HookedModel, m: ModelName, change: str, texts: Texts, i: int, direction: Tensor
-) -> SteeringSample:
-    reading = texts.readings[m]
-    ids = reading.ids[i][reading.mask[i].bool()].tolist()
-    here = reading.context == i
-    edit = torch.zeros(len(ids), len(direction))
-    edit[reading.position[here]] = texts.feature_acts[here, None] * direction.float().cpu()
-
-    def written(acts: Tensor) -> Tensor:
-        # Without a key-value cache, each pass also rereads the generated tokens.
-        return acts + pad(edit, (0, 0, 0, acts.shape[1] - len(ids))).to(acts)
-
-    [before] = answer(model, [ids], SAMPLED, seed=0)
-    with changed(model, written, positions_of("prompt", [ids])):
-        [after] = answer(model, [ids], SAMPLED, seed=0)
-    prompt = model.tokenizer.decode(ids, skip_special_tokens=False)
-    return SteeringSample(m, change, 1.0, str(prompt), before, after)
