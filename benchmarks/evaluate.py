@@ -54,7 +54,7 @@ MEASURES = (
 )
 """The reported measures; null in a row if the architecture does not have one."""
 N_PRODUCTS = 3
-LARGE_DEMO = DemoConfig(max_unique_pairs=96_000)
+LARGE_DEMO = DemoConfig(max_unique_pairs=96_000, training_tokens=307_200, eval_pairs=12_000)
 """The demo's pair and steps, with twice the demo's distinct pairs."""
 
 T = TypeVar("T")

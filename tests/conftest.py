@@ -82,8 +82,16 @@ LONGEST = ("test_small_demo.py", "test_screen.py", "test_data_parallel.py", "tes
 all others."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    seen: set[str] = set()
+    for item in items:
+        if item.get_closest_marker("first_is_fast") and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            if test in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(test)
 
 
 BEGAN = time.monotonic()

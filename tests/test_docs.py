@@ -267,6 +267,7 @@ def _params() -> list[Any]:
     ]
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("name", _params())
 def test_the_code_of_a_page_runs_in_its_order(
     name: str,

@@ -128,6 +128,7 @@ def test_every_figure_is_written_and_printed_with_its_range(
     assert len(written["rounds"]) == 2 and set(written["rounds"][0]) == set(written["spread"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("dictionary_learning")
 def test_of_one_round_each_ratio_is_the_quotient_of_two_figures(
     checkout: Path, tmp_path: Path
@@ -143,6 +144,7 @@ def test_of_one_round_each_ratio_is_the_quotient_of_two_figures(
         assert written["peak_memory_ratio"] == written["peak_memory_bytes"] / least
 
 
+@pytest.mark.slow
 def test_without_other_trainers_their_figures_are_null_and_output_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,6 +159,7 @@ def test_without_other_trainers_their_figures_are_null_and_output_is_replaced(
     assert "dictionary-learning is left out: not installed: install it" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_references_commit_is_that_of_its_own_repository(
     checkout: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +176,7 @@ def test_the_references_commit_is_that_of_its_own_repository(
     assert written["reference_commit"] == git("rev-parse", "HEAD") != written["commit"]
 
 
+@pytest.mark.slow
 def test_a_tenth_of_the_latents_is_dead_in_that_step_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +236,7 @@ def test_ratios_of_a_round_leave_out_the_reference_that_was_not_timed() -> None:
 # --- memory ---
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not peak_memory.CLEAR_REFS.exists(), reason="this system has no /proc")
 def test_the_peak_is_seen_though_it_was_freed_and_is_forgotten_afterwards() -> None:
     n_bytes = 200_000_000
@@ -247,6 +252,7 @@ def test_the_peak_is_seen_though_it_was_freed_and_is_forgotten_afterwards() -> N
     assert later is not None and later < 0.1 * n_bytes
 
 
+@pytest.mark.slow
 def test_where_the_system_does_not_tell_memory_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

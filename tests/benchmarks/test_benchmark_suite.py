@@ -75,6 +75,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return order
 
 
+@pytest.mark.slow
 def test_all_of_the_suite_is_run_and_written_as_tables_and_pictures(
     ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_picture_is_the_same_bytes_for_the_same_results(name: str, tmp_path: P
     assert one == two and b"<dc:date>" not in one
 
 
+@pytest.mark.slow
 def test_a_null_is_told_from_what_it_is_held_against(tmp_path: Path) -> None:
     write_rows("evaluate", tmp_path)
     (table,) = present(tmp_path, "evaluate")

@@ -192,6 +192,7 @@ def test_align_prints_coverage_and_reasons(
     assert "the other model has no token that ends at this character" in out
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -115,6 +115,7 @@ def test_every_setting_of_a_crosscoder_is_said_to_decide_or_not(cls: type) -> No
     assert {field.name for field in fields(cls)} == decide | {"device", "metadata"}
 
 
+@pytest.mark.slow
 def test_a_setting_makes_another_training_exactly_when_it_is_said_to_decide() -> None:
     before = deciding(settings())
     for cls, where, name, decides in all_fields():

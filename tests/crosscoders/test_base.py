@@ -192,6 +192,7 @@ def test_batchtopk_is_saelens_own_on_the_joined_input() -> None:
         torch.testing.assert_close(own, p.grad, rtol=1e-5, atol=1e-5, msg=f"gradient of {name}")
 
 
+@pytest.mark.slow
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 0.49), st.floats(0, 0.49))
 def test_any_widths_and_partitions_train_and_keep_k_latents(
     d_a: int, d_b: int, a: float, b: float

@@ -293,6 +293,7 @@ def test_saelens_models_run_with_it(sae_model: Any, pair: ModelPair) -> None:
     assert torch.equal(sae_model(ids), plain)
 
 
+@pytest.mark.slow
 @needs_hooked_transformer
 @torch.no_grad()
 def test_at_attention_heads_it_takes_them_apart_as_saelens_does(llama_config: ModelConfig) -> None:

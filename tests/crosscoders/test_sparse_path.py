@@ -138,6 +138,7 @@ def some_weights() -> Weights:
     return Weights(W_enc.T, b_enc, W_dec, b_dec)
 
 
+@pytest.mark.slow
 def test_encoding_and_decoding_have_the_gradients_of_finite_differences() -> None:
     mask = torch.rand(5, 11) < 0.4
     x = torch.randn(5, 7, dtype=torch.double)
@@ -365,6 +366,7 @@ def test_on_a_gpu_the_same_are_found(make: Make, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(there.metrics, here.metrics)
 
 
+@pytest.mark.first_is_fast
 @many
 @pytest.mark.parametrize("product", ["exact", "bfloat16"])
 @pytest.mark.parametrize("k_aux", [2, 10])
@@ -415,6 +417,7 @@ def curve(n: int, **overrides: Any) -> Tensor:
 
 
 # What float32 rounds off grows over the steps, and by how much depends on the processor.
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.05), ("float64", 1e-9)])
 def test_training_on_the_sparse_path_is_training_on_the_dense_one(
     dtype: str, tolerance: float

@@ -153,6 +153,7 @@ def test_processes_share_the_documents() -> None:
     assert read == Counter(PAGES)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_order_and_another_another(pair: ModelPair) -> None:
     orders = [
         [c.number for c in contexts_of(stream_of(pair, PAGES[:9], batch_size_prompts=1, seed=seed))]
@@ -161,6 +162,7 @@ def test_the_same_seed_gives_the_same_order_and_another_another(pair: ModelPair)
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.slow
 def test_one_source_can_be_read_twice_at_the_same_time(pair: ModelPair) -> None:
     stream = stream_of(pair, PAGES[:6])
     one, other = (stream.batches(PairCounts()) for _ in range(2))

@@ -244,6 +244,7 @@ def test_chats_make_the_same_activations_from_every_kind_of_file(
     assert all(torch.equal(one, acts[0]) for one in acts)
 
 
+@pytest.mark.slow
 def test_a_set_whose_chats_call_tools_is_refused_with_what_it_holds(
     models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,6 +74,7 @@ def test_the_models_in_the_other_order_are_refused(pair: ModelPair) -> None:
         check_models(trained_on(pair), ModelPair(pair.b, pair.a))
 
 
+@pytest.mark.slow
 def test_another_hook_is_refused_by_name(pair: ModelPair, llama_config: ModelConfig) -> None:
     other = ModelPair.load(
         replace(llama_config, hook_name="blocks.0.hook_resid_post"), llama_config
@@ -82,6 +83,7 @@ def test_another_hook_is_refused_by_name(pair: ModelPair, llama_config: ModelCon
         check_models(trained_on(pair), ModelPair(other.a, pair.b))
 
 
+@pytest.mark.slow
 def test_changed_weights_are_refused(llama_config: ModelConfig) -> None:
     crosscoder = trained_on(ModelPair.load(llama_config, llama_config))
     changed = ModelPair.load(llama_config, llama_config)

@@ -18,6 +18,7 @@ from tests.helpers import make_acts, make_batchtopk, make_dfc, train_steps
 PARTITION = Partition(d_a=5, d_b=7, n_a_exclusive=2, n_b_exclusive=1, n_shared=3)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=6))
 def test_explained_variance_is_saelens_own_for_each_model_however_batched(sizes: list[int]) -> None:
     acts = make_acts(sum(sizes), 12) + 1000  # a mean far above the spread, as in Gemma

@@ -39,6 +39,7 @@ def test_a_latent_found_in_another_partition_is_matched_and_disagrees() -> None:
     assert result["stability/matched/shared"] == pytest.approx(13 / 14)
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("model", [slice(0, 5), slice(5, 12)])
 def test_both_models_must_agree_on_a_shared_latent(model: slice) -> None:
     one, other = small(), small()

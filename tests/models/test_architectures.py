@@ -136,6 +136,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("model_type", CASES)
 def test_an_architecture_works_or_is_refused_in_one_line(
     model_type: str,

@@ -31,6 +31,7 @@ def test_both_classes_give_the_activations_of_hugging_face(
     torch.testing.assert_close(acts, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("class_name", MODEL_CLASSES)
 def test_a_chat_template_comes_from_the_configuration_or_a_file_it_names(
     llama_config: ModelConfig, class_name: Any, tmp_path: Path
@@ -71,6 +72,7 @@ def test_the_forward_pass_stops_at_the_hook(llama: HookedModel) -> None:
         assert len(ran) == 1
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("class_name", MODEL_CLASSES)
 def test_layers_above_the_hook_are_dropped_when_asked(
@@ -207,6 +209,7 @@ def test_a_folder_without_weights_is_refused(llama_folder: Path, tmp_path: Path)
         load_model(ModelConfig(str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_fingerprint_survives_a_change_of_number_format_and_tells_weights_apart(
     llama_config: ModelConfig, llama_folder: Path, tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_the_tokens_promoted_most_come_first_and_the_suppressed_are_the_others(
     assert [text for text, _ in turned_promoted] == [text for text, _ in suppressed]
 
 
+@pytest.mark.slow
 def test_a_models_effect_needs_its_residual_stream_and_its_unembedding(
     gpt2_config: ModelConfig, llama_config: ModelConfig
 ) -> None:

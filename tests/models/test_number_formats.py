@@ -109,6 +109,7 @@ def test_the_measurement_is_on_one_thread_and_leaves_as_many_as_there_were(
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_slow_format_that_is_asked_for_is_taken_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, llama_config: ModelConfig
 ) -> None:
@@ -316,6 +317,7 @@ def tiny_organism(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(named, "from_scratch", partial(from_scratch, cfg=scratch))
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.usefixtures("tiny_organism")
 @pytest.mark.parametrize("times", [0.5, 58.0])
 def test_an_organism_is_built_in_bfloat16_where_the_processor_is_fast_and_nowhere_else(

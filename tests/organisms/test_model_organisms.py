@@ -96,6 +96,7 @@ def test_one_seed_is_one_pair_of_small_models(
     assert all(shas[0][name] != shas[2][name] for name in shas[0])
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_deterministic_and_teaches_the_answer(llama_folder: Path) -> None:
     settings = finetune.FineTuning(
         steps=30, layers=(1,), rank=1, lr=1.0, behavior_prompts=2, control_prompts=4
@@ -153,6 +154,7 @@ def opened(name: Path, dtype: str = "float32", base: Path | None = None) -> dict
     return load_merged(adapter, dtype)[0].model.state_dict()
 
 
+@pytest.mark.slow
 def test_a_strong_organisms_adapter_has_the_bits_of_its_model_b(
     taught: Callable[[str], Path],
 ) -> None:
@@ -182,6 +184,7 @@ def test_a_weak_organisms_adapter_is_its_model_b_but_for_two_roundings(
     torch.testing.assert_close(merged[changed], a[changed] + 0.8 * change)
 
 
+@pytest.mark.slow
 def test_an_organisms_adapter_opens_where_its_folder_has_moved(
     taught: Callable[[str], Path], tmp_path: Path
 ) -> None:

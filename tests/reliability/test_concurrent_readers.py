@@ -109,6 +109,7 @@ def test_threads_that_begin_together_read_the_same_rows(
         assert at_once(lambda _: texts_of(rows)) == [expected] * N_THREADS
 
 
+@pytest.mark.slow
 def test_threads_that_open_a_folder_each_for_itself_read_the_same_rows(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d")
     for _ in range(3):

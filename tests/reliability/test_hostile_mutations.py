@@ -298,6 +298,7 @@ def test_a_damaged_table_of_latents(tmp_path: Path, n_mutations: int) -> None:
     check("latents.csv", Artifact(path, of_bytes, read), n_mutations)
 
 
+@pytest.mark.slow
 def test_a_damaged_manifest_of_a_cache(run: Path, tmp_path: Path, n_mutations: int) -> None:
     cfg = run_config(str(run), HeldOutOptions())
     folder = whole_cache(tmp_path / "cache", cfg)
@@ -325,6 +326,7 @@ def whole_cache(folder: Path, cfg: CrosscoderRunnerConfig) -> Path:
     return write(folder, replace(HEADER, models=models, configs=configs, data=data)).folder
 
 
+@pytest.mark.slow
 def test_a_damaged_shard(tmp_path: Path, n_mutations: int) -> None:
     folder = write(tmp_path / "cache", stop=4).folder
     path = folder / "rows-00000-000000.safetensors"
@@ -353,6 +355,7 @@ def test_a_damaged_shard(tmp_path: Path, n_mutations: int) -> None:
     check("shard, signed", Artifact(path, damage_and_sign, read_signed), n_mutations)
 
 
+@pytest.mark.slow
 def test_damaged_progress_of_a_cache(tmp_path: Path, n_mutations: int) -> None:
     write(tmp_path / "cache")
     path = progress_path(tmp_path / "cache", 0)
@@ -440,6 +443,7 @@ def test_a_damaged_config(tmp_path: Path, n_mutations: int) -> None:
     check("config", Artifact(path, of_yaml, read), n_mutations)
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_damaged_concerns(suffix: str, tmp_path: Path, n_mutations: int) -> None:
     path = tmp_path / f"c.{suffix}"

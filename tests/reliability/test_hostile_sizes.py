@@ -403,6 +403,7 @@ ONLY_BY_HAND: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("what", [*NOT_YAML, *ONLY_BY_HAND])
 def test_a_config_that_is_none_is_refused(
     what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -414,6 +415,7 @@ def test_a_config_that_is_none_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("what", NOT_YAML)
 def test_concerns_that_are_none_are_refused(what: str, tmp_path: Path) -> None:
     content, word = NOT_YAML[what]
@@ -489,6 +491,7 @@ PARQUETS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("what", PARQUETS)
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_a_parquet_file_that_is_small_and_stands_for_a_large_one_is_refused(

@@ -208,6 +208,7 @@ def slow_batches(begun: threading.Event) -> object:
         yield StatefulBatch(torch.full((1,), i), StreamState({"batches": i + 1}))
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_a_wait_for_a_batch_is_interrupted_and_the_batch_is_not_counted(prefetch: int) -> None:
     stop, begun = GracefulShutdown(), threading.Event()
@@ -311,6 +312,7 @@ def test_a_signal_that_was_acted_on_is_not_passed_on() -> None:
     assert done == [0, 1, 2, -1]
 
 
+@pytest.mark.slow
 def test_what_ends_is_not_interrupted_once_more_while_it_puts_away_what_it_has() -> None:
     done: list[str] = []
     with pytest.raises(Interrupted), interruptible(count()) as numbers:

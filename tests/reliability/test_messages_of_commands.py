@@ -210,6 +210,7 @@ def test_every_command_is_looked_at() -> None:
     assert {command.split()[0] for command, _ in REFUSED.values()} == set(COMMANDS)
 
 
+@pytest.mark.slow
 def test_a_logger_that_does_not_start_is_one_line(
     places: dict[str, str],
     tmp_path: Path,

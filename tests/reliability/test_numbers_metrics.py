@@ -152,6 +152,7 @@ def test_activations_that_are_not_finite_or_overflow_give_no_measure(
         measured(crosscoder(kind), rows(data), mapped)
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("data", (*VARY, *DO_NOT_VARY))
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_called_exclusive_on_data_that_says_nothing(kind: str, data: str) -> None:
@@ -160,6 +161,7 @@ def test_nothing_is_called_exclusive_on_data_that_says_nothing(kind: str, data: 
     json.dumps(drop_nonfinite(found.metrics), allow_nan=False)
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("data", DO_NOT_VARY)
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_what_does_not_vary_no_share_of_the_variance_is_explained(kind: str, data: str) -> None:

@@ -100,6 +100,7 @@ def test_activations_without_a_scale_are_refused_at_the_first_step(
         trained(make, change(make_acts(ROWS, 12)), steps=1)
 
 
+@pytest.mark.first_is_fast
 @every
 @in_either_format
 @pytest.mark.parametrize("factor", [1e-15, 1.0, 1e10])
@@ -188,6 +189,7 @@ WIDTHS = {
 }
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("of_sizes", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize(
     ("d_a", "d_b", "d_sae"), [(1, 5, 8), (5, 1, 8), (1, 1, 8), (3, 2, 1), (1, 1, 1)]
@@ -216,6 +218,7 @@ def test_a_width_of_one_trains_saves_and_reads(
         json.dumps(sae.cfg.to_dict(), allow_nan=False, default=str)
 
 
+@pytest.mark.first_is_fast
 @every
 @in_either_format
 def test_a_batch_of_one_trains_once_the_scales_are_known(
@@ -392,6 +395,7 @@ def test_scales_of_any_numbers_are_finite_or_refused(values: Any, normalization:
     assert crosscoder.input_mean.isfinite().all()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     values=arrays(

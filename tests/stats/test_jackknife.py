@@ -26,6 +26,7 @@ def test_a_means_error_is_the_textbooks() -> None:
     assert result["mean/se"] == pytest.approx(values.std().item() / math.sqrt(10))
 
 
+@pytest.mark.slow
 def test_the_error_covers_the_truth_about_as_often_as_it_says() -> None:
     torch.manual_seed(0)
     within = 0

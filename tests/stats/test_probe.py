@@ -35,6 +35,7 @@ def fitted_and_measured(
     return explained(probe(acts)[:, 0], probe.standardized(y)[:, 0])
 
 
+@pytest.mark.slow
 def test_a_linear_target_is_explained() -> None:
     assert fitted_and_measured("linear") > 0.98
 
@@ -43,10 +44,12 @@ def test_a_product_of_inputs_is_explained_though_no_linear_map_can() -> None:
     assert fitted_and_measured("product") > 0.7
 
 
+@pytest.mark.slow
 def test_of_a_noisy_target_the_share_that_is_no_noise_is_explained() -> None:
     assert fitted_and_measured("half noise") == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_noise_is_not_explained() -> None:
     assert fitted_and_measured("noise") < 0.03
 

@@ -195,6 +195,7 @@ def test_without_a_checkpoint_training_starts_at_its_beginning(
     assert saved(Path(cfg.output_path)) == uninterrupted(cfg, pair)
 
 
+@pytest.mark.slow
 def test_the_last_two_checkpoints_are_kept_and_nothing_in_them_is_pickled(
     cfg: CrosscoderRunnerConfig, pair: ModelPair
 ) -> None:
@@ -208,6 +209,7 @@ def test_the_last_two_checkpoints_are_kept_and_nothing_in_them_is_pickled(
     assert suffixes == {".safetensors", ".json"}
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -249,6 +251,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     assert saved(Path(cfg.output_path)) == uninterrupted(cfg, pair)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_training_are_not_mixed_with_new_ones(
     cfg: CrosscoderRunnerConfig, pair: ModelPair
 ) -> None:
@@ -257,6 +260,7 @@ def test_checkpoints_of_another_training_are_not_mixed_with_new_ones(
         CrosscoderTrainingRunner(cfg, pair)
 
 
+@pytest.mark.slow
 def test_a_text_that_changed_is_not_gone_on_with(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +315,7 @@ def test_data_and_models_that_were_moved_and_another_device_are_gone_on_with_to_
     assert CrosscoderTrainingRunner(replace(here, dataset_path=str(again))).is_finished
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -437,6 +442,7 @@ def test_a_finished_run_of_other_text_or_models_is_not_taken_for_this_one(
         CrosscoderTrainingRunner(replace(resumed, model_a=model_a))
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_a_device_that_is_not_here_is_found_to_be_finished(
     cfg: CrosscoderRunnerConfig, pair: ModelPair
 ) -> None:
@@ -467,6 +473,7 @@ def test_the_command_goes_on_with_moved_data_on_a_device_of_another_name(
     assert "belongs to another training: text.source_0.content was" in said
 
 
+@pytest.mark.slow
 def test_a_model_that_changed_is_not_gone_on_with(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_from_two_model_names_and_a_text_to_a_saved_crosscoder(
     assert metadata.pairs_trained > 1000
 
 
+@pytest.mark.first_is_fast
 @every
 def test_every_architecture_trains_on_two_models_and_is_opened_by_saelens(
     sae: CrosscoderTrainingConfig,
@@ -158,6 +159,7 @@ def test_every_architecture_trains_on_two_models_and_is_opened_by_saelens(
     assert kinds_trained == {kind(sae)}
 
 
+@pytest.mark.slow
 def test_firing_is_counted_anew_after_the_last_test(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
@@ -227,6 +229,7 @@ def test_no_held_out_document_is_trained_on(cfg: CrosscoderRunnerConfig, pair: M
     assert held and not training & held
 
 
+@pytest.mark.slow
 def test_distinct_pairs_are_counted_once_however_often_the_text_repeats(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,6 +241,7 @@ def test_distinct_pairs_are_counted_once_however_often_the_text_repeats(
     assert f"2560 samples of {runner.stream.counts.pairs} distinct pairs" in caplog.text
 
 
+@pytest.mark.slow
 def test_two_runs_from_one_configuration_name_their_own_models(
     cfg: CrosscoderRunnerConfig, pair: ModelPair
 ) -> None:
@@ -262,6 +266,7 @@ def test_a_wrong_width_is_named_with_the_right_one(
         CrosscoderTrainingRunner(cfg, pair)
 
 
+@pytest.mark.slow
 def test_an_output_folder_with_a_run_is_left_alone_unless_told(
     cfg: CrosscoderRunnerConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
@@ -348,6 +353,7 @@ def test_wandb_is_off_unless_asked_for(cfg: CrosscoderRunnerConfig) -> None:
     assert not cfg.logger.log_to_wandb
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("path", ["dense", "sparse"])
 def test_wandb_gets_the_held_out_measures(
     path: Any, cfg: CrosscoderRunnerConfig, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
@@ -388,6 +394,7 @@ def test_autocast_on_the_sparse_path_is_the_coarse_product_and_nothing_else(
     assert not torch.equal(exact["W_dec"], product["W_dec"])
 
 
+@pytest.mark.slow
 def test_the_models_forward_passes_are_compiled_when_asked(
     cfg: CrosscoderRunnerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

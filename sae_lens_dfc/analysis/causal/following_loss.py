@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from sae_lens_dfc.analysis.causal.downstream import check_whole, contexts_at_once
@@ -66,12 +67,12 @@ def _of_segments(
     """Each context's segments' losses in nats, that of the first without its first token."""
     texts = [context.segments for context in contexts]
     ids, mask = padded(model, [t.ids_a if m == "a" else t.ids_b for t in texts])
-    log_q = logits(model, ids, mask)
+    outputs = logits(model, ids, mask)
     for i, text in enumerate(texts):
         last = torch.from_numpy(text.last_a if m == "a" else text.last_b)
         n = int(last[-1]) + 1
         # One context at a time: all in float32 would take twice the memory.
-        loss = -log_q[i, : n - 1].float().log_softmax(dim=-1)
-        loss = loss.gather(-1, ids[i, 1:n, None].to(loss.device))[:, 0].double().cpu()
+        next_ids = ids[i, 1:n].to(outputs.device)
+        loss = cross_entropy(outputs[i, : n - 1].float(), next_ids, reduction="none").double().cpu()
         upto = torch.cat([loss.new_zeros(1), loss.cumsum(dim=0)])[last]
         yield upto.diff(prepend=upto.new_zeros(1)).float()

@@ -28,7 +28,7 @@ from sae_lens_dfc.training.resolve import resolve
 from sae_lens_dfc.training.runner import write_cfg
 
 BATCH_SIZE = 1024
-LOSS_PAIRS = 4_000
+LOSS_PAIRS = 3_000
 """Held-out pairs after which both models' losses are measured, which runs the whole models."""
 
 

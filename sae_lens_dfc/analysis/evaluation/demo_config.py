@@ -32,11 +32,11 @@ class DemoConfig:
     """Dictionary size: number of latents."""
     k: float = 32
     """Average number of active latents per pair (L0)."""
-    max_unique_pairs: int = 48_000
+    max_unique_pairs: int = 36_000
     """Distinct pairs to train on."""
-    training_tokens: int = 307_200
+    training_tokens: int = 245_760
     """Pairs to train on, counting repeats."""
-    eval_pairs: int = 12_000
+    eval_pairs: int = 10_000
     """Held-out pairs for evaluation."""
     dtype: str = AUTO
     """dtype of the models; auto uses bfloat16 if the device supports it natively, otherwise

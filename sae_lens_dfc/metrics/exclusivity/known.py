@@ -44,8 +44,12 @@ def fit_probes(
         training: Batches of raw activations; others than those that the latents are judged on.
         options: Sizes of the probes.
     """
-    latents = _to_measure(crosscoder, training)
-    targets = [_Targets.of(crosscoder, acts, latents) for acts in training]
+    encoded = [_encoded(crosscoder, acts) for acts in training]
+    latents = _to_measure(crosscoder, encoded)
+    targets = [
+        _Targets.of(crosscoder, acts, feature_acts, latents)
+        for acts, feature_acts in zip(training, encoded, strict=True)
+    ]
     probes: list[Probe] = []
     for inputs in crosscoder.partition.models.values():
         generator = torch.Generator().manual_seed(0)
@@ -60,10 +64,16 @@ def fit_probes(
 
 
 @torch.no_grad()
-def _to_measure(crosscoder: Crosscoder, training: Sequence[Tensor]) -> Int[Tensor, " n"]:
+def _encoded(crosscoder: Crosscoder, acts: Tensor) -> Tensor:
+    """Sparse latent activations, kept for all rows at once; a probe's error is far above the
+    rounding."""
+    return crosscoder.encode(acts.to(crosscoder.device)).bfloat16().to_sparse()
+
+
+def _to_measure(crosscoder: Crosscoder, encoded: Sequence[Tensor]) -> Int[Tensor, " n"]:
     firings = torch.zeros(crosscoder.cfg.d_sae, dtype=torch.long, device=crosscoder.device)
-    for acts in training:
-        firings += (crosscoder.encode(acts.to(crosscoder.device)) > 0).sum(dim=0)
+    for feature_acts in encoded:
+        firings += feature_acts.indices()[1].bincount(minlength=len(firings))
     fires = firings >= MIN_FIRINGS_TO_FIT
     reference = (two_sided_latents(crosscoder) & fires).nonzero()[:, 0]
     # Evenly spaced over the dictionary, so that no measure selects them.
@@ -82,12 +92,12 @@ class _Targets(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, crosscoder: Crosscoder, acts: Tensor, latents: Tensor) -> "_Targets":
+    def of(
+        cls, crosscoder: Crosscoder, acts: Tensor, feature_acts: Tensor, latents: Tensor
+    ) -> "_Targets":
         acts = acts.to(crosscoder.device)
         scores = (acts - crosscoder.b_dec).float() @ crosscoder.W_enc[:, latents].float()
-        feature_acts = crosscoder.encode(acts)[:, latents]
-        # Kept for all rows at once, in half the memory; a probe's error is far above the rounding.
-        return cls(scores.bfloat16().cpu(), feature_acts.bfloat16().cpu())
+        return cls(scores.bfloat16().cpu(), feature_acts.to_dense()[:, latents].cpu())
 
 
 def _drawn(

@@ -71,6 +71,7 @@ def test_the_score_is_the_papers_over_33_comparisons() -> None:
     assert n_judgments(1, JudgedOptions(n_random=0)) == 33
 
 
+@pytest.mark.slow
 def test_a_model_says_what_itself_says_until_one_copy_is_steered(llama_config: ModelConfig) -> None:
     twins = ModelPair.load(llama_config, llama_config)
     d = drawn(16, seed=0)

@@ -205,6 +205,7 @@ def with_sources(rows: Sequence[PairedRows], every: int) -> list[PairedRows]:
     ]
 
 
+@pytest.mark.slow
 def test_each_source_is_measured_as_if_it_were_alone(
     pair: ModelPair, rows: list[PairedRows], measured: dict[str, float]
 ) -> None:
@@ -231,6 +232,7 @@ def with_source_2(rows: Sequence[PairedRows]) -> list[PairedRows]:
     return [r._replace(contexts=[c._replace(source=2) for c in r.contexts]) for r in rows]
 
 
+@pytest.mark.slow
 def test_how_many_contexts_are_held_at_once_changes_no_measure(
     pair: ModelPair,
     rows: list[PairedRows],

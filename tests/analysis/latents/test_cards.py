@@ -228,6 +228,7 @@ def test_a_place_whose_rows_are_not_given_is_named(
         latent_cards(read.crosscoder, gathered, places, read.rows[:0], pair)
 
 
+@pytest.mark.slow
 def test_contexts_read_once_more_have_the_same_rows(pair: ModelPair, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("".join(reference_pages()[:6]))
     cfg = CacheConfig(dataset_path=str(tmp_path / "text.txt"), context_size=32, outlier_factor=1.2)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ def test_a_peak_is_the_first_largest_of_a_latent_in_a_context() -> None:
     assert rows == [(0, 2.0, 6, 1), (0, 3.0, 5, 2), (1, 4.0, 6, 1)]
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 6),
     st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=12), max_size=6),

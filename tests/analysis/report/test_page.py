@@ -567,6 +567,7 @@ def test_text_cannot_turn_what_is_around_it(browser: Any, small: Path) -> None:
     page.close()
 
 
+@pytest.mark.slow
 def test_a_huge_token_leaves_the_page_as_wide_and_its_box_scrolls(
     browser: Any, small: Path
 ) -> None:

@@ -152,6 +152,7 @@ def test_what_fires_on_one_text_and_not_on_another_comes_first(run: Path, listed
         assert values["auroc"] == pytest.approx(u[latent], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_text_does_not_differ_from_itself(run: Path, listed: Listed) -> None:
     text = str(run.parent / "shouted.jsonl")
     cards = listed("--dataset", text, "--against", text, "--eval-pairs", "500")["latents"]
@@ -160,6 +161,7 @@ def test_a_text_does_not_differ_from_itself(run: Path, listed: Listed) -> None:
         assert card["contrast"] == {"cohens_d": 0.0, "auroc": pytest.approx(0.5, abs=1e-12)}
 
 
+@pytest.mark.slow
 def test_people_see_a_line_for_each_latent_and_where_it_fires(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

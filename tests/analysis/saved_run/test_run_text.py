@@ -68,6 +68,7 @@ def test_moved_text_gives_the_measures_of_the_part_that_was_held_out(
     assert len(said) == 1 and str(moved) in said[0] and "every 4th document" in said[0]
 
 
+@pytest.mark.slow
 def test_other_text_is_read_whole(run: Path, other: Path) -> None:
     options = HeldOutOptions(dataset=str(other), eval_pairs=500)
     text, part = held_out_text(str(run), options, opened_run(str(run), options)[2])
@@ -75,6 +76,7 @@ def test_other_text_is_read_whole(run: Path, other: Path) -> None:
     assert not is_own_text(str(run), options)
 
 
+@pytest.mark.slow
 def test_training_rows_are_read_where_the_text_is_now(run: Path, moved: Path) -> None:
     options = HeldOutOptions(dataset=str(moved), eval_pairs=500)
     own = own_config(str(run), options, 300)
@@ -84,6 +86,7 @@ def test_training_rows_are_read_where_the_text_is_now(run: Path, moved: Path) ->
     assert is_own_text(str(run), options)
 
 
+@pytest.mark.slow
 def test_a_run_that_stores_no_fingerprints_says_so(
     run: Path, moved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -96,6 +99,7 @@ def test_a_run_that_stores_no_fingerprints_says_so(
     assert "has no fingerprints of its training rows" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_of_a_cache_knows_the_text_that_the_cache_was_made_of(
     run: Path, moved: Path, llama_folder: Path, gpt2_folder: Path, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_both_answers_are_the_models_own(
     assert entry["max_activation"] == pytest.approx(maxima[latent].item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_several_latents_in_model_b_at_the_tokens_of_a_span(
     steer: Steer,
     pair: ModelPair,
@@ -140,6 +141,7 @@ def test_several_latents_in_model_b_at_the_tokens_of_a_span(
     )
 
 
+@pytest.mark.slow
 def test_the_first_token_is_left_out_where_the_activation_is_read(
     steer: Steer, pair: ModelPair, crosscoder: Crosscoder, maxima: Tensor, latents: dict[str, int]
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_latent_of_a_alone_steers_b_by_a_map_only(
     assert "activation_explained" not in found["latents"][0]
 
 
+@pytest.mark.slow
 def test_it_is_said_how_well_a_shared_latents_activation_is_guessed(
     steer: Steer, latents: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,6 +212,7 @@ def test_it_is_said_how_well_a_shared_latents_activation_is_guessed(
     assert f"Latent {latent} is shared: its activation is predicted from model a" in caplog.text
 
 
+@pytest.mark.slow
 def test_people_read_both_texts(
     run: Path, latents: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +228,7 @@ def test_people_read_both_texts(
     assert steered == untouched + "\n"
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -165,6 +165,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folde
 FEW = ("--keep", "4", "--texts", "4", "--controls", "2")
 
 
+@pytest.mark.slow
 def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

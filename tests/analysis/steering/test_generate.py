@@ -144,6 +144,7 @@ def test_the_seed_decides_the_answers_and_leaves_torchs_own_alone(
     assert list(contrastive_rows(pair, PROMPTS, options(seed=2))) != first
 
 
+@pytest.mark.slow
 def test_one_model_twice_answers_the_same_twice(
     options: Options, llama_config: ModelConfig
 ) -> None:
@@ -192,6 +193,7 @@ def test_a_template_that_cannot_say_how_an_answer_ends_ends_none(
     assert len(answer(pair.a, [raw], Sampling(max_new_tokens=3), seed=0)) == 1
 
 
+@pytest.mark.slow
 def test_a_template_for_users_messages_alone_is_enough_to_answer_them(
     options: Options, tmp_path: Path
 ) -> None:
@@ -238,6 +240,7 @@ def test_prompts_without_room_for_an_answer_are_left_out_and_counted(
     assert "Left out 2 prompts" in caplog.text
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -34,6 +34,7 @@ def here(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None: 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_withheld_models_differ_in_what_they_read() -> None:
     case = made(Pair(WITHHELD, 0.3, seed=1), "report")
@@ -55,6 +56,7 @@ def _tune(path: Path) -> Path:
     return path.parent.parent / "tune" / path.name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_null_of_two_models_has_two_that_read_the_same() -> None:
     null = made(Pair(WITHHELD, 0.3, is_null=True, seed=1), "report")
@@ -91,6 +93,7 @@ def test_each_seed_has_every_pair_and_models_of_its_own() -> None:
     assert {run.pair.seed for run in full if run.pair.case == LANGUAGE_TINY} == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_of_each_side_the_first_called_latents_are_tested_in_their_own_model(
     monkeypatch: pytest.MonkeyPatch,
@@ -125,6 +128,7 @@ def test_of_each_side_the_first_called_latents_are_tested_in_their_own_model(
     assert len(asked) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_results_are_kept_and_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

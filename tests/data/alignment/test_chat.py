@@ -207,6 +207,7 @@ def test_a_pair_has_read_the_same_of_the_same_message_and_nothing_of_a_template(
     assert coverage.pairs == len(segments)
 
 
+@pytest.mark.slow
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     messages=chats,

@@ -2,6 +2,7 @@ import sys
 import unicodedata
 
 import numpy as np
+import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from sae_lens_dfc.data.alignment.spans import _may_join, true_spans
@@ -76,6 +77,7 @@ def test_a_dropped_byte_does_not_move_the_next_ones() -> None:
     assert spans_of(tokenizer, "!\x1d?", encoding.offsets, encoding.tokens) == [[0, 1], [2, 3]]
 
 
+@pytest.mark.slow
 def test_all_that_normalizing_joins_with_what_is_before_it_is_known() -> None:
     every = map(chr, range(sys.maxunicode + 1))
     assigned = [c for c in every if unicodedata.category(c) not in ("Cn", "Co", "Cs")]

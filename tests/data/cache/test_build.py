@@ -79,6 +79,7 @@ def test_a_cache_holds_the_rows_that_training_would_read(cfg: CacheConfig, pair:
     assert {path.suffix for path in cached.folder.iterdir()} == {".json", ".safetensors"}
 
 
+@pytest.mark.slow
 def test_the_manifest_says_what_made_the_cache(cfg: CacheConfig, pair: ModelPair) -> None:
     manifest = cache_activations(cfg, pair).manifest
     for name, model in (("model_a", pair.a), ("model_b", pair.b)):
@@ -133,6 +134,7 @@ def test_training_on_a_cache_opens_no_model_and_knows_what_made_it(
     assert main(["evaluate", str(tmp_path / "run"), "--eval-pairs", "200"]) == 0
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -234,6 +236,7 @@ def test_a_cache_goes_on_when_text_and_models_have_moved_and_not_with_others(
     assert len(cache_activations(replace(here, dataset_path=str(again)))) == len(cached)
 
 
+@pytest.mark.slow
 def test_a_cache_that_goes_on_on_another_kind_of_device_says_so(
     cfg: CacheConfig,
     pair: ModelPair,
@@ -275,6 +278,7 @@ def test_a_cache_stopped_before_its_first_files_can_be_resumed(
     assert contents(cached.folder) == whole
 
 
+@pytest.mark.slow
 def test_a_cache_stays_until_what_overwrites_it_is_known_to_fit(
     cfg: CacheConfig, pair: ModelPair
 ) -> None:
@@ -314,6 +318,7 @@ def test_a_cache_for_which_there_is_no_room_is_refused_before_it_is_begun(
         cache_activations(replace(cfg, max_unique_pairs=10**15), pair)
 
 
+@pytest.mark.slow
 def test_another_folder_of_the_same_name_is_not_taken_for_the_cached_model(
     cfg: CacheConfig, pair: ModelPair, tmp_path: Path
 ) -> None:
@@ -399,6 +404,7 @@ def test_a_list_of_crosscoders_is_trained_on_one_stream(
     assert main(["evaluate", *runs, "--eval-pairs", "100"]) == 0
 
 
+@pytest.mark.slow
 def test_a_data_set_on_the_command_line_takes_the_place_of_a_files_sources(
     cfg: CacheConfig, tmp_path: Path
 ) -> None:

@@ -136,6 +136,7 @@ def test_cpython_docs_repeat_no_long_paragraph() -> None:
     assert len(paragraphs) == len(set(paragraphs))
 
 
+@pytest.mark.slow
 def test_cpython_docs_are_enough_for_the_demo() -> None:
     # The demo reads 108,000 pairs at about 4.5 characters each.
     assert sum(map(len, cpython_docs())) > 108_000 * 6
@@ -279,6 +280,7 @@ def normal(chat: Any) -> Any:
         return str(error)
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("kind", CHATS)
 def test_chats_are_the_same_in_every_form_that_stores_them(kind: str, tmp_path: Path) -> None:
     if kind == "some in parts" and not hasattr(datasets, "Json"):

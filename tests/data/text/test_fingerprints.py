@@ -106,6 +106,7 @@ def test_a_folder_that_is_streamed_is_known_by_what_is_in_its_files(tmp_path: Pa
     assert "rows" in sign(tmp_path / "one", streaming=False)
 
 
+@pytest.mark.slow
 def test_of_large_files_pieces_are_read_and_every_size_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

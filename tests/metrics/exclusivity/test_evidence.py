@@ -139,6 +139,7 @@ def test_where_every_feature_is_shared_nothing_is_called() -> None:
     assert not evidence.is_exclusive.any()
 
 
+@pytest.mark.slow
 def test_a_latent_that_hardly_fires_is_not_judged() -> None:
     pair = ToyPair(TOY)
     crosscoder = perfect(pair)
@@ -248,6 +249,7 @@ def superposed(seed: int, n_own: int, n_split: int) -> tuple[LatentEvidence, int
     return evidence, n_own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_in_superposition_no_half_of_a_shared_feature_is_called(seed: int) -> None:
     evidence, _ = superposed(seed, n_own=0, n_split=60)
@@ -263,6 +265,7 @@ def test_in_superposition_features_of_one_model_are_called(seed: int) -> None:
     assert called[n_own:].sum() <= 1
 
 
+@pytest.mark.slow
 def test_of_models_with_nothing_in_common_each_latent_is_called() -> None:
     """No map finds anything here, which must not silence the evidence."""
     pair = ToyPair(replace(TOY, pairing_noise=1.0))

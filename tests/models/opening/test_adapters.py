@@ -82,6 +82,7 @@ def save_merged(adapter: Path, base: Path, folder: Path, dtype: torch.dtype) -> 
     return folder
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "config",

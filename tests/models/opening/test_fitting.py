@@ -150,6 +150,7 @@ def test_no_common_decoder_is_taken_for_anything_else() -> None:
         check_causal(AutoConfig.for_model(kind), kind)
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_that_reads_ahead_is_found_out_whatever_its_configuration_says(
     dtype: str, saved: Make, monkeypatch: pytest.MonkeyPatch
@@ -244,6 +245,7 @@ def padded(tmp_path: Path, gpt2_folder: Path) -> ModelConfig:
     return tiny_gpt2(tmp_path / "padded", tokenizer, n)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_whose_text_has_more_tokens_than_the_model_is_refused_with_both_numbers(
     tmp_path: Path, gpt2_folder: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

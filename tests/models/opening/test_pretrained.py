@@ -58,6 +58,7 @@ def refusal(folder: Path) -> str:
     return str(refused.value)
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize("prefix", ["_orig_mod.module.", "module.", "policy.model."])
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_a_prefix_before_every_name_is_stripped_and_said(

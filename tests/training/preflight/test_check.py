@@ -87,6 +87,7 @@ def told(args: list[str], capsys: pytest.CaptureFixture[str], status: int = 0) -
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_two_tokenizers_fit_on_a_screen_that_ends_with_a_command_that_trains(
     llama_folder: Path,
     gpt2_folder: Path,
@@ -154,6 +155,7 @@ def test_a_model_and_its_fine_tune_share_basis_and_tokenizer_and_another_seed_no
     assert not any("docs/how-to/fine-tune.md" in note for note in same["notes"])
 
 
+@pytest.mark.slow
 def test_a_data_set_of_empty_documents_is_a_problem(
     llama_folder: Path, gpt2_folder: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
