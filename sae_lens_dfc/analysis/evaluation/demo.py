@@ -47,7 +47,7 @@ def demo_models(cfg: DemoConfig) -> tuple[ModelConfig, ModelConfig]:
 def demo_run_config(
     cfg: DemoConfig, model_a: ModelConfig, model_b: ModelConfig
 ) -> CrosscoderRunnerConfig:
-    """Settings of the demo run, which takes about ten minutes on two cores without bfloat16."""
+    """Settings of the demo run, which takes about seven minutes on two cores without bfloat16."""
     n_steps = cfg.training_tokens // BATCH_SIZE
     return CrosscoderRunnerConfig(
         # A run this short ends before a moving average with step 0.01 converges.
