@@ -417,7 +417,7 @@ def curve(n: int, **overrides: Any) -> Tensor:
 
 
 # What float32 rounds off grows over the steps, and by how much depends on the processor.
-@pytest.mark.first_is_fast
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.05), ("float64", 1e-9)])
 def test_training_on_the_sparse_path_is_training_on_the_dense_one(
     dtype: str, tolerance: float

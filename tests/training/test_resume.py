@@ -129,12 +129,12 @@ def stopped_and_resumed(
 @pytest.mark.parametrize(
     "sae",
     [
-        pytest.param(TESTED, marks=pytest.mark.slow),
         ON_THE_SPARSE_PATH,
+        pytest.param(TESTED, marks=pytest.mark.slow),
         pytest.param(COARSE, marks=pytest.mark.slow),
-        STANDARD,
+        pytest.param(STANDARD, marks=pytest.mark.slow),
     ],
-    ids=["dfc", "dfc, sparse", "dfc, bfloat16", "standard"],
+    ids=["dfc, sparse", "dfc", "dfc, bfloat16", "standard"],
 )
 @pytest.mark.parametrize("prefetch", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_training_stopped_twice_ends_with_the_same_bits(

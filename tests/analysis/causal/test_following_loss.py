@@ -1,5 +1,6 @@
 """Both models' losses on the text after each pair, against Hugging Face's own models."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from sae_lens_dfc.analysis.causal.following_loss import following_losses
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.loading import load_model
@@ -19,8 +21,16 @@ from tests.helpers import dfc_config
 
 
 @pytest.fixture(scope="module")
-def task(pair: ModelPair, llama_config: ModelConfig, gpt2_config: ModelConfig) -> PairTask:
+def task(
+    pair: ModelPair,
+    llama_config: ModelConfig,
+    gpt2_config: ModelConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> PairTask:
+    text = tmp_path_factory.mktemp("text") / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()))
     cfg = CrosscoderRunnerConfig(
+        dataset_path=str(text),
         sae=dfc_config(d_a=pair.d_a, d_b=pair.d_b),
         model_a=llama_config,
         model_b=gpt2_config,

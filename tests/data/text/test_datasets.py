@@ -138,7 +138,7 @@ def test_cpython_docs_repeat_no_long_paragraph() -> None:
 
 @pytest.mark.slow
 def test_cpython_docs_are_enough_for_the_demo() -> None:
-    # The demo reads 108,000 pairs at about 4.5 characters each.
+    # The benchmark's demo reads 108,000 pairs at about 4.5 characters each.
     assert sum(map(len, cpython_docs())) > 108_000 * 6
 
 

@@ -55,15 +55,15 @@ def known(kind: str, n: int = 8000) -> tuple[Estimate, Estimate]:
     return found["known"], found["own_r2"]
 
 
+@pytest.mark.first_is_fast
 @pytest.mark.parametrize(
     ("kind", "share"),
     [
         ("half", 0.5),
         ("nothing", 0.0),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("all", 1.0), ("in another form", 1.0), ("the text", 0.0))
-        ),
+        ("all", 1.0),
+        ("in another form", 1.0),
+        ("the text", 0.0),
     ],
 )
 def test_the_share_known_is_the_share_that_the_other_model_has(kind: str, share: float) -> None:
