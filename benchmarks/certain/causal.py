@@ -1,11 +1,11 @@
 """Tests the latents called exclusive causally, in their own model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.certain.score import MIN_SHARE
+from benchmarks.certain.score import MIN_SHARE, on_languages
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
 from sae_lens_dfc.analysis.screening.causal_tests import Sizes, causal_tests, subject_of
 from sae_lens_dfc.analysis.screening.verdicts import EXCLUSIVE_USED, findings
@@ -23,7 +23,7 @@ def used(
     task: PairTask,
     evidence: LatentEvidence,
     shares: Mapping[str, Float[Tensor, " d_sae"]],
-    known_to: Mapping[str, str],
+    known_to: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[str, int]]:
     """For each side, of the first latents that are called: how many are `tested`, are `used`
     (verdict `exclusive and used`), and are `right`, used and of the side's language.
@@ -33,7 +33,7 @@ def used(
         task: The whole models and their data.
         evidence: Evidence for each latent.
         shares: `share_of_firings`.
-        known_to: The language that only this side's model knows.
+        known_to: The languages that only this side's model knows.
     """
     order = [int(i) for i in ranking(evidence) if evidence.is_exclusive[i]]
     sides = {
@@ -50,7 +50,7 @@ def used(
     are_used = {one.latent for one in found if one.verdict == EXCLUSIVE_USED}
 
     def is_right(side: str, latent: int) -> bool:
-        return side in known_to and shares[known_to[side]][latent].item() > MIN_SHARE
+        return on_languages(shares, known_to.get(side, ()))[latent].item() > MIN_SHARE
 
     return {
         side: {

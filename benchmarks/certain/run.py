@@ -6,8 +6,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.certain.cases import LANGUAGE_TINY, TRAINING, WITHHELD, Case, Half, Pair, made
+from benchmarks.certain.cases import (
+    LANGUAGE_REAL,
+    LANGUAGE_TINY,
+    TRAINING,
+    WITHHELD,
+    Case,
+    Half,
+    Pair,
+    made,
+)
 from benchmarks.certain.causal import used
+from benchmarks.certain.parallel_text import ENGLISH
 from benchmarks.certain.score import score, share_of_firings
 from benchmarks.provenance import provenance
 from benchmarks.resume import with_missing
@@ -37,6 +47,8 @@ PAIRS = (
     Pair(WITHHELD, 0.05),
     Pair(WITHHELD, 0.01),
     Pair(WITHHELD, 0.2, is_null=True),
+    Pair(LANGUAGE_REAL),
+    Pair(LANGUAGE_REAL, is_null=True),
 )
 
 
@@ -60,6 +72,14 @@ class Preset:
     seeds: int
     half: Half = "report"
     settings: Settings = Settings()
+    of_real_models: Settings = Settings(
+        d_sae=2048, k=32, max_unique_pairs=36_000, steps=400, eval_pairs=12_000
+    )
+    """Settings of `language-real`, whose models take a hundred times as long to read."""
+
+    def settings_of(self, pair: Pair) -> Settings:
+        """Training and evaluation of a pair's crosscoder."""
+        return self.of_real_models if pair.case == LANGUAGE_REAL else self.settings
 
 
 PRESETS = {
@@ -96,7 +116,7 @@ def settings(run: Run, preset: Preset) -> dict[str, Any]:
         "seed": run.seed,
         "half": preset.half,
         "models": asdict(TRAINING),
-        **asdict(preset.settings),
+        **asdict(preset.settings_of(run.pair)),
     }
     return json.loads(json.dumps(values))
 
@@ -134,14 +154,14 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
         The pair; `score` and `used` by side; `knows_more`, the model that the loss with the other's
             map names on each language; and the seconds of each part.
     """
-    started = time.monotonic()
+    started, sizes = time.monotonic(), preset.settings_of(run.pair)
     case = made(run.pair, preset.half)
     built = time.monotonic()
-    task = collected(case, run.seed, preset.settings)
+    task = collected(case, run.seed, sizes)
     collecting = time.monotonic()
     crosscoder = train_crosscoder(task)
     trained = time.monotonic()
-    found = measure(crosscoder, task, CausalOptions(preset.settings.downstream_pairs))
+    found = measure(crosscoder, task, CausalOptions(sizes.downstream_pairs))
     measured = time.monotonic()
     shares, evidence = share_of_firings(crosscoder, task.data), evidence_in(found)
     are_used = used(crosscoder, task, evidence, shares, case.known_to)
@@ -153,7 +173,7 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
         "seed": run.seed,
         "score": score(evidence, crosscoder.partition, shares, case.known_to),
         "used": are_used,
-        "known_to": dict(case.known_to),
+        "known_to": {side: list(languages) for side, languages in case.known_to.items()},
         "knows_more": knows_more_by_source(found.metrics),
         "rises": {name: value for name, value in found.metrics.items() if name.startswith(PREFIX)},
         "metrics": {
@@ -189,7 +209,11 @@ def run_config(case: Case, seed: int, sizes: Settings) -> CrosscoderRunnerConfig
         sae=DFCTrainingCrosscoderConfig(d_sae=sizes.d_sae, k=sizes.k, topk_threshold_lr=0.05),
         model_a=case.models[0],
         model_b=case.models[1],
-        sources=[SourceConfig(str(path)) for path in case.text.values()],
+        # As much English as of all other languages.
+        sources=[
+            SourceConfig(str(path), weight=len(case.text) - 1 if language == ENGLISH else 1)
+            for language, path in case.text.items()
+        ],
         max_unique_pairs=sizes.max_unique_pairs,
         training_tokens=sizes.steps * BATCH_SIZE,
         eval_pairs=sizes.eval_pairs,

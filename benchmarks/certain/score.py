@@ -1,6 +1,6 @@
 """Compares the latents that are called exclusive with what is certain: which language they fire on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,11 +31,25 @@ def share_of_firings(crosscoder: Crosscoder, data: PairData) -> dict[str, Float[
     return dict(zip(data.sources, counts / counts.sum(dim=0), strict=True))
 
 
+def on_languages(
+    shares: Mapping[str, Float[Tensor, " d_sae"]], languages: Sequence[str]
+) -> Float[Tensor, " d_sae"]:
+    """Share of each latent's firings that is on some of the languages.
+
+    >>> on_languages({"en": torch.tensor([0.2]), "de": torch.tensor([0.5])}, ["en", "de"])
+    tensor([0.7000])
+    >>> on_languages({"en": torch.tensor([0.2])}, [])
+    tensor([0.])
+    """
+    every = torch.stack(list(shares.values()))
+    return every[[name in languages for name in shares]].sum(dim=0)
+
+
 def score(
     evidence: LatentEvidence,
     partition: Partition,
     shares: Mapping[str, Float[Tensor, " d_sae"]],
-    known_to: Mapping[str, str],
+    known_to: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[str, Any]]:
     """For each side (`a_exclusive`, `b_exclusive`), the counts of latents.
 
@@ -43,21 +57,20 @@ def score(
         evidence: Evidence for each latent.
         partition: The crosscoder's partition.
         shares: `share_of_firings`.
-        known_to: The language that only this side's model knows.
+        known_to: The languages that only this side's model knows.
 
     Returns:
-        `judged` and `called` of all candidates; `right`, the called ones of the side's language;
+        `judged` and `called` of all candidates; `right`, the called ones of the side's languages;
             `often`, the latents of the partition that fire at least 100 times, `often_of_language`
-            those of the side's language, and how many of these are called (`often_called`,
+            those of the side's languages, and how many of these are called (`often_called`,
             `often_of_language_called`); and of each judged latent `known`, `target_worse`,
-            `language`, its share of firings on the side's language, and `is_called`.
+            `language`, its share of firings on the side's languages, and `is_called`.
     """
     result: dict[str, dict[str, Any]] = {}
     for side, is_side in ((A_EXCLUSIVE, evidence.is_a), (B_EXCLUSIVE, ~evidence.is_a)):
         judged = evidence.is_judged & is_side
         called = evidence.is_exclusive & is_side
-        language = known_to.get(side)
-        share = torch.zeros(len(judged)) if language is None else shares[language]
+        share = on_languages(shares, known_to.get(side, ()))
         is_right = share > MIN_SHARE
         often = torch.zeros_like(judged)
         often[partition.slices[side]] = evidence.firings[partition.slices[side]] >= OFTEN

@@ -6,7 +6,12 @@ from typing import Any
 from benchmarks.tables.tables import Rows, Table
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 
-SIDES = (A_EXCLUSIVE, B_EXCLUSIVE)
+SIDES = {A_EXCLUSIVE: "A", B_EXCLUSIVE: "B"}
+NULLS = {
+    "language-tiny": "one model twice",
+    "withheld": "two models of the same text",
+    "language-real": "SmolLM2 twice",
+}
 
 
 def case_name(row: Mapping[str, Any]) -> str:
@@ -19,14 +24,10 @@ def case_name(row: Mapping[str, Any]) -> str:
     >>> case_name({"certain_case": "language-tiny", "share": 0.0, "is_null": True})
     'null: one model twice'
     """
-    is_withheld = row["certain_case"] == "withheld"
+    case = row["certain_case"]
     if row["is_null"]:
-        return f"null: {'two models of the same text' if is_withheld else 'one model twice'}"
-    return (
-        f"{row['certain_case']}, {row['share']:.0%}".replace("%", " %")
-        if is_withheld
-        else row["certain_case"]
-    )
+        return f"null: {NULLS[case]}"
+    return f"{case}, {100 * row['share']:g} %" if row["share"] > 0 else case
 
 
 def rows_by_case(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
@@ -44,19 +45,21 @@ def certain_tables(rows: Rows) -> Iterator[Table]:
         "runs",
         "judged",
         "called, by run",
-        "of them on the language that only this model knows",
+        "of them on what only this model knows",
         "exclusive latents that fire 100 times: called",
         "called and tested causally: exclusive and used",
     ]
     cells = [head]
     for case, own in rows_by_case(rows).items():
-        for side in SIDES:
+        for side, model in SIDES.items():
             scores = [row["score"][side] for row in own]
-            is_known = any(side in row["known_to"] for row in own)
             called = _sum(scores, "called")
-            right = f"{_sum(scores, 'right')} of {called}" if is_known else "nothing to find"
+            right = f"{_sum(scores, 'right')} of {called}"
+            if side not in own[0]["known_to"]:
+                # SmolLM2 may represent spellings that Gemma does not.
+                right = "not certain" if case == "language-real" else "nothing to find"
             often = f"{_sum(scores, 'often_called')} of {_sum(scores, 'often')}"
-            name = f"{case}: {'A' if side == A_EXCLUSIVE else 'B'}"
+            name = f"{case}: {model}"
             calls = ", ".join(str(score["called"]) for score in scores)
             tests = [row["used"][side] for row in own]
             used = f"{_sum(tests, 'used')} of {_sum(tests, 'tested')}"
@@ -71,12 +74,10 @@ def _named(rows: Rows) -> list[list[str]]:
     for case, own in rows_by_case(rows).items():
         for language in own[0]["knows_more"]:
             named = [row["knows_more"][language] for row in own]
-            known_to = {text: side for side, text in own[0]["known_to"].items()}
-            certain = {A_EXCLUSIVE: "A", B_EXCLUSIVE: "B"}.get(
-                known_to.get(language, ""), "neither"
-            )
+            known_to = own[0]["known_to"]
+            certain = [m for side, m in SIDES.items() if language in known_to.get(side, ())]
             counts = [str(named.count(model)) for model in ("a", "b", None)]
-            cells.append([case, language, *counts, certain])
+            cells.append([case, language, *counts, *(certain or ["neither"])])
     return cells
 
 

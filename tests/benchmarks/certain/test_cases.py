@@ -9,8 +9,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.certain import cases, causal, glassllm, parallel_text
-from benchmarks.certain.cases import LANGUAGE_TINY, WITHHELD, Pair, made, passages
-from benchmarks.certain.run import PRESETS, Settings, collected, run_certain_benchmark, runs
+from benchmarks.certain.cases import (
+    LANGUAGE_REAL,
+    LANGUAGE_TINY,
+    WITHHELD,
+    Pair,
+    made,
+    passages,
+)
+from benchmarks.certain.run import (
+    PRESETS,
+    Settings,
+    collected,
+    run_certain_benchmark,
+    run_config,
+    runs,
+)
 from benchmarks.certain.withheld import mixed
 from sae_lens_dfc.analysis.evaluation.measure import evidence_in, measure, train_crosscoder
 from sae_lens_dfc.analysis.report.findings import EffectView
@@ -29,16 +43,14 @@ SIZES = Settings(d_sae=40, k=4, max_unique_pairs=60, steps=6, eval_pairs=60)
 def here(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setenv("SAE_LENS_DFC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cases, "TRAINING", SMALL)
-    monkeypatch.setattr(
-        parallel_text, "EDITIONS", {"English": "k", "Portuguese": "a", "Italian": "x"}
-    )
+    monkeypatch.setitem(parallel_text.EDITIONS, "Italian", "x")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_withheld_models_differ_in_what_they_read() -> None:
     case = made(Pair(WITHHELD, 0.3, seed=1), "report")
-    assert case.known_to == {"b_exclusive": "Portuguese"}
+    assert case.known_to == {"b_exclusive": ("Portuguese",)}
     a, b = (AutoModelForCausalLM.from_pretrained(m.model_name) for m in case.models)
     assert (a.config.model_type, b.config.model_type) == ("llama", "gpt2")
     assert a.config.hidden_size != b.config.hidden_size
@@ -72,10 +84,33 @@ def test_tuning_is_on_another_language_and_on_other_chapters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tune = made(Pair(WITHHELD, 0.3), "tune")
-    assert tune.known_to == {"b_exclusive": "Italian"}
+    assert tune.known_to == {"b_exclusive": ("Italian",)}
     monkeypatch.setattr(glassllm, "LANGUAGES", ("e", "p"))
     tiny = [made(Pair(LANGUAGE_TINY), half).text["English"] for half in ("tune", "report")]
     assert not {*passages(tiny[0])} & {*passages(tiny[1])}
+
+
+@pytest.mark.usefixtures("here")
+def test_the_real_models_read_as_much_english_as_all_that_only_one_of_them_knows(
+    monkeypatch: pytest.MonkeyPatch, llama_folder: Path, gpt2_folder: Path
+) -> None:
+    folders = {cases.DEMO_A: llama_folder, cases.DEMO_B: gpt2_folder}
+    monkeypatch.setattr(cases, "unpack", folders.__getitem__)
+    monkeypatch.setattr(cases, "FOREIGN", {"report": ("French", "Korean"), "tune": ()})
+    monkeypatch.setattr(
+        cases, "MORE_EDITIONS", {"English": "k", "French": "a", "Korean": "x", "Polish": "k"}
+    )
+    case = made(Pair(LANGUAGE_REAL), "report")
+    assert case.known_to == {"b_exclusive": ("French", "Korean")}
+    assert {name: passages(path)[0][0] for name, path in case.text.items()} == {
+        "English": "k",
+        "French": "a",
+        "Korean": "x",
+    }
+    sources = run_config(case, 0, SIZES).sources
+    assert [source.weight for source in sources] == [2, 1, 1]
+    null = made(Pair(LANGUAGE_REAL, is_null=True), "report")
+    assert null.known_to == {} and null.models == (case.models[0],) * 2
 
 
 def test_a_share_is_of_characters() -> None:
@@ -116,7 +151,7 @@ def test_of_each_side_the_first_called_latents_are_tested_in_their_own_model(
     monkeypatch.setattr(causal, "causal_tests", lambda *_args: result)
     every = measured._replace(is_exclusive=torch.ones_like(measured.is_a), firings=firings)
     shares = {"Portuguese": torch.ones(SIZES.d_sae)}
-    found = causal.used(crosscoder, task, every, shares, {"b_exclusive": "Portuguese"})
+    found = causal.used(crosscoder, task, every, shares, {"b_exclusive": ["Portuguese"]})
     assert measured.is_a[asked].tolist() == [True] * 3 + [False] * 3
     assert found == {
         "a_exclusive": {"tested": 2, "used": 1, "right": 0},

@@ -34,7 +34,7 @@ SHARES = {
 
 
 def test_calls_are_right_on_the_language_that_only_their_model_knows() -> None:
-    known_to = {"a_exclusive": "English", "b_exclusive": "Portuguese"}
+    known_to = {"a_exclusive": ["English"], "b_exclusive": ["Portuguese"]}
     found = score(evidence(), PARTITION, SHARES, known_to)
     a = {name: value for name, value in found["a_exclusive"].items() if isinstance(value, int)}
     assert a == {
@@ -52,8 +52,14 @@ def test_calls_are_right_on_the_language_that_only_their_model_knows() -> None:
     assert found["a_exclusive"]["is_called"] == [True, True, False]
 
 
+def test_calls_on_any_language_that_only_their_model_knows_are_right() -> None:
+    found = score(evidence(), PARTITION, SHARES, {"a_exclusive": ["English", "Portuguese"]})
+    assert found["a_exclusive"]["right"] == found["a_exclusive"]["called"] == 2
+    assert found["a_exclusive"]["language"] == [1.0, 1.0, 1.0]
+
+
 def test_of_a_model_that_alone_knows_nothing_no_call_is_right() -> None:
-    found = score(evidence(), PARTITION, SHARES, {"b_exclusive": "Portuguese"})
+    found = score(evidence(), PARTITION, SHARES, {"b_exclusive": ["Portuguese"]})
     assert found["a_exclusive"]["called"] == 2
     assert found["a_exclusive"]["right"] == 0
 
@@ -72,7 +78,7 @@ def test_firings_are_counted_by_source() -> None:
 
 
 def test_the_table_has_each_case_and_side() -> None:
-    known_to = {"a_exclusive": "English", "b_exclusive": "Portuguese"}
+    known_to = {"a_exclusive": ["English"], "b_exclusive": ["Portuguese"]}
     row = {
         "certain_case": "language-tiny",
         "share": 0.0,
