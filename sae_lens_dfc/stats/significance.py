@@ -1,5 +1,4 @@
-"""Computes p-values against a null, corrects them for multiple tests, and bootstraps intervals of
-effects."""
+"""Corrects p-values for multiple tests, and bootstraps intervals of effects."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,21 +12,6 @@ from torch import Tensor
 N_RESAMPLES = 2000
 
 QUANTILE = 0.95
-
-
-def empirical_p(values: Float[Tensor, " n"], reference: Float[Tensor, " m"]) -> Float[Tensor, " n"]:
-    """Empirical p-value: the share of reference values at or above each value, counting the value
-    itself, `(1 + #{r >= v}) / (1 + m)`.
-
-    It is never 0, because `m` draws cannot resolve smaller p-values. A NaN value has p = 1; NaN in
-    the reference is ignored.
-
-    >>> empirical_p(torch.tensor([3.0, 0.5]), torch.tensor([1.0, 2.0, 4.0]))
-    tensor([0.5000, 1.0000], dtype=torch.float64)
-    """
-    known = reference[~reference.isnan()].double().sort().values
-    n_below = torch.searchsorted(known, values.double().nan_to_num(-torch.inf))
-    return (1 + len(known) - n_below).double() / (1 + len(known))
 
 
 def benjamini_hochberg(p: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

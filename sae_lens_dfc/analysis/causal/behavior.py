@@ -82,8 +82,6 @@ class LatentBehavior(NamedTuple):
     other_mass: tuple[float, float]
     """Probability mass of steered A and B on tokens that only one vocabulary has; they count as one
     outcome."""
-    score_by_strength: list[float]
-    """The score at each strength."""
 
 
 class BehaviorResult(NamedTuple):
@@ -263,27 +261,16 @@ def _latent_behavior(
         measures = compare_effects(steered[source], steered["b" if source == "a" else "a"])
         other = {f"other_{name}": steered[name].after[..., -1].mean(dim=-1) for name in steered}
         found.append({**measures, **other})
-    by_strength = {k: torch.stack([f[k] for f in found]).mean(dim=0) for k in found[0]}
-    mean = {name: value.mean().item() for name, value in by_strength.items()}
+    mean = {k: torch.stack([f[k] for f in found]).mean(dim=0).mean().item() for k in found[0]}
     return LatentBehavior(
-        score=_share(mean["unshared"], mean["moved"]),
+        # 0 if nothing changes; NaN from overflowed logits is kept.
+        score=0.0 if mean["moved"] == 0 else mean["unshared"] / mean["moved"],
         moved=mean["moved"],
         divergence=mean["divergence"],
         effect_in_source=mean["effect_in_source"],
         effect_in_target=mean["effect_in_target"],
         other_mass=(mean["other_a"], mean["other_b"]),
-        score_by_strength=[
-            _share(unshared, moved)
-            for unshared, moved in zip(
-                by_strength["unshared"].tolist(), by_strength["moved"].tolist(), strict=True
-            )
-        ],
     )
-
-
-def _share(unshared: float, moved: float) -> float:
-    """0 if nothing changes; NaN from overflowed logits is kept."""
-    return 0.0 if moved == 0 else unshared / moved
 
 
 def compare_effects(source: Steered, target: Steered) -> dict[str, Float[Tensor, " strengths"]]:
