@@ -76,7 +76,7 @@ class PairData:
             name: token_deciles(
                 tokens[name], max(int(model.model.cfg.d_vocab), _above(tokens[name]))
             )
-            for name, model in (("a", pair.a), ("b", pair.b))
+            for name, model in pair.models.items()
         }
         return [
             {name: table[self._tokens(rows, name)] for name, table in tables.items()}

@@ -23,8 +23,7 @@ from sae_lens_dfc.data.activations import PairedRows, paired_activations
 from sae_lens_dfc.data.alignment.segments import Segments
 from sae_lens_dfc.data.contexts import Context, ContextBatch, PairCounts
 from sae_lens_dfc.data.pair import ModelPair
-from sae_lens_dfc.models.config import ModelName
-from sae_lens_dfc.models.hooked_model import HookedModel
+from sae_lens_dfc.models.config import OTHER, ModelName
 from sae_lens_dfc.stats.significance import Effect
 
 
@@ -51,8 +50,7 @@ def own_part(
     """One latent's direction from `both_decoder_differences`. In the target model it is the
     negative of the target's own difference, since it is what the target lacks."""
     both = {"a": of_a[latent], "b": of_b[latent]}
-    other = "b" if source == "a" else "a"
-    return ModelSpecificDirection(latent, source, both[source], -both[other])
+    return ModelSpecificDirection(latent, source, both[source], -both[OTHER[source]])
 
 
 class Texts(NamedTuple):
@@ -129,7 +127,7 @@ def _texts(pair: ModelPair, rows: PairedRows, feature_acts: Tensor, numbers: Set
     readings: dict[ModelName, SplicedReading] = {}
     acts: dict[ModelName, Tensor] = {}
     if kept:
-        for m, model in _models(pair).items():
+        for m, model in pair.models.items():
             readings[m] = reading_of(model, m, rows)
             acts[m] = model.activations(readings[m].ids, readings[m].mask).float()
     return Texts(rows, feature_acts[here], readings, acts)
@@ -195,8 +193,6 @@ def verify(
             f"Latent {own.latent} fires at the end of none of the texts. Give other texts."
         )
     of_models = dict(zip(("a", "b"), outcomes or common_outcomes(pair.a, pair.b), strict=True))
-    models = _models(pair)
-    target: ModelName = "b" if own.source == "a" else "a"
 
     def next_token(m: ModelName, direction: Tensor | None) -> _NextToken:
         acts = texts.acts[m]
@@ -206,7 +202,7 @@ def verify(
             where = reading.context.to(acts.device), reading.position.to(acts.device)
             acts[where] += texts.feature_acts.to(acts)[:, None] * direction.to(acts)
         reading = texts.readings[m]
-        found = logits_at_end(models[m], reading.ids, reading.mask, acts)
+        found = logits_at_end(pair.models[m], reading.ids, reading.mask, acts)
         common = outcome_probabilities(found, of_models[m]).cpu()
         if common.isnan().any():
             raise ValueError(
@@ -215,11 +211,11 @@ def verify(
             )
         return _NextToken(common, found.float().softmax(dim=-1).cpu() if m == own.source else None)
 
-    untouched = {m: next_token(m, None) for m in models}
+    untouched = {m: next_token(m, None) for m in pair.models}
     baseline = jensen_shannon(untouched["a"].common, untouched["b"].common)
 
     def moved(m: ModelName, direction: Tensor) -> dict[str, Tensor]:
-        after, other = next_token(m, direction), untouched["b" if m == "a" else "a"]
+        after, other = next_token(m, direction), untouched[OTHER[m]]
         found = {"closer": baseline - jensen_shannon(after.common, other.common)}
         before = untouched[m].own
         if after.own is not None and before is not None:
@@ -241,14 +237,10 @@ def verify(
             for name, values in found.items()
         }
 
-    ablated, patched = effects(own.source, -own.own), effects(target, own.moved)
+    ablated, patched = effects(own.source, -own.own), effects(OTHER[own.source], own.moved)
     return Verification(
         baseline.mean().item(), ablated["closer"], patched["closer"], ablated["moved"]
     )
-
-
-def _models(pair: ModelPair) -> dict[ModelName, HookedModel]:
-    return {"a": pair.a, "b": pair.b}
 
 
 def drawn_directions(

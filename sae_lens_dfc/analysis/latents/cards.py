@@ -21,6 +21,7 @@ from sae_lens_dfc.metrics.exclusivity.decoders import (
 )
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, verdict
 from sae_lens_dfc.metrics.sparsity import ActivationStats
+from sae_lens_dfc.models.config import ModelName
 from sae_lens_dfc.models.decoding import spelled
 from sae_lens_dfc.models.logit_lens import extreme_tokens, has_direct_effect
 
@@ -169,9 +170,9 @@ def _evidence_of(evidence: LatentEvidence, latent: int) -> dict[str, float | boo
 
 
 def _logit_effects(
-    crosscoder: Crosscoder, pair: ModelPair, m: str, latents: Sequence[int]
+    crosscoder: Crosscoder, pair: ModelPair, m: ModelName, latents: Sequence[int]
 ) -> list[LogitEffect]:
-    model = pair.a if m == "a" else pair.b
+    model = pair.models[m]
     if not has_direct_effect(model):
         return []
     directions = crosscoder.W_dec[list(latents), crosscoder.partition.models[m]].float()
