@@ -167,7 +167,7 @@ def train_separate(cfg: CrosscoderRunnerConfig, batches: BatchStream) -> Crossco
     normalization, inputs = normalized(cfg, batches)
     torch.manual_seed(cfg.seed)
     sizes, trainer_config = _sizes(cfg), cfg.to_sae_trainer_config()
-    trainers = {
+    trainers: dict[ModelName, SAETrainer[Any, Any]] = {
         model: SAETrainer(trainer_config, BatchTopKTrainingSAE(sae), iter(()))
         for model, sae in _separate_configs(cfg).items()
     }
