@@ -26,10 +26,8 @@ def benjamini_hochberg(p: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     return torch.from_numpy(false_discovery_control(p.double().cpu().numpy())).to(p.device)
 
 
-def share_beyond(
-    values: Float[Tensor, " n"], null: Float[Tensor, " m"], quantile: float = QUANTILE
-) -> float:
-    """Share of the values above a quantile of the null; NaN if either is empty.
+def share_beyond(values: Float[Tensor, " n"], null: Float[Tensor, " m"]) -> float:
+    """Share of the values above the null's 95th percentile; NaN if either is empty.
 
     >>> share_beyond(torch.tensor([1.0, 5.0]), torch.arange(3.0))
     0.5
@@ -37,12 +35,12 @@ def share_beyond(
     values, null = (x[~x.isnan()].double() for x in (values, null))
     if len(values) == 0 or len(null) == 0:
         return float("nan")
-    return (values > torch.quantile(null, quantile)).double().mean().item()
+    return (values > torch.quantile(null, QUANTILE)).double().mean().item()
 
 
-def interval(values: Float[Tensor, " n"], seed: int = 0) -> tuple[float, float]:
+def interval(values: Float[Tensor, " n"]) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over texts (percentiles of 2,000 resamples)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(values), (N_RESAMPLES, len(values)), generator=generator)
     low, high = values[drawn].mean(dim=1).quantile(values.new_tensor([0.025, 0.975])).tolist()
     return low, high
