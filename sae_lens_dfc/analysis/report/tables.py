@@ -182,10 +182,11 @@ COLUMNS = [
 
 
 def groups_of(metrics: Mapping[str, float]) -> list[MeasureGroup]:
-    """The groups of measures, with the rows of each source of text that was measured by itself.
+    """The groups of measures without those that were not measured, with the rows of each source of
+    text that was measured by itself.
 
-    >>> [group.rows[-1][1] for group in groups_of({"mapped_loss/pt/b_minus_a": 1.0})][2]
-    "Rise of B's loss, given its mean, on pt"
+    >>> [group.rows for group in groups_of({"mapped_loss/pt/b_minus_a": 1.0})]
+    [[('mapped_loss/pt/b_minus_a', "Rise of B's loss minus A's, on pt")]]
     """
     by_source = [
         (key.replace(PREFIX, f"{PREFIX}{source}/", 1), f"{title}, on {source}")
@@ -193,7 +194,14 @@ def groups_of(metrics: Mapping[str, float]) -> list[MeasureGroup]:
         for key, title in KNOWS_MORE.rows
     ]
     whole = KNOWS_MORE._replace(rows=[*KNOWS_MORE.rows, *by_source])
-    return [whole if group is KNOWS_MORE else group for group in GROUPS]
+    groups = (whole if group is KNOWS_MORE else group for group in GROUPS)
+    measured = [
+        group._replace(
+            rows=[row for row in group.rows if any(p + row[0] in metrics for p, _ in COLUMNS)]
+        )
+        for group in groups
+    ]
+    return [group for group in measured if group.rows]
 
 
 def columns_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -212,7 +220,6 @@ def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[s
         [title, *(cell(metrics, prefix + key) for prefix, _ in columns)]
         for group in groups_of(metrics)
         for key, title in group.rows
-        if any(prefix + key in metrics for prefix, _ in columns)
     ]
     return ["measure", *(title for _, title in columns)], rows
 
