@@ -17,7 +17,7 @@ from sae_lens_dfc.analysis.causal.shared_vocabulary import (
 )
 from sae_lens_dfc.analysis.steering.hooks import logits_at_end
 from sae_lens_dfc.analysis.steering.latent_acts import latent_acts
-from sae_lens_dfc.analysis.steering.splicing import SplicedReading, reading_of
+from sae_lens_dfc.analysis.steering.splicing import Edit, SplicedReading, reading_of, spliced
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.data.activations import PairedRows, paired_activations
 from sae_lens_dfc.data.alignment.segments import Segments
@@ -195,13 +195,10 @@ def verify(
     of_models = dict(zip(("a", "b"), outcomes or common_outcomes(pair.a, pair.b), strict=True))
 
     def next_token(m: ModelName, direction: Tensor | None) -> _NextToken:
-        acts = texts.acts[m]
+        reading, acts = texts.readings[m], texts.acts[m]
         if direction is not None:
-            reading = texts.readings[m]
-            acts = acts.clone()
-            where = reading.context.to(acts.device), reading.position.to(acts.device)
-            acts[where] += texts.feature_acts.to(acts)[:, None] * direction.to(acts)
-        reading = texts.readings[m]
+            change = texts.feature_acts.to(acts)[:, None] * direction.to(acts)
+            acts = spliced(reading, Edit(change, adds=True))(acts)
         found = logits_at_end(pair.models[m], reading.ids, reading.mask, acts)
         common = outcome_probabilities(found, of_models[m]).cpu()
         if common.isnan().any():

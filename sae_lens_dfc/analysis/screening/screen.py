@@ -117,9 +117,7 @@ def screen(options: ScreenOptions) -> Screening:
         said: dict[int, Explained] = {}
         if judge is not None:
             asked = Asked(judge, concerns, options.flagged_only, options.seed)
-            first, said = explained(
-                on.crosscoder, on.pair, on.data, on.gathered, first, asked, progress
-            )
+            first, said = explained(on, first, asked, progress)
         results = _tested(on, first.latents, options, progress)
         found = findings(on.crosscoder, first.latents, results, said, evidence, on.one_basis)
         screening = Screening([*first.stages, verdict_stage(found)], found)
