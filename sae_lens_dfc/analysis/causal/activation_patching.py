@@ -19,7 +19,7 @@ from sae_lens_dfc.analysis.steering.hooks import logits_at_end
 from sae_lens_dfc.analysis.steering.latent_acts import latent_acts
 from sae_lens_dfc.analysis.steering.splicing import Edit, SplicedReading, reading_of, spliced
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.activations import PairedRows, paired_activations
+from sae_lens_dfc.data.activations import PairedRows, paired_activations, rows_in
 from sae_lens_dfc.data.alignment.segments import Segments
 from sae_lens_dfc.data.contexts import Context, ContextBatch, PairCounts
 from sae_lens_dfc.data.pair import ModelPair
@@ -120,13 +120,10 @@ def texts_of(
 
 def _texts(pair: ModelPair, rows: PairedRows, feature_acts: Tensor, numbers: Set[int]) -> Texts:
     """Restrict the rows to the contexts with these numbers, and run both models on them."""
-    here = torch.tensor([c in numbers for c in rows.context.tolist()], dtype=torch.bool)
-    kept = tuple(c for c in rows.contexts if c.number in numbers)
-    on = here.to(rows.acts.device)
-    rows = PairedRows(rows.acts[on], rows.context[here], rows.segment[here], kept)
+    rows, here = rows_in(rows, [c for c in rows.contexts if c.number in numbers])
     readings: dict[ModelName, SplicedReading] = {}
     acts: dict[ModelName, Tensor] = {}
-    if kept:
+    if rows.contexts:
         for m, model in pair.models.items():
             readings[m] = reading_of(model, m, rows)
             acts[m] = model.activations(readings[m].ids, readings[m].mask).float()

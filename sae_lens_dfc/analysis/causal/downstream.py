@@ -19,7 +19,7 @@ from sae_lens_dfc.analysis.steering.splicing import (
 from sae_lens_dfc.crosscoders.groups import EXCLUSIVE_TO, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import decode_blocks
-from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.activations import PairedRows, rows_in
 from sae_lens_dfc.data.contexts import Context
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.stats.jackknife import Jackknife, Sums
@@ -184,13 +184,6 @@ def contexts_at_once(pair: ModelPair, contexts: Sequence[Context]) -> Iterator[S
     size = max(1, MAX_LOGITS // (n_positions * d_vocab))
     for start in range(0, len(contexts), size):
         yield contexts[start : start + size]
-
-
-def rows_in(rows: PairedRows, contexts: Sequence[Context]) -> tuple[PairedRows, Bool[Tensor, " n"]]:
-    """The rows of these contexts, and a mask of them."""
-    here = torch.isin(rows.context, torch.tensor([context.number for context in contexts]))
-    acts = rows.acts[here.to(rows.acts.device)]
-    return PairedRows(acts, rows.context[here], rows.segment[here], contexts), here
 
 
 def _numbers(reading: SplicedReading) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_lens_dfc.analysis.latents.max_activating import FiringPosition, MaxActivatingExamples
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.activations import PairedRows, rows_in
 from sae_lens_dfc.data.contexts import Context
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.exclusivity.decoders import (
@@ -216,13 +216,11 @@ def _by_context(
     contexts = [context for context in batch.contexts if context.number in wanted]
     if not contexts:
         return
-    here = torch.isin(batch.context, torch.tensor([c.number for c in contexts], dtype=torch.long))
-    acts = batch.acts[here.to(batch.acts.device)].to(crosscoder.device)
-    feature_acts = crosscoder.encode(acts)[:, latents].float().cpu()
-    number, segment = batch.context[here], batch.segment[here]
+    rows, _ = rows_in(batch, contexts)
+    feature_acts = crosscoder.encode(rows.acts.to(crosscoder.device))[:, latents].float().cpu()
     for context in contexts:
-        own = number == context.number
-        yield context, segment[own].tolist(), feature_acts[own]
+        own = rows.context == context.number
+        yield context, rows.segment[own].tolist(), feature_acts[own]
 
 
 def _view(
