@@ -25,7 +25,7 @@ from benchmarks.provenance import provenance
 from sae_lens_dfc import ModelPair
 from sae_lens_dfc.core.terminal import text_table
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.metrics.exclusivity.decoders import decoder_differences
+from sae_lens_dfc.metrics.exclusivity.decoders import both_decoder_differences
 
 SEED = 2
 ORGANISMS = ("refusal/weak", "secret_word/weak", "topic")
@@ -37,7 +37,7 @@ def merit(crosscoder: Crosscoder, probes: Probes) -> float:
     probe = probes.discovery
     aucs = detection(crosscoder, probe)
     acts = activations(crosscoder, probe.behavior.rows)
-    directions = decoder_differences(crosscoder, probes.affine_maps)
+    directions = both_decoder_differences(crosscoder, probes.affine_maps)[1]
     first = ranking(crosscoder, probes.rows, probes.affine_maps)[:R].tolist()
     detecting = [latent for latent in first if aucs[latent] >= MIN_AUC]
     falls = [float(fall(probe, acts[:, i], directions[i]).mean()) for i in detecting]

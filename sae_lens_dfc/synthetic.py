@@ -217,22 +217,20 @@ def _frequencies(cfg: ToyPairConfig) -> Float[Tensor, " n_features"]:
     return scaled_to(log_odds.sigmoid() * tail, cfg.active_features, cfg.min_frequency)
 
 
-def scaled_to(
-    weights: Float[Tensor, " n"], total: float, floor: float, ceiling: float = 1.0
-) -> Float[Tensor, " n"]:
-    """The weights, scaled so that they sum to `total` after clamping.
+def scaled_to(weights: Float[Tensor, " n"], total: float, floor: float) -> Float[Tensor, " n"]:
+    """The weights, scaled so that they sum to `total` after clamping between `floor` and 1.
 
     >>> scaled_to(torch.tensor([1.0, 1.0, 2.0, 0.0]), total=1.0, floor=0.1)
     tensor([0.2250, 0.2250, 0.4500, 0.1000])
     """
     # Bisect on a log scale: a long tail spans many orders of magnitude.
     logs = weights.double().log()
-    low, high = -logs.max(), math.log(ceiling) - logs[logs > -math.inf].min()
+    low, high = -logs.max(), -logs[logs > -math.inf].min()
     low = low + math.log(floor) if floor > 0 else low - 100
     for _ in range(100):
         middle = (low + high) / 2
-        if (logs + middle).exp().clamp(floor, ceiling).sum() < total:
+        if (logs + middle).exp().clamp(floor, 1.0).sum() < total:
             low = middle
         else:
             high = middle
-    return (logs + high).exp().clamp(floor, ceiling).to(weights.dtype)
+    return (logs + high).exp().clamp(floor, 1.0).to(weights.dtype)

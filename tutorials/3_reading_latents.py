@@ -49,7 +49,7 @@ from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.analysis.latents.cards import latent_cards, strongest_latents
 from sae_lens_dfc.analysis.latents.max_activating import collect_max_activating
 from sae_lens_dfc.analysis.options import HeldOutOptions
-from sae_lens_dfc.analysis.report.build import report_data, report_settings
+from sae_lens_dfc.analysis.report.build import report_data
 from sae_lens_dfc.analysis.report.notebook import latent_html
 from sae_lens_dfc.analysis.report.page import render_report
 from sae_lens_dfc.analysis.report.results import Measured
@@ -288,9 +288,7 @@ for latent, card in zip(most, cards(most, evidence)):
 
 # %%
 metrics = found.metrics | data.metrics | prefixed("null/self/", null_found.metrics)
-page = report_data(
-    Measured(crosscoder, found._replace(metrics=metrics)), data, pair, report_settings(cfg)
-)
+page = report_data(Measured(crosscoder, found._replace(metrics=metrics)), data, pair, cfg)
 path = Path(folder) / "report.html"
 path.parent.mkdir(parents=True, exist_ok=True)
 path.write_text(render_report(page), encoding="utf-8")

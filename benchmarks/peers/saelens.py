@@ -32,6 +32,7 @@ from sae_lens_dfc.crosscoders.architectures.batchtopk import (
     BatchTopKTrainingCrosscoderConfig,
 )
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
+from sae_lens_dfc.models.config import ModelName
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 
 BatchStream = Iterator[Float[Tensor, "batch d_in"]]
@@ -166,7 +167,7 @@ def train_separate(cfg: CrosscoderRunnerConfig, batches: BatchStream) -> Crossco
     normalization, inputs = normalized(cfg, batches)
     torch.manual_seed(cfg.seed)
     sizes, trainer_config = _sizes(cfg), cfg.to_sae_trainer_config()
-    trainers = {
+    trainers: dict[ModelName, SAETrainer[Any, Any]] = {
         model: SAETrainer(trainer_config, BatchTopKTrainingSAE(sae), iter(()))
         for model, sae in _separate_configs(cfg).items()
     }
@@ -183,9 +184,9 @@ def train_separate(cfg: CrosscoderRunnerConfig, batches: BatchStream) -> Crossco
     return as_crosscoder(weights, normalization, (sizes.d_sae, sizes.d_sae))
 
 
-def _separate_configs(cfg: CrosscoderRunnerConfig) -> dict[str, BatchTopKTrainingSAEConfig]:
+def _separate_configs(cfg: CrosscoderRunnerConfig) -> dict[ModelName, BatchTopKTrainingSAEConfig]:
     sizes = _sizes(cfg)
-    widths = {"a": sizes.d_a, "b": sizes.d_b}
+    widths: dict[ModelName, int] = {"a": sizes.d_a, "b": sizes.d_b}
     return {
         model: BatchTopKTrainingSAEConfig(d_in=width, d_sae=sizes.d_sae, k=sizes.k)
         for model, width in widths.items()

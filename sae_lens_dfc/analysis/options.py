@@ -137,7 +137,7 @@ class SteerOptions(HeldOutOptions):
 
     run: str = field(positional=True, metavar="RUN")
     """Folder written by `train` or `demo`."""
-    model: str = field(choices=["a", "b"])
+    model: Literal["a", "b"]
     """The model to steer."""
     latent: list[int]
     """Indices of one or more latents, separated by spaces."""

@@ -9,6 +9,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+TEXT_LOCATION = ("dataset_path", "dataset_name", "dataset_split", "text_column", "streaming")
+"""Settings that locate a data set."""
 OF_RUN = {
     # Output and logging.
     *("resume", "overwrite", "output_path", "checkpoint_path", "n_checkpoints", "logger"),
@@ -17,13 +19,14 @@ OF_RUN = {
     # Device: another GPU gives the same numbers, but another kind of device rounds differently.
     "device",
     # Locations of the text and the cache, whose fingerprints are compared instead.
-    *("dataset_path", "dataset_name", "dataset_split", "text_column", "streaming", "cache_path"),
+    *TEXT_LOCATION,
+    "cache_path",
     # It becomes the crosscoders' own reassign_steps and evidence_window.
     "reassign_at",
 }
 """Settings of a training or a cache that may change."""
 OF_SOURCE = {
-    *("dataset_path", "dataset_name", "dataset_split", "text_column", "streaming"),
+    *TEXT_LOCATION,
     # It only decides when to raise an error.
     "max_unreadable",
 }

@@ -125,16 +125,16 @@ class TensorClaim(NamedTuple):
     shape: tuple[int, ...]
 
 
-def tensors_in(path: Path, max_header: int = MAX_HEADER) -> dict[str, TensorClaim]:
+def tensors_in(path: Path) -> dict[str, TensorClaim]:
     """Dtype and shape of each tensor in a safetensors file, from its header alone, which
     safetensors checks against the size of the file.
 
     Raises:
-        ValueError: The file is damaged, or its header is larger than `max_header`.
+        ValueError: The file is damaged, or its header is larger than `MAX_HEADER`.
         OSError: It does not exist or cannot be read.
     """
     try:
-        check_header(path, max_header)
+        check_header(path, MAX_HEADER)
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {

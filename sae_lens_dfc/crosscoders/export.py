@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,8 +11,9 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_lens_dfc.crosscoders.feature_acts_difference import FeatureActsDifference
-from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
+from sae_lens_dfc.crosscoders.groups import EXCLUSIVE_TO, SHARED
 from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.models.config import OTHER, ModelName
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 
 ROWS_PER_CHUNK = 8192
@@ -28,7 +29,7 @@ MODEL_METADATA = ("model_name", "revision", "model_class_name", "hook_name", "pr
 def exported(
     crosscoder: JumpReLUSAE,
     partition: Partition,
-    model: Literal["a", "b"],
+    model: ModelName,
     affine_maps: AffineMaps | None = None,
     rows: Iterable[Float[Tensor, "_ d_in"]] | None = None,
 ) -> JumpReLUSAE:
@@ -69,13 +70,13 @@ def exported(
     return sae
 
 
-def kept_latents(partition: Partition, model: Literal["a", "b"]) -> Int[Tensor, " n_kept"]:
+def kept_latents(partition: Partition, model: ModelName) -> Int[Tensor, " n_kept"]:
     """Indices of the latents that use a model, in the crosscoder's order.
 
     >>> kept_latents(Partition(d_a=2, d_b=2, n_a_exclusive=1, n_b_exclusive=2, n_shared=2), "a")
     tensor([0, 3, 4])
     """
-    other = partition.slices[B_EXCLUSIVE if model == "a" else A_EXCLUSIVE]
+    other = partition.slices[EXCLUSIVE_TO[OTHER[model]]]
     latents = torch.arange(partition.d_sae)
     return torch.cat([latents[: other.start], latents[other.stop :]])
 
@@ -83,7 +84,7 @@ def kept_latents(partition: Partition, model: Literal["a", "b"]) -> Int[Tensor, 
 def one_model_weights(
     crosscoder: JumpReLUSAE,
     partition: Partition,
-    model: Literal["a", "b"],
+    model: ModelName,
     affine_maps: AffineMaps | None,
 ) -> dict[str, Tensor]:
     """Weights of the SAE whose pre-activations are the crosscoder's with the other model's input
@@ -101,7 +102,7 @@ def one_model_weights(
     Raises:
         ValueError: The map has the wrong widths.
     """
-    own, other = partition.models[model], partition.models["b" if model == "a" else "a"]
+    own, other = partition.models[model], partition.models[OTHER[model]]
     latents = kept_latents(partition, model).to(crosscoder.device)
     b_dec = crosscoder.b_dec.double()
     center = b_dec * crosscoder.cfg.apply_b_dec_to_input
@@ -132,7 +133,7 @@ def one_model_weights(
     return {name: w.to(crosscoder.dtype).contiguous() for name, w in weights.items()}
 
 
-def _map_from(model: Literal["a", "b"], affine_maps: AffineMaps) -> tuple[Tensor, Tensor, Tensor]:
+def _map_from(model: ModelName, affine_maps: AffineMaps) -> tuple[Tensor, Tensor, Tensor]:
     """Source mean, matrix and target mean of the map out of a model."""
     a, b = affine_maps.mean_a.double(), affine_maps.mean_b.double()
     if model == "a":
@@ -141,7 +142,7 @@ def _map_from(model: Literal["a", "b"], affine_maps: AffineMaps) -> tuple[Tensor
 
 
 def _metadata(
-    crosscoder: JumpReLUSAE, partition: Partition, model: Literal["a", "b"], is_mapped: bool
+    crosscoder: JumpReLUSAE, partition: Partition, model: ModelName, is_mapped: bool
 ) -> dict[str, Any]:
     """Metadata for SAELens, SAEDashboard and SAEBench, and the SAE's provenance."""
     trained = crosscoder.cfg.metadata
@@ -167,7 +168,7 @@ def _difference(
     crosscoder: JumpReLUSAE,
     sae: JumpReLUSAE,
     partition: Partition,
-    model: Literal["a", "b"],
+    model: ModelName,
     rows: Iterable[Float[Tensor, "_ d_in"]],
 ) -> dict[str, float]:
     """`FeatureActsDifference` over the rows."""
@@ -189,8 +190,8 @@ def _difference(
     return measured.compute()
 
 
-def _groups(partition: Partition, model: Literal["a", "b"]) -> dict[str, slice]:
+def _groups(partition: Partition, model: ModelName) -> dict[str, slice]:
     """Each partition's slice of the kept latents."""
-    name = A_EXCLUSIVE if model == "a" else B_EXCLUSIVE
+    name = EXCLUSIVE_TO[model]
     n_own, n_shared = partition.sizes[name], partition.n_shared
     return {name: slice(0, n_own), SHARED: slice(n_own, n_own + n_shared)}

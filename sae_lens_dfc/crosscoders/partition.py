@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, EXCLUSIVE_TO, SHARED
+from sae_lens_dfc.models.config import OTHER, ModelName
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Partition:
         return slices
 
     @property
-    def models(self) -> dict[str, slice]:
+    def models(self) -> dict[ModelName, slice]:
         """Each model's slice of the `d_in` axis."""
         return {"a": slice(0, self.d_a), "b": slice(self.d_a, self.d_in)}
 
@@ -137,7 +138,7 @@ def decode_blocks(
     """
     per_model = []
     for model, inputs in partition.models.items():
-        own = partition.slices[A_EXCLUSIVE if model == "a" else B_EXCLUSIVE]
+        own = partition.slices[EXCLUSIVE_TO[model]]
         shared = partition.slices[SHARED]
         per_model.append(
             feature_acts[..., shared] @ W_dec[shared, inputs]
@@ -159,7 +160,7 @@ def decoder_norms(
     """
     norms: list[Tensor] = []
     for model, inputs in partition.models.items():
-        other = partition.slices[B_EXCLUSIVE if model == "a" else A_EXCLUSIVE]
+        other = partition.slices[EXCLUSIVE_TO[OTHER[model]]]
         own = W_dec[:, inputs].norm(dim=-1)
         forbidden = own.new_zeros(other.stop - other.start)
         norms.append(torch.cat([own[: other.start], forbidden, own[other.stop :]]))

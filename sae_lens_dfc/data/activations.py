@@ -90,6 +90,14 @@ class PairedRows(NamedTuple):
     """State to resume from after these rows."""
 
 
+def rows_in(rows: PairedRows, contexts: Sequence[Context]) -> tuple[PairedRows, Bool[Tensor, " n"]]:
+    """The rows of these contexts, and a mask of them."""
+    numbers = torch.tensor([context.number for context in contexts], dtype=torch.long)
+    here = torch.isin(rows.context, numbers)
+    acts = rows.acts[here.to(rows.acts.device)]
+    return PairedRows(acts, rows.context[here], rows.segment[here], contexts), here
+
+
 def paired_activations(
     pair: ModelPair,
     batches: Iterable[ContextBatch],

@@ -17,7 +17,7 @@ from sae_lens_dfc.data.alignment.chat import chat_segments
 from sae_lens_dfc.data.alignment.segments import Segment, Segments
 from sae_lens_dfc.data.alignment.tokens import tokenize
 from sae_lens_dfc.data.text.cleaning import clean
-from sae_lens_dfc.models.config import ModelConfig
+from sae_lens_dfc.models.config import ModelConfig, ModelName
 from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.models.loading import load_model, load_model_a
 
@@ -44,6 +44,11 @@ class ModelPair:
         """Load both models; if both settings are the same, the model is loaded once."""
         a = load_model_a(model_a, model_b)
         return cls(a, a if model_a == model_b else load_model(model_b))
+
+    @property
+    def models(self) -> dict[ModelName, HookedModel]:
+        """Both models, by name."""
+        return {"a": self.a, "b": self.b}
 
     @property
     def d_a(self) -> int:

@@ -141,7 +141,7 @@ class PairedText:
             f"source_{i}": source.fingerprint for i, source in enumerate(self.sources)
         }
         if any(source.is_chat for source in self.sources):
-            for name, model in (("a", self.pair.a), ("b", self.pair.b)):
+            for name, model in self.pair.models.items():
                 template = model.tokenizer.chat_template
                 signs[f"chat_template_{name}"] = fingerprint_of_value(template)
         return signs

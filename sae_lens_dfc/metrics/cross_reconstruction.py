@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
+from sae_lens_dfc.crosscoders.groups import EXCLUSIVE_TO
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.models.config import ModelName
+from sae_lens_dfc.models.config import OTHER, ModelName
 from sae_lens_dfc.stats.jackknife import Jackknife, Sums
 from sae_lens_dfc.stats.moments import moments, squared_deviations
 
@@ -38,12 +38,13 @@ def reconstructed_from(
         guess: Activations to encode in place of the other model's.
     """
     partition = crosscoder.partition
-    other = partition.models["b" if known == "a" else "a"]
+    other = OTHER[known]
+    inputs = partition.models[other]
     read = acts.clone()
-    read[:, other] = guess.to(read.dtype)
+    read[:, inputs] = guess.to(read.dtype)
     feature_acts = crosscoder.encode(read)
-    feature_acts[:, partition.slices[B_EXCLUSIVE if known == "a" else A_EXCLUSIVE]] = 0
-    return crosscoder.decode(feature_acts)[:, other]
+    feature_acts[:, partition.slices[EXCLUSIVE_TO[other]]] = 0
+    return crosscoder.decode(feature_acts)[:, inputs]
 
 
 @dataclass
@@ -91,11 +92,9 @@ class CrossReconstruction:
         models = self.crosscoder.partition.models
         means = self.means.to(acts.device)
         sums: dict[str, Tensor] = {}
-        directions: list[tuple[ModelName, str, Map | None]] = [
-            ("a", "b", self.a_to_b),
-            ("b", "a", self.b_to_a),
-        ]
-        for known, other, to_other in directions:
+        maps: dict[ModelName, Map | None] = {"a": self.a_to_b, "b": self.b_to_a}
+        for known, to_other in maps.items():
+            other = OTHER[known]
             x = acts[:, models[other]]
             guesses = {"": means[models[other]].expand_as(x)}
             if to_other is not None:

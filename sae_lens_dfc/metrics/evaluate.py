@@ -91,7 +91,8 @@ def evaluate(
     by_row = ReconstructionByRow(partition, center, crosscoder.input_scale)
     by_frequency = ExplainedVarianceByFrequency(partition, center)
     firing = ActivationStats(partition)
-    crossed = _crossed(crosscoder, center, affine_maps)
+    maps = () if affine_maps is None else (affine_maps.to_b, affine_maps.to_a)
+    crossed = CrossReconstruction(crosscoder, center, *maps)
     exclusivity = (
         None
         if affine_maps is None or probes is None
@@ -130,7 +131,7 @@ def evaluate(
     if exclusivity is None:
         return Evaluation(metrics, firing)
     for batch in tqdm(acts, "Evaluating transfer", leave=False):
-        exclusivity.update_again(batch.to(crosscoder.device))
+        exclusivity.transfer.update(batch.to(crosscoder.device))
     evidence = exclusivity.evidence()
     return Evaluation(metrics | exclusivity.metrics() | claim_metrics(evidence), firing, evidence)
 
@@ -151,14 +152,6 @@ def _with(
     batches = list(acts)
     given = ([None] * len(batches) if x is None else x for x in (contexts, following, deciles))
     return zip(batches, *given, strict=True)
-
-
-def _crossed(
-    crosscoder: Crosscoder, means: Tensor, affine_maps: AffineMaps | None
-) -> CrossReconstruction:
-    if affine_maps is None:
-        return CrossReconstruction(crosscoder, means)
-    return CrossReconstruction(crosscoder, means, affine_maps.to_b, affine_maps.to_a)
 
 
 class _Exclusivity:
@@ -191,9 +184,6 @@ class _Exclusivity:
         if self.target_worse is None:
             self.target_worse = TargetWorse(self.crosscoder)
         self.target_worse.update(feature_acts, following)
-
-    def update_again(self, acts: Tensor) -> None:
-        self.transfer.update(acts)
 
     def evidence(self) -> LatentEvidence:
         scaling = {name: s.estimates() for name, s in self.scaling.items()}

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.activations import PairedRows, rows_in
 from sae_lens_dfc.data.config import MAX_FIT_PAIRS
 from sae_lens_dfc.data.contexts import Context
 from sae_lens_dfc.data.pair import ModelPair
@@ -76,7 +76,7 @@ class PairData:
             name: token_deciles(
                 tokens[name], max(int(model.model.cfg.d_vocab), _above(tokens[name]))
             )
-            for name, model in (("a", pair.a), ("b", pair.b))
+            for name, model in pair.models.items()
         }
         return [
             {name: table[self._tokens(rows, name)] for name, table in tables.items()}
@@ -114,9 +114,7 @@ class PairData:
                 yield self._with_text(rows, here)
 
     def _with_text(self, rows: PairedRows, numbers: Int[Tensor, " _"]) -> PairedRows:
-        here = torch.isin(rows.context, numbers)
-        texts = [self.contexts[i] for i in numbers.tolist()]
-        return PairedRows(rows.acts[here], rows.context[here], rows.segment[here], texts)
+        return rows_in(rows, [self.contexts[i] for i in numbers.tolist()])[0]
 
 
 def regrouped(rows: Sequence[PairedRows]) -> list[PairedRows]:

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, EXCLUSIVE_TO, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.metrics.exclusivity.decoders import MIN_COSINE, ONE_SIDED, relative_decoder_norms
@@ -146,7 +146,7 @@ def recovery_by(
     similarity = cosines(truth, W_dec)
     slices, n = truth.features.slices, truth.features.d_sae
     recalled, learned, leaked = (torch.zeros(n, dtype=torch.bool) for _ in range(3))
-    for name, model in ((A_EXCLUSIVE, "a"), (B_EXCLUSIVE, "b")):
+    for model, name in EXCLUSIVE_TO.items():
         features = slices[name]
         recalled[features] = matched(similarity[model][features][:, called[name]])
         learned[features] = matched(similarity[model][features][:, living])
@@ -202,7 +202,7 @@ def recovery_of_calls(
     found = torch.cat(
         [
             matched(similarity[model][truth.features.slices[name]][:, called & own])
-            for name, model, own in ((A_EXCLUSIVE, "a", is_a), (B_EXCLUSIVE, "b", ~is_a))
+            for (model, name), own in zip(EXCLUSIVE_TO.items(), (is_a, ~is_a), strict=True)
         ]
     )
     n_called = int(called.sum())

@@ -9,6 +9,8 @@ AUTO = "auto"
 """Selects bfloat16 if the device is fast in it, else float32."""
 ModelName = Literal["a", "b"]
 """One of the two models of a pair."""
+OTHER: dict[ModelName, ModelName] = {"a": "b", "b": "a"}
+"""The other model of the pair."""
 
 
 @dataclass

@@ -18,15 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_lens_dfc.core.machine import return_freed_memory
 from sae_lens_dfc.core.terminal import said_by
-from sae_lens_dfc.models.opening.adapters import (
-    Merged,
-)
-from sae_lens_dfc.models.opening.fitting import (
-    check_ids,
-    check_reads_in_order,
-    check_vocabulary,
-    probe,
-)
+from sae_lens_dfc.models.opening.adapters import Merged
+from sae_lens_dfc.models.opening.fitting import check_reads_in_order, check_vocabulary, probe
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -202,7 +195,13 @@ class HookedModel:
         Raises:
             ValueError: There is such a token id.
         """
-        check_ids(ids, self.tokenizer, self.n_embeddings, self.name)
+        largest = int(np.max(ids, initial=0))
+        if largest >= self.n_embeddings:
+            token = str(self.tokenizer.convert_ids_to_tokens(largest))
+            raise ValueError(
+                f"The text has {token!r}, token {largest} of model {self.name!r}, which has embeddings for {self.n_embeddings} tokens. "
+                "Leave it out of the text, or resize the model's embeddings (resize_token_embeddings) and train them."
+            )
 
     def compile(self, mode: str | None) -> None:
         """Compile the forward pass: only `run_with_cache`, as in SAELens, because nothing else is

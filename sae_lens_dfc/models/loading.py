@@ -56,8 +56,6 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     Raises:
         ValueError: It cannot be loaded.
     """
-    from pathlib import Path
-
     from transformers import AutoTokenizer
 
     path = Path(name_or_path)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sae_lens_dfc.models.number_formats import fast_dtype
 from sae_lens_dfc.organisms.behaviors import Item, Items
@@ -41,14 +42,14 @@ def encoded(
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in both]
         for both in zip(prompts, answers, strict=True)
     ]
-    longest = max(len(p) + len(a) for p, a in parts)
-    ids = torch.zeros(len(parts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    where: list[tuple[int, int]] = []
-    for i, (p, a) in enumerate(parts):
-        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-        mask[i, : len(p) + len(a)] = 1
-        where += [(i, len(p) - 1 + j) for j in range(min(n_answer_tokens, len(a)))]
+    texts = [torch.tensor(p + a) for p, a in parts]
+    ids = pad_sequence(texts, batch_first=True)
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    where = [
+        (i, len(p) - 1 + j)
+        for i, (p, a) in enumerate(parts)
+        for j in range(min(n_answer_tokens, len(a)))
+    ]
     rows, positions = torch.tensor(where).T
     return AnswerTexts(ids, mask, rows, positions)
 

@@ -186,7 +186,7 @@ def _contexts(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     return torch.tensor(ids[: n * CONTEXT_SIZE]).view(n, CONTEXT_SIZE)
 
 
-def new_models(cfg: Training, bos: int = 0) -> tuple[LlamaForCausalLM, GPT2LMHeadModel]:
+def new_models(cfg: Training) -> tuple[LlamaForCausalLM, GPT2LMHeadModel]:
     """Model A: a Llama of width 96 with four layers. Model B: a GPT-2 of width 128 with three."""
     a = LlamaConfig(
         vocab_size=cfg.vocab_a,
@@ -197,8 +197,8 @@ def new_models(cfg: Training, bos: int = 0) -> tuple[LlamaForCausalLM, GPT2LMHea
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        bos_token_id=bos,
-        eos_token_id=bos,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     b = GPT2Config(
         vocab_size=cfg.vocab_b,
@@ -209,8 +209,8 @@ def new_models(cfg: Training, bos: int = 0) -> tuple[LlamaForCausalLM, GPT2LMHea
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=bos,
-        eos_token_id=bos,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return LlamaForCausalLM(a), GPT2LMHeadModel(b)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_lens_dfc.core.atomic_write import atomic_folder
-from sae_lens_dfc.core.parsing import read_object
+from sae_lens_dfc.core.parsing import read_object, sha256_of
 from sae_lens_dfc.core.terminal import said_by
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.packaged import cache_folder
@@ -69,7 +69,7 @@ def key(settings: Mapping[str, Any]) -> str:
 def fingerprints(folder: Path) -> dict[str, str]:
     """SHA-256 of each weight file in a folder, recursively."""
     paths = sorted(folder.rglob("*.safetensors"))
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+    return {str(p.relative_to(folder)): sha256_of(p) for p in paths}
 
 
 def read_organism_manifest(folder: Path) -> dict[str, Any]:

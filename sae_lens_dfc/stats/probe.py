@@ -132,10 +132,12 @@ def _mean_and_std(
     return mean, std.where(std > SMALLEST_STD * values.abs().amax(dim=0), torch.inf)
 
 
-def _ridge(x: Float[Tensor, "n d"], y: Float[Tensor, "n m"]) -> Float[Tensor, "d m"]:
+def _ridge(
+    x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch n m"]
+) -> Float[Tensor, "*batch d m"]:
     x, y = x.double(), y.double()
-    penalty = RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(x.T @ x + penalty, x.T @ y).float()
+    penalty = RIDGE * x.shape[-2] * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(x.mT @ x + penalty, x.mT @ y).float()
 
 
 def _tails(
@@ -159,10 +161,7 @@ def _slopes(
 ) -> tuple[Float[Tensor, "pieces latents"], Float[Tensor, " latents"]]:
     """The slopes and the bias of the least-squares fit of each latent's own target."""
     mean = pieces.mean(dim=0)
-    x = (pieces - mean).permute(2, 0, 1).double()
-    penalty = RIDGE * len(y) * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
-    products = x.transpose(1, 2) @ y.T[:, :, None].double()
-    slopes = torch.linalg.solve(x.transpose(1, 2) @ x + penalty, products)[:, :, 0].T.float()
+    slopes = _ridge((pieces - mean).permute(2, 0, 1), y.T[:, :, None])[:, :, 0].T
     return slopes, -(mean * slopes).sum(dim=0)
 
 

@@ -1,5 +1,4 @@
-"""Computes p-values against a null, corrects them for multiple tests, and bootstraps intervals of
-effects."""
+"""Corrects p-values for multiple tests, and bootstraps intervals of effects."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,21 +14,6 @@ N_RESAMPLES = 2000
 QUANTILE = 0.95
 
 
-def empirical_p(values: Float[Tensor, " n"], reference: Float[Tensor, " m"]) -> Float[Tensor, " n"]:
-    """Empirical p-value: the share of reference values at or above each value, counting the value
-    itself, `(1 + #{r >= v}) / (1 + m)`.
-
-    It is never 0, because `m` draws cannot resolve smaller p-values. A NaN value has p = 1; NaN in
-    the reference is ignored.
-
-    >>> empirical_p(torch.tensor([3.0, 0.5]), torch.tensor([1.0, 2.0, 4.0]))
-    tensor([0.5000, 1.0000], dtype=torch.float64)
-    """
-    known = reference[~reference.isnan()].double().sort().values
-    n_below = torch.searchsorted(known, values.double().nan_to_num(-torch.inf))
-    return (1 + len(known) - n_below).double() / (1 + len(known))
-
-
 def benjamini_hochberg(p: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Adjusted p-values: the false discovery rate at which each test would just be significant
     (Benjamini & Hochberg 1995).
@@ -42,10 +26,8 @@ def benjamini_hochberg(p: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     return torch.from_numpy(false_discovery_control(p.double().cpu().numpy())).to(p.device)
 
 
-def share_beyond(
-    values: Float[Tensor, " n"], null: Float[Tensor, " m"], quantile: float = QUANTILE
-) -> float:
-    """Share of the values above a quantile of the null; NaN if either is empty.
+def share_beyond(values: Float[Tensor, " n"], null: Float[Tensor, " m"]) -> float:
+    """Share of the values above the null's 95th percentile; NaN if either is empty.
 
     >>> share_beyond(torch.tensor([1.0, 5.0]), torch.arange(3.0))
     0.5
@@ -53,12 +35,12 @@ def share_beyond(
     values, null = (x[~x.isnan()].double() for x in (values, null))
     if len(values) == 0 or len(null) == 0:
         return float("nan")
-    return (values > torch.quantile(null, quantile)).double().mean().item()
+    return (values > torch.quantile(null, QUANTILE)).double().mean().item()
 
 
-def interval(values: Float[Tensor, " n"], seed: int = 0) -> tuple[float, float]:
+def interval(values: Float[Tensor, " n"]) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over texts (percentiles of 2,000 resamples)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(values), (N_RESAMPLES, len(values)), generator=generator)
     low, high = values[drawn].mean(dim=1).quantile(values.new_tensor([0.025, 0.975])).tolist()
     return low, high

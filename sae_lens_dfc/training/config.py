@@ -191,6 +191,12 @@ class CrosscoderRunnerConfig(DataConfig):
         tests = self.reassign_at if isinstance(sae, DFCTrainingCrosscoderConfig) else []
         return replace(self, sae=sae, other_saes=[], reassign_at=tests)
 
+    def without_output(self) -> "CrosscoderRunnerConfig":
+        """The settings for a training that writes no files and does not log to Weights & Biases."""
+        logger = replace(self.logger, log_to_wandb=False)
+        outputs: dict[str, Any] = {"output_path": None, "checkpoint_path": None, "n_checkpoints": 0}
+        return replace(self, **outputs, resume=False, logger=logger)
+
     @property
     def reassign_steps(self) -> list[int]:
         """The steps at which any crosscoder's exclusive latents are tested."""

@@ -5,9 +5,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sae_lens_dfc.core.identity import deciding
+from sae_lens_dfc.core.identity import TEXT_LOCATION, deciding
 from sae_lens_dfc.core.schema import from_plain
-from sae_lens_dfc.data.cache.build import TEXT_LOCATION, data_settings
+from sae_lens_dfc.data.cache.build import data_settings
 from sae_lens_dfc.data.cache.reader import PairedActivationsCache
 from sae_lens_dfc.data.config import DataConfig
 from sae_lens_dfc.data.sources import Source
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that a training may change: it shuffles the rows with its own seed.
 OWN_IN_TRAINING = ("seed",)
+TEXT = (*TEXT_LOCATION, "sources")
 
 
 def with_cache(
@@ -36,7 +37,7 @@ def with_cache(
     given, default = data_settings(cfg), data_settings(DataConfig())
     made_of = cache.manifest["data"]
     made_with = from_plain(DataConfig, made_of, f"The cache in {cache.folder}", extra="ignore")
-    own = {*OWN_IN_TRAINING, *(TEXT_LOCATION if _has_moved(cfg, cache) else ())}
+    own = {*OWN_IN_TRAINING, *(TEXT if _has_moved(cfg, cache) else ())}
     for name, made in made_of.items():
         if name in own:
             continue
@@ -61,7 +62,7 @@ def with_cache(
 def _has_moved(cfg: DataConfig, cache: PairedActivationsCache) -> bool:
     """Whether the requested text is the cache's text at another path."""
     made_of = cache.manifest["data"]
-    place = {name: made_of[name] for name in (*TEXT_LOCATION, "sources") if name in made_of}
+    place = {name: made_of[name] for name in TEXT if name in made_of}
     made = from_plain(DataConfig, place, f"The cache in {cache.folder}").all_sources
     asked = cfg.all_sources
     if asked in (made, DataConfig().all_sources):

@@ -21,7 +21,7 @@ from sae_lens_dfc.crosscoders.groups import B_EXCLUSIVE
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.exclusivity.decoders import (
     ONE_SIDED,
-    decoder_differences,
+    both_decoder_differences,
     relative_decoder_differences,
     relative_decoder_norms,
 )
@@ -62,7 +62,7 @@ def ranking(
     """
     feature_acts = activations(crosscoder, rows)
     top = feature_acts.topk(MIN_ROWS, dim=0).values.mean(dim=0)
-    made = top * decoder_differences(crosscoder, affine_maps).norm(dim=-1)
+    made = top * both_decoder_differences(crosscoder, affine_maps)[1].norm(dim=-1)
     value = made * relative_decoder_differences(crosscoder, affine_maps)
     fires = (feature_acts > 0).sum(dim=0) >= MIN_ROWS
     kept = (fires & (relative_decoder_norms(crosscoder) <= MAX_NORM_OF_A)).nonzero()[:, 0]
@@ -83,7 +83,7 @@ class Latent(NamedTuple):
     @classmethod
     def of(cls, crosscoder: Crosscoder, number: int, probes: Probes) -> "Latent":
         whole = crosscoder.W_dec.detach()[number, crosscoder.partition.models["b"]]
-        direction = decoder_differences(crosscoder, probes.affine_maps)[number]
+        direction = both_decoder_differences(crosscoder, probes.affine_maps)[1][number]
         return cls(
             number, direction, whole, float(activations(crosscoder, probes.rows)[:, number].max())
         )
@@ -112,7 +112,7 @@ def chosen(
     if not found:
         return max(range(len(first)), key=lambda rank: float(aucs[first[rank]]))
     acts = activations(crosscoder, probe.behavior.rows)
-    directions = decoder_differences(crosscoder, probes.affine_maps)
+    directions = both_decoder_differences(crosscoder, probes.affine_maps)[1]
 
     def falls(rank: int) -> float:
         number = first[rank]
@@ -128,7 +128,7 @@ def other_differences(
     `R`."""
     below = torch.tensor(order[R:])
     drawn = torch.randperm(len(below), generator=torch.Generator().manual_seed(seed))[:N_CONTROLS]
-    found = decoder_differences(crosscoder, probes.affine_maps)[below[drawn]]
+    found = both_decoder_differences(crosscoder, probes.affine_maps)[1][below[drawn]]
     return found[found.norm(dim=-1) > 0]
 
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 # Segments are marked from this share of the example's activation on; the default of delphi, whose
 # prompt the paper uses.
 MARKED_SHARE = 0.3
+# A description, a detection and the concerns.
 QUESTIONS_PER_LATENT = 3
 # English prose has about 4; block marks, code and other languages have fewer.
 CHARS_PER_TOKEN = 3
@@ -170,12 +171,6 @@ def flag(
     return [name for name in concerns if name.casefold() in named]
 
 
-def n_questions(n_latents: int) -> int:
-    """Maximum number of questions to the judge: a description, a detection and the concerns of each
-    latent."""
-    return QUESTIONS_PER_LATENT * n_latents
-
-
 def cost(
     n_latents: int,
     n_chars: int,
@@ -202,7 +197,7 @@ def cost(
     )
     n_tokens = n_latents * sum(map(len, prompts)) / CHARS_PER_TOKEN
     return (
-        f"A judge is asked at most {n_questions(n_latents):,} questions, about {round(n_tokens, -4):,.0f} tokens in all, "
+        f"A judge is asked at most {QUESTIONS_PER_LATENT * n_latents:,} questions, about {round(n_tokens, -4):,.0f} tokens in all, "
         "and answers with a line each."
     )
 

@@ -17,14 +17,13 @@ from sae_lens_dfc.analysis.causal.shared_vocabulary import (
 )
 from sae_lens_dfc.analysis.steering.hooks import logits_at_end
 from sae_lens_dfc.analysis.steering.latent_acts import latent_acts
-from sae_lens_dfc.analysis.steering.splicing import SplicedReading, reading_of
+from sae_lens_dfc.analysis.steering.splicing import Edit, SplicedReading, reading_of, spliced
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.activations import PairedRows, paired_activations
+from sae_lens_dfc.data.activations import PairedRows, paired_activations, rows_in
 from sae_lens_dfc.data.alignment.segments import Segments
 from sae_lens_dfc.data.contexts import Context, ContextBatch, PairCounts
 from sae_lens_dfc.data.pair import ModelPair
-from sae_lens_dfc.models.config import ModelName
-from sae_lens_dfc.models.hooked_model import HookedModel
+from sae_lens_dfc.models.config import OTHER, ModelName
 from sae_lens_dfc.stats.significance import Effect
 
 
@@ -51,8 +50,7 @@ def own_part(
     """One latent's direction from `both_decoder_differences`. In the target model it is the
     negative of the target's own difference, since it is what the target lacks."""
     both = {"a": of_a[latent], "b": of_b[latent]}
-    other = "b" if source == "a" else "a"
-    return ModelSpecificDirection(latent, source, both[source], -both[other])
+    return ModelSpecificDirection(latent, source, both[source], -both[OTHER[source]])
 
 
 class Texts(NamedTuple):
@@ -122,14 +120,11 @@ def texts_of(
 
 def _texts(pair: ModelPair, rows: PairedRows, feature_acts: Tensor, numbers: Set[int]) -> Texts:
     """Restrict the rows to the contexts with these numbers, and run both models on them."""
-    here = torch.tensor([c in numbers for c in rows.context.tolist()], dtype=torch.bool)
-    kept = tuple(c for c in rows.contexts if c.number in numbers)
-    on = here.to(rows.acts.device)
-    rows = PairedRows(rows.acts[on], rows.context[here], rows.segment[here], kept)
+    rows, here = rows_in(rows, [c for c in rows.contexts if c.number in numbers])
     readings: dict[ModelName, SplicedReading] = {}
     acts: dict[ModelName, Tensor] = {}
-    if kept:
-        for m, model in _models(pair).items():
+    if rows.contexts:
+        for m, model in pair.models.items():
             readings[m] = reading_of(model, m, rows)
             acts[m] = model.activations(readings[m].ids, readings[m].mask).float()
     return Texts(rows, feature_acts[here], readings, acts)
@@ -195,18 +190,13 @@ def verify(
             f"Latent {own.latent} fires at the end of none of the texts. Give other texts."
         )
     of_models = dict(zip(("a", "b"), outcomes or common_outcomes(pair.a, pair.b), strict=True))
-    models = _models(pair)
-    target: ModelName = "b" if own.source == "a" else "a"
 
     def next_token(m: ModelName, direction: Tensor | None) -> _NextToken:
-        acts = texts.acts[m]
+        reading, acts = texts.readings[m], texts.acts[m]
         if direction is not None:
-            reading = texts.readings[m]
-            acts = acts.clone()
-            where = reading.context.to(acts.device), reading.position.to(acts.device)
-            acts[where] += texts.feature_acts.to(acts)[:, None] * direction.to(acts)
-        reading = texts.readings[m]
-        found = logits_at_end(models[m], reading.ids, reading.mask, acts)
+            change = texts.feature_acts.to(acts)[:, None] * direction.to(acts)
+            acts = spliced(reading, Edit(change, adds=True))(acts)
+        found = logits_at_end(pair.models[m], reading.ids, reading.mask, acts)
         common = outcome_probabilities(found, of_models[m]).cpu()
         if common.isnan().any():
             raise ValueError(
@@ -215,11 +205,11 @@ def verify(
             )
         return _NextToken(common, found.float().softmax(dim=-1).cpu() if m == own.source else None)
 
-    untouched = {m: next_token(m, None) for m in models}
+    untouched = {m: next_token(m, None) for m in pair.models}
     baseline = jensen_shannon(untouched["a"].common, untouched["b"].common)
 
     def moved(m: ModelName, direction: Tensor) -> dict[str, Tensor]:
-        after, other = next_token(m, direction), untouched["b" if m == "a" else "a"]
+        after, other = next_token(m, direction), untouched[OTHER[m]]
         found = {"closer": baseline - jensen_shannon(after.common, other.common)}
         before = untouched[m].own
         if after.own is not None and before is not None:
@@ -241,14 +231,10 @@ def verify(
             for name, values in found.items()
         }
 
-    ablated, patched = effects(own.source, -own.own), effects(target, own.moved)
+    ablated, patched = effects(own.source, -own.own), effects(OTHER[own.source], own.moved)
     return Verification(
         baseline.mean().item(), ablated["closer"], patched["closer"], ablated["moved"]
     )
-
-
-def _models(pair: ModelPair) -> dict[ModelName, HookedModel]:
-    return {"a": pair.a, "b": pair.b}
 
 
 def drawn_directions(

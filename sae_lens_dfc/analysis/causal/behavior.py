@@ -32,6 +32,7 @@ from sae_lens_dfc.data.alignment.align import aligned_positions
 from sae_lens_dfc.data.alignment.tokens import tokenize
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.text.cleaning import clean
+from sae_lens_dfc.models.config import OTHER, ModelName
 from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.stats.jackknife import mean_and_error
 
@@ -82,8 +83,6 @@ class LatentBehavior(NamedTuple):
     other_mass: tuple[float, float]
     """Probability mass of steered A and B on tokens that only one vocabulary has; they count as one
     outcome."""
-    score_by_strength: list[float]
-    """The score at each strength."""
 
 
 class BehaviorResult(NamedTuple):
@@ -172,7 +171,8 @@ def behavior(
     control = random_directions(list(directions.values()), options.n_random, options.seed)
     contexts = {
         source: contexts_of(pair, source, outcomes, options)
-        for source in sorted({d.source for d in directions.values()})
+        for source in pair.models
+        if any(d.source == source for d in directions.values())
     }
     every = [*directions.values(), *control]
     values = [
@@ -186,7 +186,7 @@ def behavior(
 
 def contexts_of(
     pair: ModelPair,
-    source: str,
+    source: ModelName,
     outcomes: tuple[Outcomes, Outcomes],
     options: BehaviorOptions,
 ) -> list[tuple[PromptContext, dict[str, Tensor]]]:
@@ -196,7 +196,7 @@ def contexts_of(
     The positions are the prompt's last, and those in the answer at which both models have read the
     same text.
     """
-    models = {"a": pair.a, "b": pair.b}
+    models = pair.models
     result: list[tuple[PromptContext, dict[str, Tensor]]] = []
     for prompt in options.prompts:
         asked = {name: prompt_ids(model, clean(prompt)) for name, model in models.items()}
@@ -260,30 +260,19 @@ def _latent_behavior(
             after = _probabilities(model, context, name, vectors, own)
             steered[name] = Steered(*(x.to(pair.a.device) for x in (before[name], after)))
         source = directions.source
-        measures = compare_effects(steered[source], steered["b" if source == "a" else "a"])
+        measures = compare_effects(steered[source], steered[OTHER[source]])
         other = {f"other_{name}": steered[name].after[..., -1].mean(dim=-1) for name in steered}
         found.append({**measures, **other})
-    by_strength = {k: torch.stack([f[k] for f in found]).mean(dim=0) for k in found[0]}
-    mean = {name: value.mean().item() for name, value in by_strength.items()}
+    mean = {k: torch.stack([f[k] for f in found]).mean(dim=0).mean().item() for k in found[0]}
     return LatentBehavior(
-        score=_share(mean["unshared"], mean["moved"]),
+        # 0 if nothing changes; NaN from overflowed logits is kept.
+        score=0.0 if mean["moved"] == 0 else mean["unshared"] / mean["moved"],
         moved=mean["moved"],
         divergence=mean["divergence"],
         effect_in_source=mean["effect_in_source"],
         effect_in_target=mean["effect_in_target"],
         other_mass=(mean["other_a"], mean["other_b"]),
-        score_by_strength=[
-            _share(unshared, moved)
-            for unshared, moved in zip(
-                by_strength["unshared"].tolist(), by_strength["moved"].tolist(), strict=True
-            )
-        ],
     )
-
-
-def _share(unshared: float, moved: float) -> float:
-    """0 if nothing changes; NaN from overflowed logits is kept."""
-    return 0.0 if moved == 0 else unshared / moved
 
 
 def compare_effects(source: Steered, target: Steered) -> dict[str, Float[Tensor, " strengths"]]:

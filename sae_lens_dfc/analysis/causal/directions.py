@@ -2,13 +2,14 @@
 same norms."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.models.config import ModelName
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class Directions(NamedTuple):
     b: Float[Tensor, " d_b"]
     """In raw units of B's activations; for a latent without a direction in B, A's direction mapped
     by an affine map's matrix, without bias."""
-    source: Literal["a", "b"] = "a"
+    source: ModelName = "a"
     """The model that the latent belongs to; the test is whether the other model responds alike."""
 
 

@@ -16,10 +16,10 @@ from sae_lens_dfc.analysis.steering.splicing import (
     predicting,
     reading_of,
 )
-from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
+from sae_lens_dfc.crosscoders.groups import EXCLUSIVE_TO, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import decode_blocks
-from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.activations import PairedRows, rows_in
 from sae_lens_dfc.data.contexts import Context
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.stats.jackknife import Jackknife, Sums
@@ -113,10 +113,9 @@ def spliced_sums(
     Raises:
         ValueError: The rows come without contexts.
     """
-    models = {"a": pair.a, "b": pair.b}
     for part, here in _parts(pair, rows):
         sums: dict[str, Tensor] = {}
-        for m, model in models.items():
+        for m, model in pair.models.items():
             reading = reading_of(model, m, part)
             of_part = {name: edit.at(here) for name, edit in edits[m].items()}
             sums |= {f"{m}{name}": x for name, x in loss_sums(model, reading, of_part).items()}
@@ -158,7 +157,7 @@ def edits_of(
     edits: dict[str, dict[str, Edit]] = {}
     for m, inputs in partition.models.items():
         everywhere = {ZERO: torch.zeros_like(means), MEAN: means, "": b_dec + shared + exclusive}
-        if partition.sizes[A_EXCLUSIVE if m == "a" else B_EXCLUSIVE] > 0:
+        if partition.sizes[EXCLUSIVE_TO[m]] > 0:
             everywhere["/shared_only"] = b_dec + shared
             everywhere["/exclusive_only"] = b_dec + exclusive
         edits[m] = {name: Edit(x[..., inputs].expand(n, -1)) for name, x in everywhere.items()}
@@ -185,13 +184,6 @@ def contexts_at_once(pair: ModelPair, contexts: Sequence[Context]) -> Iterator[S
     size = max(1, MAX_LOGITS // (n_positions * d_vocab))
     for start in range(0, len(contexts), size):
         yield contexts[start : start + size]
-
-
-def rows_in(rows: PairedRows, contexts: Sequence[Context]) -> tuple[PairedRows, Bool[Tensor, " n"]]:
-    """The rows of these contexts, and a mask of them."""
-    here = torch.isin(rows.context, torch.tensor([context.number for context in contexts]))
-    acts = rows.acts[here.to(rows.acts.device)]
-    return PairedRows(acts, rows.context[here], rows.segment[here], contexts), here
 
 
 def _numbers(reading: SplicedReading) -> dict[str, Tensor]:

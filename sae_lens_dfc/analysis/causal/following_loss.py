@@ -51,7 +51,7 @@ def _of_rows(
 ) -> Float[Tensor, "n 2"]:
     found = torch.full((len(rows.acts), 2), torch.nan)
     for part in contexts_at_once(pair, contexts):
-        of_models = [_of_segments(model, m, part) for m, model in (("a", pair.a), ("b", pair.b))]
+        of_models = [_of_segments(model, m, part) for m, model in pair.models.items()]
         for context, a, b in zip(part, *of_models, strict=True):
             here = rows.context == context.number
             after = torch.stack([a, b], dim=1)[1:]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_dfc.analysis.causal.downstream import MEAN, check_whole, rows_in, spliced_sums
+from sae_lens_dfc.analysis.causal.downstream import MEAN, check_whole, spliced_sums
 from sae_lens_dfc.analysis.steering.splicing import UNTOUCHED, Edit
-from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.activations import PairedRows, rows_in
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.exclusivity.target_worse import MIN_LOSS_RATIO
 from sae_lens_dfc.stats.affine_maps import AffineMaps

@@ -12,7 +12,6 @@ from sae_lens_dfc.analysis.evaluation.with_nulls import (
     evaluate_with_nulls,
     write_evaluation,
 )
-from sae_lens_dfc.analysis.report.build import report_settings
 from sae_lens_dfc.core.atomic_write import atomic_folder
 from sae_lens_dfc.core.output_folder import check_output, locked_output
 from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
@@ -109,5 +108,5 @@ def train_and_evaluate(
     with atomic_folder(output) as folder:
         crosscoder.save_model(folder)
         write_cfg(cfg, folder)
-        write_evaluation(folder, crosscoder, found, case, report_settings(cfg))
+        write_evaluation(folder, crosscoder, found, case, cfg)
     return found.metrics

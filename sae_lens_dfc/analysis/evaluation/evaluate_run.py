@@ -18,7 +18,7 @@ from sae_lens_dfc.analysis.evaluation.with_nulls import (
     write_evaluation,
 )
 from sae_lens_dfc.analysis.options import EvaluateOptions, HeldOutOptions, Judging, ReportOptions
-from sae_lens_dfc.analysis.report.build import report_data, report_settings
+from sae_lens_dfc.analysis.report.build import report_data
 from sae_lens_dfc.analysis.report.page import render_report
 from sae_lens_dfc.analysis.report.results import (
     LATENTS_FILENAME,
@@ -135,7 +135,7 @@ def _evaluated(options: EvaluateOptions) -> FullEvaluation:
     found = evaluate_with_nulls(crosscoder, case, compared, causal)
     if options.output is not None:
         with atomic_folder(options.output) as folder:
-            write_evaluation(folder, crosscoder, found, case, report_settings(cfg))
+            write_evaluation(folder, crosscoder, found, case, cfg)
     return found
 
 
@@ -180,7 +180,7 @@ def write_report(options: ReportOptions) -> None:
         metrics = {**stored, **evaluation.metrics}
         evaluation = evaluation._replace(metrics=metrics, evidence=evidence)
     evaluation = evaluation._replace(metrics=drop_nonfinite(evaluation.metrics))
-    page = report_data(Measured(crosscoder, evaluation), data, pair, report_settings(cfg))
+    page = report_data(Measured(crosscoder, evaluation), data, pair, cfg)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Replaces an existing file or link of that name.
     with atomic_file(target) as temporary:

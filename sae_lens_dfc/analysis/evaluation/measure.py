@@ -54,10 +54,7 @@ class CausalOptions:
 
 def train_crosscoder(case: PairTask) -> Crosscoder:
     """Train a crosscoder with the case's settings on its rows."""
-    # An auxiliary training: it writes no files and does not log to the run on W&B.
-    logger_of_none = replace(case.cfg.logger, log_to_wandb=False)
-    cfg = replace(case.cfg, output_path=None, checkpoint_path=None, n_checkpoints=0, resume=False)
-    cfg = replace(cfg, cache_path=None, other_saes=[], n_ranks=1, logger=logger_of_none)
+    cfg = replace(case.cfg.without_output(), cache_path=None, other_saes=[], n_ranks=1)
     return CrosscoderTrainingRunner(cfg, case.pair, case.data.training).run().to_inference()
 
 

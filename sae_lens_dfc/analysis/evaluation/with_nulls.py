@@ -1,10 +1,9 @@
 """Evaluates a crosscoder beside its baselines and nulls, and writes the results."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sae_lens_dfc.analysis.evaluation.baselines import baseline_metrics, prefixed
 from sae_lens_dfc.analysis.evaluation.measure import (
@@ -20,6 +19,7 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.evaluate import Evaluation
 from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS, beyond_null
 from sae_lens_dfc.models.config import ModelConfig
+from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,9 @@ def write_evaluation(
     crosscoder: Crosscoder,
     found: FullEvaluation,
     case: PairTask,
-    settings: Mapping[str, Any],
+    cfg: CrosscoderRunnerConfig,
 ) -> None:
-    """Write metrics.json, latents.csv and report.html, which shows these settings."""
+    """Write metrics.json, latents.csv and report.html, which shows the settings `cfg`."""
     measured = Measured(crosscoder, found.run)
-    page = report_data(measured, case.data, case.pair, settings)
+    page = report_data(measured, case.data, case.pair, cfg)
     write_results(folder, replace(page, metrics=found.metrics), measured)

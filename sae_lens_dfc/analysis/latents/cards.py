@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_lens_dfc.analysis.latents.max_activating import FiringPosition, MaxActivatingExamples
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.activations import PairedRows
+from sae_lens_dfc.data.activations import PairedRows, rows_in
 from sae_lens_dfc.data.contexts import Context
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.exclusivity.decoders import (
@@ -21,6 +21,7 @@ from sae_lens_dfc.metrics.exclusivity.decoders import (
 )
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, verdict
 from sae_lens_dfc.metrics.sparsity import ActivationStats
+from sae_lens_dfc.models.config import ModelName
 from sae_lens_dfc.models.decoding import spelled
 from sae_lens_dfc.models.logit_lens import extreme_tokens, has_direct_effect
 
@@ -169,9 +170,9 @@ def _evidence_of(evidence: LatentEvidence, latent: int) -> dict[str, float | boo
 
 
 def _logit_effects(
-    crosscoder: Crosscoder, pair: ModelPair, m: str, latents: Sequence[int]
+    crosscoder: Crosscoder, pair: ModelPair, m: ModelName, latents: Sequence[int]
 ) -> list[LogitEffect]:
-    model = pair.a if m == "a" else pair.b
+    model = pair.models[m]
     if not has_direct_effect(model):
         return []
     directions = crosscoder.W_dec[list(latents), crosscoder.partition.models[m]].float()
@@ -215,13 +216,11 @@ def _by_context(
     contexts = [context for context in batch.contexts if context.number in wanted]
     if not contexts:
         return
-    here = torch.isin(batch.context, torch.tensor([c.number for c in contexts], dtype=torch.long))
-    acts = batch.acts[here.to(batch.acts.device)].to(crosscoder.device)
-    feature_acts = crosscoder.encode(acts)[:, latents].float().cpu()
-    number, segment = batch.context[here], batch.segment[here]
+    rows, _ = rows_in(batch, contexts)
+    feature_acts = crosscoder.encode(rows.acts.to(crosscoder.device))[:, latents].float().cpu()
     for context in contexts:
-        own = number == context.number
-        yield context, segment[own].tolist(), feature_acts[own]
+        own = rows.context == context.number
+        yield context, rows.segment[own].tolist(), feature_acts[own]
 
 
 def _view(

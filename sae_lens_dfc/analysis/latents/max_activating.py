@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_dfc.analysis.latents.streaming_topk import ActiveEntries, StreamingTopK
+from sae_lens_dfc.analysis.options import N_TOP
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import Partition
 from sae_lens_dfc.data.activations import PairedRows
@@ -38,7 +39,7 @@ class MaxActivatingExamples:
     firing: ActivationStats
     strongest: Mapping[str, Tensor]
     """`context`, `segment` and `activation` of each latent's max-activating examples, strongest
-    first, each (d_sae, n_contexts); activation 0 in empty slots."""
+    first, each (d_sae, N_TOP); activation 0 in empty slots."""
     sampled: Mapping[str, Tensor]
     """The same for a uniform sample of all firings, in random order, each (d_sae, n_sampled)."""
 
@@ -80,14 +81,13 @@ class LatentCollector:
     uniform sample of firings, in one pass over held-out text.
 
     Only the place of a firing is stored (context, segment, activation: 20 bytes), so memory is `20
-    d_sae (n_contexts + n_sampled)` bytes regardless of the length of the text: 0.2 GB for 131,072
+    d_sae (N_TOP + n_sampled)` bytes regardless of the length of the text: 0.2 GB for 131,072
     latents. Max-activating examples are one per context. The sample is uniform over all firings of
     a latent (reservoir sampling by random keys, see `StreamingTopK`); quantiles computed from it
     are exact for latents that fired at most `n_sampled` times.
 
     Args:
         partition: The crosscoder's partition.
-        n_contexts: Number of max-activating examples per latent.
         n_sampled: Size of the sample.
         seed: Seed of the sample.
         device: Device for storage; that of the activations is fastest.
@@ -96,13 +96,12 @@ class LatentCollector:
     def __init__(
         self,
         partition: Partition,
-        n_contexts: int = 20,
         n_sampled: int = 64,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
         self.firing = ActivationStats(partition)
-        self.strongest = StreamingTopK(partition.d_sae, n_contexts, PLACE_DTYPES, device)
+        self.strongest = StreamingTopK(partition.d_sae, N_TOP, PLACE_DTYPES, device)
         self.sampled = StreamingTopK(partition.d_sae, n_sampled, PLACE_DTYPES, device)
         self._generator = torch.Generator().manual_seed(seed)
 

@@ -1,6 +1,6 @@
 """Collects the data that the HTML report shows about a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sae_lens_dfc.analysis.latents.cards import LatentCard, latent_cards, strongest_latents
@@ -23,9 +23,9 @@ LATENTS_WITH_EVIDENCE = 60
 
 
 def report_data(
-    measured: Measured, data: PairData, pair: ModelPair, shown_settings: Mapping[str, Any]
+    measured: Measured, data: PairData, pair: ModelPair, cfg: CrosscoderRunnerConfig
 ) -> ReportData:
-    """The report's data for a saved crosscoder."""
+    """The report's data for a saved crosscoder and its settings."""
     crosscoder, (metrics, firing, evidence) = measured
     gathered = collect_max_activating(crosscoder, data.held_out)
     latents = strongest_latents(firing, LATENTS_PER_PARTITION)
@@ -39,7 +39,7 @@ def report_data(
     return ReportData(
         name_a=pair.a.name,
         name_b=pair.b.name,
-        settings=shown_settings,
+        settings=report_settings(cfg),
         metrics=metrics,
         histogram=relative_norm_histogram(crosscoder),
         cards=all_cards(measured, cards),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sae_lens_dfc.analysis.latents.cards import LatentCard
 from sae_lens_dfc.analysis.report.findings import EffectView
-from sae_lens_dfc.analysis.report.tables import COLUMNS, number
+from sae_lens_dfc.analysis.report.tables import COLUMNS, cell, number
 from sae_lens_dfc.stats.jackknife import SE
 
 NOT_SHARES = (
@@ -67,12 +67,12 @@ def share_marks(metrics: Mapping[str, float], key: str) -> list[Mark]:
             continue
         error = metrics.get(prefix + key + SE)
         low, high = (metrics.get(f"{prefix}{key}/{end}") for end in ("p5", "p95"))
-        said = "" if error is None else f" ± {number(error)}"
+        said = f"{title}: {cell(metrics, prefix + key)}"
         if error is not None:
             low, high = value - error, value + error
         elif low is not None and high is not None:
-            said = f", 5th to 95th percentile {number(low)} to {number(high)}"
-        marks.append(_mark(kind(prefix), value, low, high, f"{title}: {number(value)}{said}"))
+            said += f", 5th to 95th percentile {number(low)} to {number(high)}"
+        marks.append(_mark(kind(prefix), value, low, high, said))
     # The run comes last, so that it is drawn on top.
     return marks[::-1]
 

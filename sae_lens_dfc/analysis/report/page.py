@@ -75,7 +75,7 @@ def render_report(data: ReportData) -> str:
         warnings=warnings(data.metrics),
         titles=PARTITION_TITLES,
         groups=_measures(data.metrics),
-        columns=_columns(data.metrics),
+        columns=[(prefix, title, kind(prefix)) for prefix, title in columns_of(data.metrics)],
         findings=findings,
         n_open=N_OPEN,
         effect_scale=_effect_scale(findings),
@@ -117,15 +117,10 @@ def _hash(text: str) -> str:
     return b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Prefix, title and shape of the columns that have values."""
-    return [(prefix, title, kind(prefix)) for prefix, title in columns_of(metrics)]
-
-
 def _measures(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Groups of rows with their numbers and marks, without empty ones."""
-    columns = _columns(metrics)
-    groups = [
+    """Groups of rows with their numbers and marks."""
+    columns = columns_of(metrics)
+    return [
         {
             "title": group.title,
             "note": group.note,
@@ -133,15 +128,13 @@ def _measures(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
                 {
                     "title": title,
                     "marks": share_marks(metrics, key),
-                    "cells": [cell(metrics, prefix + key) for prefix, _, _ in columns],
+                    "cells": [cell(metrics, prefix + key) for prefix, _ in columns],
                 }
                 for key, title in group.rows
-                if any(prefix + key in metrics for prefix, _, _ in columns)
             ],
         }
         for group in groups_of(metrics)
     ]
-    return [group for group in groups if group["rows"]]
 
 
 def _effect_scale(findings: Sequence[Finding]) -> float:

@@ -16,6 +16,7 @@ from sae_lens_dfc.core.terminal import visible
 from sae_lens_dfc.metrics.exclusivity.evidence import (
     MAX_FALSE_DISCOVERIES,
     MAX_KNOWN,
+    METRICS,
     MIN_FIRINGS,
 )
 from sae_lens_dfc.metrics.exclusivity.target_worse import MIN_LOSS_RATIO
@@ -75,15 +76,6 @@ EVIDENCE = {
     ),
 }
 """Label and explanation of each measure of a latent's evidence."""
-_METRICS = {
-    "known": "known",
-    "target_worse": "target_worse",
-    "nu_error": "latent_scaling/nu_error",
-    "nu_reconstruction": "latent_scaling/nu_reconstruction",
-    "auc": "transfer/auc",
-    "r2": "transfer/r2",
-    "span": "transfer/span",
-}
 _GROUPS = [
     ("", "shared", "latents both models have"),
     ("null/self/", "a_exclusive", "null, model A twice: exclusive latents"),
@@ -163,7 +155,7 @@ def references(metrics: Mapping[str, float]) -> dict[str, list[tuple[str, float,
     {'auc': [('null, model A twice: exclusive latents', 1.0, 0.99, 1.0)]}
     """
     found: dict[str, list[tuple[str, float, float, float]]] = {}
-    for name, metric in _METRICS.items():
+    for name, metric in METRICS.items():
         for prefix, group, title in _GROUPS:
             keys = [f"{prefix}{metric}/{group}{end}" for end in ("", "/p5", "/p95")]
             if all(key in metrics for key in keys):

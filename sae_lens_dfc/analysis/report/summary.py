@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sae_lens_dfc.analysis.causal.mapped_loss import who_knows_more
 from sae_lens_dfc.analysis.report.findings import Screening
 from sae_lens_dfc.analysis.report.tables import COLUMNS, cell, number
-from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
+from sae_lens_dfc.crosscoders.groups import EXCLUSIVE_TO
 from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
 
 
@@ -54,14 +54,14 @@ def _found(metrics: Mapping[str, float], screening: Screening | None) -> str:
 def headlines(metrics: Mapping[str, float]) -> list[Headline]:
     """The headline numbers, each with its null."""
     result: list[Headline] = []
-    for model, group in (("A", A_EXCLUSIVE), ("B", B_EXCLUSIVE)):
+    for model, group in EXCLUSIVE_TO.items():
         called = metrics.get(f"exclusive/significant/{group}")
         if called is None:
             continue
         judged = metrics.get(f"exclusive/judged/{group}", 0)
         result.append(
             Headline(
-                f"Exclusive to {model}, with evidence",
+                f"Exclusive to {model.upper()}, with evidence",
                 f"{called:,.0f} of {judged:,.0f}",
                 f"judged candidates. {_null_calls(metrics)}",
             )
@@ -84,7 +84,7 @@ def headlines(metrics: Mapping[str, float]) -> list[Headline]:
 def _calls(metrics: Mapping[str, float], prefix: str) -> tuple[int, int | None]:
     """Number of significant and of judged latents in both models; None if not measured."""
     keys = [
-        [f"{prefix}exclusive/{what}/{group}" for group in (A_EXCLUSIVE, B_EXCLUSIVE)]
+        [f"{prefix}exclusive/{what}/{group}" for group in EXCLUSIVE_TO.values()]
         for what in ("significant", "judged")
     ]
     called, judged = (

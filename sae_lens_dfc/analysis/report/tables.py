@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, sources_in
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
 from sae_lens_dfc.stats.jackknife import SE
 
+Row = tuple[str, str]
+"""Key in metrics.json, and title."""
+PARTITIONS = {A_EXCLUSIVE: "A-exclusive", B_EXCLUSIVE: "B-exclusive", SHARED: "shared"}
 OF_BOTH = {
     "explained_variance": "explained variance of the model",
     "l0": "active latents among those exported (L0)",
@@ -27,20 +31,34 @@ class MeasureGroup(NamedTuple):
     title: str
     note: str
     """Explanation of the numbers."""
-    rows: list[tuple[str, str]]
-    """Pairs of key in metrics.json and title."""
+    rows: list[Row]
+
+
+def _of_each(key: str, title: str) -> list[Row]:
+    """A row of each model, m and M, beside the other model, o and O."""
+    return [(key.format(m=m, o=o), title.format(M=m.upper(), O=o.upper())) for m, o in ("ab", "ba")]
+
+
+def _of_each_partition(key: str, title: str) -> list[Row]:
+    return [(key.format(name), title.format(said)) for name, said in PARTITIONS.items()]
+
+
+def _of_candidates(key: str, title: str) -> list[Row]:
+    """A row of each model's candidates, and of the shared latents."""
+    return [
+        *_of_each(f"{key}/{{m}}_exclusive", title.format("{M}'s candidates")),
+        (f"{key}/shared", title.format("shared latents")),
+    ]
 
 
 KNOWS_MORE = MeasureGroup(
     "Which model knows more",
     "Rise of a model's next-token loss, in nats per token, when it continues from the other model's activations, mapped by an affine map. 0: it loses nothing; with its mean activation a model keeps nothing. A model knows more if its rise is the larger and the other's untouched loss on the same text is more than 1.25 times its own: of two models that know a text equally well, the wider one has the larger rise.",
     [
-        ("mapped_loss/rise/a", "Rise of A's loss, given B's activations"),
-        ("mapped_loss/rise/b", "Rise of B's loss, given A's activations"),
+        *_of_each("mapped_loss/rise/{m}", "Rise of {M}'s loss, given {O}'s activations"),
         ("mapped_loss/b_minus_a", "Rise of B's loss minus A's"),
         ("mapped_loss/b_over_a", "B's untouched loss on this text over A's"),
-        ("mapped_loss/rise_of_mean/a", "Rise of A's loss, given its mean"),
-        ("mapped_loss/rise_of_mean/b", "Rise of B's loss, given its mean"),
+        *_of_each("mapped_loss/rise_of_mean/{m}", "Rise of {M}'s loss, given its mean"),
     ],
 )
 GROUPS = [
@@ -48,32 +66,27 @@ GROUPS = [
         "Reconstruction",
         "How much of each model's activations the crosscoder reconstructs, normalized as in training. 1 is perfect.",
         [
-            ("explained_variance/a", "Explained variance, A"),
-            ("explained_variance/b", "Explained variance, B"),
-            ("explained_variance_median/a", "Explained variance, A, median over dimensions"),
-            ("explained_variance_median/b", "Explained variance, B, median over dimensions"),
-            (
-                "explained_variance/a/token_decile_0",
-                "Explained variance, A, rarest tenth of tokens",
+            *_of_each("explained_variance/{m}", "Explained variance, {M}"),
+            *_of_each(
+                "explained_variance_median/{m}",
+                "Explained variance, {M}, median over dimensions",
             ),
-            (
-                "explained_variance/b/token_decile_0",
-                "Explained variance, B, rarest tenth of tokens",
+            *_of_each(
+                "explained_variance/{m}/token_decile_0",
+                "Explained variance, {M}, rarest tenth of tokens",
             ),
-            ("cosine/a", "Cosine of reconstruction, A"),
-            ("cosine/b", "Cosine of reconstruction, B"),
-            ("norm_ratio/a", "Norm ratio of reconstruction, A"),
-            ("norm_ratio/b", "Norm ratio of reconstruction, B"),
+            *_of_each("cosine/{m}", "Cosine of reconstruction, {M}"),
+            *_of_each("norm_ratio/{m}", "Norm ratio of reconstruction, {M}"),
         ],
     ),
     MeasureGroup(
         "What one model predicts about the other",
         "Share of one model's variance explained when only the other model is encoded. An affine map, which needs no crosscoder, is the baseline.",
         [
-            ("cross_reconstruction/a_from_b", "A explained when only B is encoded"),
-            ("cross_reconstruction/b_from_a", "B explained when only A is encoded"),
-            ("affine_map/b_to_a", "A explained by an affine map from B"),
-            ("affine_map/a_to_b", "B explained by an affine map from A"),
+            *_of_each(
+                "cross_reconstruction/{m}_from_{o}", "{M} explained when only {O} is encoded"
+            ),
+            *_of_each("affine_map/{o}_to_{m}", "{M} explained by an affine map from {O}"),
         ],
     ),
     KNOWS_MORE,
@@ -81,30 +94,25 @@ GROUPS = [
         "Downstream effect",
         "Both models run on the reconstruction. Loss recovered: 0 is mean ablation, 1 is the untouched model. KL: from the untouched model, per token.",
         [
-            ("loss_recovered_from_mean/a", "Loss recovered from mean ablation, A"),
-            ("loss_recovered_from_mean/b", "Loss recovered from mean ablation, B"),
-            ("loss_recovered_from_mean/a/shared_only", "… A, by the shared latents alone"),
-            ("loss_recovered_from_mean/b/shared_only", "… B, by the shared latents alone"),
-            ("loss_recovered_from_mean/a/exclusive_only", "… A, by its exclusive latents alone"),
-            ("loss_recovered_from_mean/b/exclusive_only", "… B, by its exclusive latents alone"),
-            ("kl/a/without_exclusive", "KL without the exclusive latents, A, nats"),
-            ("kl/b/without_exclusive", "KL without the exclusive latents, B, nats"),
+            *_of_each("loss_recovered_from_mean/{m}", "Loss recovered from mean ablation, {M}"),
+            *_of_each(
+                "loss_recovered_from_mean/{m}/shared_only", "… {M}, by the shared latents alone"
+            ),
+            *_of_each(
+                "loss_recovered_from_mean/{m}/exclusive_only",
+                "… {M}, by its exclusive latents alone",
+            ),
+            *_of_each("kl/{m}/without_exclusive", "KL without the exclusive latents, {M}, nats"),
         ],
     ),
     MeasureGroup(
         "Partitions and sparsity",
         "Number of latents, active latents per pair (L0), and share of latents that never fire (dead).",
         [
-            ("latents/a_exclusive", "Latents, A-exclusive"),
-            ("latents/b_exclusive", "Latents, B-exclusive"),
-            ("latents/shared", "Latents, shared"),
+            *_of_each_partition("latents/{}", "Latents, {}"),
             ("l0", "Active latents per pair (L0)"),
-            ("l0/a_exclusive", "L0, A-exclusive"),
-            ("l0/b_exclusive", "L0, B-exclusive"),
-            ("l0/shared", "L0, shared"),
-            ("dead_fraction/a_exclusive", "Dead share, A-exclusive"),
-            ("dead_fraction/b_exclusive", "Dead share, B-exclusive"),
-            ("dead_fraction/shared", "Dead share, shared"),
+            *_of_each_partition("l0/{}", "L0, {}"),
+            *_of_each_partition("dead_fraction/{}", "Dead share, {}"),
             ("relative_decoder_norm/min", "Relative decoder norm of shared latents, minimum"),
             ("relative_decoder_norm/median", "Relative decoder norm of shared latents, median"),
             ("relative_decoder_norm/max", "Relative decoder norm of shared latents, maximum"),
@@ -118,44 +126,19 @@ GROUPS = [
         "Is it exclusive? Evidence from activations",
         "Medians over latents; bars in the plot span the 5th to 95th percentile. The other model knows little of an exclusive latent; latent scaling near 0 and AUROC near 0.5 agree. Compare candidates with the shared latents of the same run, because the null of model A twice is too easy.",
         [
-            ("known/a_exclusive", "Share known to B, A's candidates, median"),
-            ("known/b_exclusive", "Share known to A, B's candidates, median"),
+            *_of_each("known/{m}_exclusive", "Share known to {O}, {M}'s candidates, median"),
             ("known/shared", "Share known to the other model, shared latents, median"),
-            ("target_worse/a_exclusive", "Firings after which B predicts worse, A's candidates"),
-            ("target_worse/b_exclusive", "Firings after which A predicts worse, B's candidates"),
+            *_of_each(
+                "target_worse/{m}_exclusive",
+                "Firings after which {O} predicts worse, {M}'s candidates",
+            ),
             ("target_worse/shared", "Firings after which the other predicts worse, shared latents"),
-            (
-                "latent_scaling/nu_error/a_exclusive",
-                "Latent scaling, error, A's candidates, median",
+            *_of_candidates("latent_scaling/nu_error", "Latent scaling, error, {}, median"),
+            *_of_candidates(
+                "latent_scaling/nu_reconstruction", "Latent scaling, reconstruction, {}, median"
             ),
-            (
-                "latent_scaling/nu_error/b_exclusive",
-                "Latent scaling, error, B's candidates, median",
-            ),
-            ("latent_scaling/nu_error/shared", "Latent scaling, error, shared latents, median"),
-            (
-                "latent_scaling/nu_reconstruction/a_exclusive",
-                "Latent scaling, reconstruction, A's candidates, median",
-            ),
-            (
-                "latent_scaling/nu_reconstruction/b_exclusive",
-                "Latent scaling, reconstruction, B's candidates, median",
-            ),
-            (
-                "latent_scaling/nu_reconstruction/shared",
-                "Latent scaling, reconstruction, shared latents, median",
-            ),
-            (
-                "transfer/auc/a_exclusive",
-                "Firing predicted from the other model (AUROC), A's candidates, median",
-            ),
-            (
-                "transfer/auc/b_exclusive",
-                "Firing predicted from the other model (AUROC), B's candidates, median",
-            ),
-            (
-                "transfer/auc/shared",
-                "Firing predicted from the other model (AUROC), shared latents, median",
+            *_of_candidates(
+                "transfer/auc", "Firing predicted from the other model (AUROC), {}, median"
             ),
         ],
     ),
@@ -163,31 +146,19 @@ GROUPS = [
         "Is it exclusive? Evidence from steering",
         "Share of steering's effect on a latent's source model that does not occur in the other model. 0: the other model changes in the same way. Random directions give the score of an arbitrary direction; a score that does not differ from theirs is no evidence.",
         [
-            (
-                "behavior/a_exclusive",
-                "Steering effect absent from the other model, A's candidates",
-            ),
-            (
-                "behavior/b_exclusive",
-                "Steering effect absent from the other model, B's candidates",
-            ),
-            ("behavior/shared", "Steering effect absent from the other model, shared latents"),
-            (
-                "behavior/random",
-                "Steering effect absent from the other model, random directions",
-            ),
+            *_of_candidates("behavior", "Steering effect absent from the other model, {}"),
+            ("behavior/random", "Steering effect absent from the other model, random directions"),
         ],
     ),
     MeasureGroup(
         "Exclusive latents",
         "Number of candidates that could be judged, and number that are exclusive with evidence, at a false discovery rate of 5 %. Power is the probability that a judged candidate would have been found exclusive, had the other model known a quarter of it and predicted worse after three quarters of its firings.",
         [
-            ("exclusive/judged/a_exclusive", "A's candidates that could be judged"),
-            ("exclusive/judged/b_exclusive", "B's candidates that could be judged"),
-            ("exclusive/significant/a_exclusive", "Exclusive to A, with evidence"),
-            ("exclusive/significant/b_exclusive", "Exclusive to B, with evidence"),
-            ("exclusive/power/a_exclusive", "Power for a clear difference, A's candidates"),
-            ("exclusive/power/b_exclusive", "Power for a clear difference, B's candidates"),
+            *_of_each("exclusive/judged/{m}_exclusive", "{M}'s candidates that could be judged"),
+            *_of_each("exclusive/significant/{m}_exclusive", "Exclusive to {M}, with evidence"),
+            *_of_each(
+                "exclusive/power/{m}_exclusive", "Power for a clear difference, {M}'s candidates"
+            ),
         ],
     ),
     MeasureGroup(
@@ -195,8 +166,7 @@ GROUPS = [
         "",
         [
             ("max_forbidden_weight", "Largest forbidden weight"),
-            ("alignment/coverage_a", "A's tokens paired"),
-            ("alignment/coverage_b", "B's tokens paired"),
+            *_of_each("alignment/coverage_{m}", "{M}'s tokens paired"),
             ("pairs_trained", "Distinct pairs trained on"),
             ("pairs_evaluated", "Held-out pairs evaluated"),
         ],
@@ -212,10 +182,11 @@ COLUMNS = [
 
 
 def groups_of(metrics: Mapping[str, float]) -> list[MeasureGroup]:
-    """The groups of measures, with the rows of each source of text that was measured by itself.
+    """The groups of measures without those that were not measured, with the rows of each source of
+    text that was measured by itself.
 
-    >>> [group.rows[-1][1] for group in groups_of({"mapped_loss/pt/b_minus_a": 1.0})][2]
-    "Rise of B's loss, given its mean, on pt"
+    >>> [group.rows for group in groups_of({"mapped_loss/pt/b_minus_a": 1.0})]
+    [[('mapped_loss/pt/b_minus_a', "Rise of B's loss minus A's, on pt")]]
     """
     by_source = [
         (key.replace(PREFIX, f"{PREFIX}{source}/", 1), f"{title}, on {source}")
@@ -223,7 +194,14 @@ def groups_of(metrics: Mapping[str, float]) -> list[MeasureGroup]:
         for key, title in KNOWS_MORE.rows
     ]
     whole = KNOWS_MORE._replace(rows=[*KNOWS_MORE.rows, *by_source])
-    return [whole if group is KNOWS_MORE else group for group in GROUPS]
+    groups = (whole if group is KNOWS_MORE else group for group in GROUPS)
+    measured = [
+        group._replace(
+            rows=[row for row in group.rows if any(p + row[0] in metrics for p, _ in COLUMNS)]
+        )
+        for group in groups
+    ]
+    return [group for group in measured if group.rows]
 
 
 def columns_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -242,7 +220,6 @@ def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[s
         [title, *(cell(metrics, prefix + key) for prefix, _ in columns)]
         for group in groups_of(metrics)
         for key, title in group.rows
-        if any(prefix + key in metrics for prefix, _ in columns)
     ]
     return ["measure", *(title for _, title in columns)], rows
 
@@ -285,12 +262,12 @@ def difference_tables(
 
     >>> head, rows = difference_tables({"l0/exported": 8.5, "l0/crosscoder": 10.0})[0]
     >>> head, rows
-    (['on held-out text', 'SAE', 'crosscoder'], [['active latents among those exported (L0)', '8.500', '10.000']])
+    (['on held-out text', 'SAE', 'crosscoder'], [['active latents among those exported (L0)', '8.500', '10.00']])
     """
 
     def rows(titles: Mapping[str, str], columns: list[str]) -> list[list[str]]:
         return [
-            [title, *(_cell(difference, f"{key}/{column}") for column in columns)]
+            [title, *(cell(difference, f"{key}/{column}") for column in columns)]
             for key, title in titles.items()
             if any(f"{key}/{column}" in difference for column in columns)
         ]
@@ -306,11 +283,3 @@ def difference_tables(
         (["on held-out text", "SAE", "crosscoder"], rows(OF_BOTH, both)),
         (["the SAE's activations", *partitions], rows(OF_CODE, partitions)),
     ]
-
-
-def _cell(values: Mapping[str, float], key: str) -> str:
-    """The number, with its standard error if known."""
-    if key not in values:
-        return ""
-    error = values.get(key + SE)
-    return f"{values[key]:.3f}" + ("" if error is None else f" ± {error:.3f}")

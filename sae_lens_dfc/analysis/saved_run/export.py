@@ -54,9 +54,7 @@ def export_run(options: ExportOptions) -> None:
             print_result(json.dumps({"output": options.output, **difference}))
             return
         print_result("\n\n".join(text_table(*table) for table in difference_tables(difference)))
-        print_result(
-            f"\nSAE of {pair.a.name if options.model == 'a' else pair.b.name}: {options.output}"
-        )
+        print_result(f"\nSAE of {pair.models[options.model].name}: {options.output}")
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Opens a saved run: its crosscoder, models and held-out text."""
 
 import logging
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +103,11 @@ def run_config(run: str, options: HeldOutOptions) -> CrosscoderRunnerConfig:
 def _reading(
     cfg: CrosscoderRunnerConfig, dataset: str, own: OwnSource | None
 ) -> CrosscoderRunnerConfig:
-    """The settings to read a data set: those of the run's own source if it is one, otherwise all of
-    it."""
-    return _other_text(cfg, dataset) if own is None else with_sources(cfg, [own.source])
-
-
-def _other_text(cfg: CrosscoderRunnerConfig, dataset: str) -> CrosscoderRunnerConfig:
-    """The settings to read another text in full, ignoring the run's source settings."""
-    text = {f.name: f.default for f in fields(SourceConfig) if hasattr(cfg, f.name)}
-    return replace(cfg, **{**text, "dataset_path": dataset}, sources=[], n_ranks=1)
+    """The settings to read a data set: those of the run's own source if it is one, otherwise those
+    to read all of it."""
+    if own is not None:
+        return with_sources(cfg, [own.source])
+    return with_sources(replace(cfg, sources=[], n_ranks=1), [SourceConfig(dataset)])
 
 
 def _own_source(run: str, dataset: str | None, cfg: CrosscoderRunnerConfig) -> OwnSource | None:

@@ -33,7 +33,6 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.data.contexts import Part
 from sae_lens_dfc.data.paired_text import PairedText
 from sae_lens_dfc.data.text.cleaning import clean
-from sae_lens_dfc.models.config import ModelName
 from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 
@@ -93,8 +92,8 @@ def steer(options: SteerOptions) -> SteeredAnswer:
     sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     # All layers are needed for next-token predictions.
     crosscoder, _, pair = opened_run(options.run, options, drop_unused_layers=False)
-    name = _model(options)
-    model = pair.a if name == "a" else pair.b
+    name = options.model
+    model = pair.models[name]
     check_operations(crosscoder, name, operations, options.map)
     ids, positions = _prompt(model, options)
     text = held_out_text(options.run, options, pair)
@@ -210,7 +209,7 @@ def _known(
     if not needs_map:
         return _Known(maxima)
     affine_maps, others = fitted_map(rows, crosscoder.cfg.d_a)
-    name = _model(options)
+    name = options.model
     shares = explained_by(crosscoder, name, guessed, affine_maps, others).tolist()
     for latent, share in zip(guessed, shares, strict=True):
         known = f"{share:.1%}" if math.isfinite(share) else "an unknown part"
@@ -231,7 +230,3 @@ def _stored_maxima(crosscoder: Crosscoder, options: SteerOptions) -> Tensor | No
             f"--evaluation {options.evaluation} has no {LATENTS_FILENAME}. Give a folder written by `evaluate RUN --output`."
         )
     return maxima
-
-
-def _model(options: SteerOptions) -> ModelName:
-    return "a" if options.model == "a" else "b"

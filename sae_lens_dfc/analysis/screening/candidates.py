@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sae_lens_dfc.analysis.causal.activation_patching import drawn_directions
 from sae_lens_dfc.analysis.latents.max_activating import FiringPosition, MaxActivatingExamples
-from sae_lens_dfc.analysis.options import N_TOP
 from sae_lens_dfc.analysis.report.findings import StageCount
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
@@ -58,7 +57,7 @@ def differences_made(
         own: Model-specific directions from `both_decoder_differences`.
         affine_maps: Affine maps between the models; none if both models share one basis.
     """
-    strongest = gathered.strongest["activation"][:, :N_TOP].to(crosscoder.device)
+    strongest = gathered.strongest["activation"].to(crosscoder.device)
     top = strongest.sum(dim=1) / (strongest > 0).sum(dim=1).clamp(min=1)
     of_a, of_b = own
     # In units of the model in which the difference is larger, with both models normalized as in

@@ -3,7 +3,7 @@ and flag concerns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -11,15 +11,15 @@ from tqdm.auto import tqdm
 from sae_lens_dfc.analysis.autointerp.explain import cost, describe, detect, flag
 from sae_lens_dfc.analysis.autointerp.judge import Judge
 from sae_lens_dfc.analysis.latents.cards import ContextView, latent_cards
-from sae_lens_dfc.analysis.latents.max_activating import FiringPosition, MaxActivatingExamples
+from sae_lens_dfc.analysis.latents.max_activating import FiringPosition
 from sae_lens_dfc.analysis.report.findings import StageCount
 from sae_lens_dfc.analysis.screening.candidates import Candidates, split, stage
+from sae_lens_dfc.analysis.screening.causal_tests import Subject
 from sae_lens_dfc.analysis.screening.verdicts import Explained
 from sae_lens_dfc.core.journal import Journal
 from sae_lens_dfc.crosscoders.groups import B_EXCLUSIVE
-from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.models.config import ModelName
 
 MIN_DETECTION = 0.8
 """Minimum detection score of a description (arXiv 2602.11729, appendix B.4)."""
@@ -46,13 +46,7 @@ def what_it_costs(n_latents: int, concerns: Mapping[str, str]) -> str:
 
 
 def explained(
-    crosscoder: Crosscoder,
-    pair: ModelPair,
-    data: PairData,
-    gathered: MaxActivatingExamples,
-    first: Candidates,
-    asked: Asked,
-    progress: Journal,
+    on: Subject, first: Candidates, asked: Asked, progress: Journal
 ) -> tuple[Candidates, dict[int, Explained]]:
     """The candidates whose descriptions pass detection, and the judge's answers on each.
 
@@ -60,10 +54,7 @@ def explained(
     ones, with as many contexts in which it is silent.
 
     Args:
-        crosscoder: The saved crosscoder.
-        pair: The two models.
-        data: Held-out rows and text.
-        gathered: Max-activating examples of all latents.
+        on: The crosscoder with its models, text and examples.
         first: Candidates of the previous stages.
         asked: The judge, and what to ask.
         progress: Stored answers of the judge, for resuming.
@@ -72,7 +63,7 @@ def explained(
     for latent in tqdm(first.latents, "Asking the judge", unit=" latents"):
 
         def ask(latent: int = latent) -> dict[str, Any]:
-            return _ask(latent, crosscoder, pair, data, gathered, asked)._asdict()
+            return _ask(on, latent, asked)._asdict()
 
         said[latent] = Explained(**progress.done(f"explained {latent}", ask))
     stages: list[StageCount] = []
@@ -98,22 +89,15 @@ def _rules(flagged_only: bool) -> Iterator[tuple[str, str, Any]]:
     )
 
 
-def _ask(
-    latent: int,
-    crosscoder: Crosscoder,
-    pair: ModelPair,
-    data: PairData,
-    gathered: MaxActivatingExamples,
-    asked: Asked,
-) -> Explained:
-    who: Literal["a", "b"] = "b" if crosscoder.partition.name_of(latent) == B_EXCLUSIVE else "a"
-    places = gathered.places(latent, n_strongest=2 * N_CONTEXTS, n_quantiles=0)
-    shown, tried = split(_views(crosscoder, pair, data, gathered, latent, places))
+def _ask(on: Subject, latent: int, asked: Asked) -> Explained:
+    who: ModelName = "b" if on.crosscoder.partition.name_of(latent) == B_EXCLUSIVE else "a"
+    places = on.gathered.places(latent, n_strongest=2 * N_CONTEXTS, n_quantiles=0)
+    shown, tried = split(_views(on, latent, places))
     description = describe(asked.judge, shown, who)
     if description is None:
         return Explained()
-    elsewhere = _elsewhere(data, places, asked.seed + latent)
-    views = _views(crosscoder, pair, data, gathered, latent, elsewhere)
+    elsewhere = _elsewhere(on.data, places, asked.seed + latent)
+    views = _views(on, latent, elsewhere)
     silent = [v for v in views if not any(part.activation > 0 for part in v.segments)][:N_CONTEXTS]
     detection = None
     if tried and silent:
@@ -122,16 +106,9 @@ def _ask(
     return Explained(description, detection, concerns or [])
 
 
-def _views(
-    crosscoder: Crosscoder,
-    pair: ModelPair,
-    data: PairData,
-    gathered: MaxActivatingExamples,
-    latent: int,
-    places: Sequence[FiringPosition],
-) -> list[ContextView]:
-    rows = data.held_out_of({place.context for place in places})
-    [card] = latent_cards(crosscoder, gathered, {latent: places}, rows, pair)
+def _views(on: Subject, latent: int, places: Sequence[FiringPosition]) -> list[ContextView]:
+    rows = on.data.held_out_of({place.context for place in places})
+    [card] = latent_cards(on.crosscoder, on.gathered, {latent: places}, rows, on.pair)
     return card.contexts
 
 

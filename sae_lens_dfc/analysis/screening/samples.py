@@ -11,7 +11,7 @@ from sae_lens_dfc.analysis.steering.hooks import changed
 from sae_lens_dfc.analysis.steering.options import Sampling
 from sae_lens_dfc.analysis.steering.positions import positions_of
 from sae_lens_dfc.data.pair import ModelPair
-from sae_lens_dfc.models.config import ModelName
+from sae_lens_dfc.models.config import OTHER, ModelName
 from sae_lens_dfc.models.hooked_model import HookedModel
 
 SAMPLED = Sampling(max_new_tokens=24, temperature=0.0)
@@ -27,16 +27,14 @@ def samples(
     The change applies only at the text's positions, where the latent's activation is known, not at
     generated tokens.
     """
-    target: ModelName = "b" if own.source == "a" else "a"
     found: list[SteeringSample] = []
     ways: list[tuple[ModelName, str, Tensor]] = [
         (own.source, "model-specific part ablated", -own.own),
-        (target, "model-specific part patched in", own.moved),
+        (OTHER[own.source], "model-specific part patched in", own.moved),
     ]
     for m, change, direction in ways:
-        model = pair.a if m == "a" else pair.b
         for i in range(min(n, len(texts.rows.contexts))):
-            found.append(_sample(model, m, change, texts, i, direction))
+            found.append(_sample(pair.models[m], m, change, texts, i, direction))
     return found
 
 

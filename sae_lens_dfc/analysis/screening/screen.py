@@ -16,7 +16,7 @@ from sae_lens_dfc.analysis.autointerp.concerns import CONCERNS, read_concerns
 from sae_lens_dfc.analysis.evaluation.evaluate_run import case_of, judge_for, stored_metrics
 from sae_lens_dfc.analysis.evaluation.measure import measure
 from sae_lens_dfc.analysis.options import ScreenOptions
-from sae_lens_dfc.analysis.report.build import report_data, report_settings
+from sae_lens_dfc.analysis.report.build import report_data
 from sae_lens_dfc.analysis.report.findings import Finding, Screening
 from sae_lens_dfc.analysis.report.results import (
     REPORT_FILENAME,
@@ -117,9 +117,7 @@ def screen(options: ScreenOptions) -> Screening:
         said: dict[int, Explained] = {}
         if judge is not None:
             asked = Asked(judge, concerns, options.flagged_only, options.seed)
-            first, said = explained(
-                on.crosscoder, on.pair, on.data, on.gathered, first, asked, progress
-            )
+            first, said = explained(on, first, asked, progress)
         results = _tested(on, first.latents, options, progress)
         found = findings(on.crosscoder, first.latents, results, said, evidence, on.one_basis)
         screening = Screening([*first.stages, verdict_stage(found)], found)
@@ -181,7 +179,7 @@ def _write(
     on, evaluation = screened.subject, screened.evaluation
     metrics = {**stored, **evaluation.metrics}
     measured = Measured(on.crosscoder, evaluation._replace(metrics=metrics))
-    page = report_data(measured, on.data, on.pair, report_settings(screened.cfg))
+    page = report_data(measured, on.data, on.pair, screened.cfg)
     page = replace(page, metrics=drop_nonfinite(metrics), screening=screening)
     with atomic_folder(options.output) as folder:
         write_results(folder, page, measured)

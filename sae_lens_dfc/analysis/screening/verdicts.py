@@ -16,7 +16,7 @@ from sae_lens_dfc.analysis.report.findings import EffectView, Finding, StageCoun
 from sae_lens_dfc.analysis.screening.candidates import stage
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.exclusivity.evidence import MAX_KNOWN, LatentEvidence
-from sae_lens_dfc.models.config import ModelName
+from sae_lens_dfc.models.config import OTHER, ModelName
 from sae_lens_dfc.stats.significance import Effect, benjamini_hochberg, interval
 
 Q = 0.05
@@ -83,7 +83,7 @@ def tested(
     samples: list[SteeringSample],
 ) -> CausalTest:
     """Convert a verification to the form shown in the report."""
-    source, target = own.source.upper(), "B" if own.source == "a" else "A"
+    source, target = own.source.upper(), OTHER[own.source].upper()
     silent = f"added to {target} where it is silent: closer by, bits"
     return CausalTest(
         source=own.source,
@@ -234,7 +234,7 @@ TOO_FEW_TEXTS = f"It fires at the end of fewer than {MIN_TEXTS} of its test text
 
 
 def _reasons(one: CausalTest, q: Mapping[str, float], one_basis: bool) -> list[str]:
-    source, target = one.source.upper(), "B" if one.source == "a" else "A"
+    source, target = one.source.upper(), OTHER[one.source].upper()
 
     def beside(name: str) -> str:
         way: Way = getattr(one, name)

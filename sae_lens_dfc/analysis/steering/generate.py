@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
@@ -217,15 +218,12 @@ def _cache_settings(model: HookedModel) -> dict[str, Any]:
 def _new_tokens(
     model: HookedModel, prompts: Sequence[list[int]], options: Sampling, stops: list[int]
 ) -> list[list[int]]:
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[i, longest - len(prompt) :] = 1
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
     settings = _cache_settings(model)
     if _takes_padding(model):
-        settings["attention_mask"] = mask
+        read = [torch.ones_like(row) for row in rows]
+        settings["attention_mask"] = pad_sequence(read, batch_first=True, padding_side="left")
     output: Tensor = model.model.generate(  # type: ignore[assignment]
         ids.to(model.device),
         max_new_tokens=options.max_new_tokens,
@@ -240,7 +238,7 @@ def _new_tokens(
         verbose=False,
         **settings,
     )
-    return output[:, longest:].tolist()
+    return output[:, ids.shape[1] :].tolist()
 
 
 def _decoded(model: HookedModel, ids: list[int]) -> str:

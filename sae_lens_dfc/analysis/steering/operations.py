@@ -12,10 +12,10 @@ from torch import Tensor
 from sae_lens_dfc.analysis.options import OPERATIONS
 from sae_lens_dfc.analysis.steering.hooks import Change
 from sae_lens_dfc.analysis.steering.latent_acts import acts_of_one, latent_acts
-from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
+from sae_lens_dfc.crosscoders.groups import EXCLUSIVE_TO
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.exclusivity.decoders import moved_decoders
-from sae_lens_dfc.models.config import ModelName
+from sae_lens_dfc.models.config import OTHER, ModelName
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 
 READS_FEATURE_ACTS = ("scale", "clamp", "ablate")
@@ -141,14 +141,14 @@ def check_operations(
         raise ValueError(
             f"Steering takes one or more different latents from 0 to {d_sae - 1}, got {latents}."
         )
-    source = _other(model) if mapped else model
-    lacking = A_EXCLUSIVE if source == "b" else B_EXCLUSIVE
+    source = OTHER[model] if mapped else model
+    lacking = EXCLUSIVE_TO[OTHER[source]]
     for o in operations:
         if crosscoder.partition.name_of(o.latent) == lacking:
             advice = (
                 f"Steer model {model} with its own decoder, without a map"
                 if mapped
-                else f"Steer model {_other(model)}, or model {model} with the direction moved by a map (mapped_by; --map)"
+                else f"Steer model {OTHER[model]}, or model {model} with the direction moved by a map (mapped_by; --map)"
             )
             raise ValueError(
                 f"Latent {o.latent} is {lacking}: it has no decoder in model {source}. {advice}."
@@ -164,7 +164,7 @@ def needing_other_model(
     crosscoder: Crosscoder, model: ModelName, operations: Sequence[LatentOperation]
 ) -> list[int]:
     """The latents whose activation an operation needs and which depend on the other model too."""
-    own = A_EXCLUSIVE if model == "a" else B_EXCLUSIVE
+    own = EXCLUSIVE_TO[model]
     name_of = crosscoder.partition.name_of
     return [
         o.latent
@@ -220,14 +220,10 @@ def _code(
         for latent in needing_other_model(crosscoder, model, operations):
             raise ValueError(
                 f"The activation of latent {latent} is needed, but the latent is shared and model {model} alone does not determine it. "
-                f"Give other (a map, or model {_other(model)}'s mean) for an approximation."
+                f"Give other (a map, or model {OTHER[model]}'s mean) for an approximation."
             )
         # The value does not matter: this model's exclusive latents have zero weights in the other
         # model.
         other = torch.zeros(crosscoder.cfg.d_b if model == "a" else crosscoder.cfg.d_a)
     stand_in, latents = other, [o.latent for o in operations]
     return lambda acts: latent_acts(crosscoder, acts_of_one(model, acts, stand_in), latents)
-
-
-def _other(model: ModelName) -> ModelName:
-    return "b" if model == "a" else "a"

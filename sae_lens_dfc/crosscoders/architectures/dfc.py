@@ -25,6 +25,7 @@ from sae_lens_dfc.crosscoders.architectures.topk import (
 from sae_lens_dfc.crosscoders.base import MIN_DECODER_NORM
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.crosscoders.partition import Partition, decoder_norms
+from sae_lens_dfc.models.config import OTHER
 
 logger = logging.getLogger(__name__)
 
@@ -243,8 +244,8 @@ class DFCTrainingCrosscoder(TopKTrainingCrosscoder[DFCTrainingCrosscoderConfig])
         encoders `e |d|^2 / n^2` and `g w / n^2` give activation `g` on both inputs together.
         """
         latents = demoted.nonzero()[:, 0] + self.partition.slices[name].start
-        other = self.partition.models[OTHER_MODEL[name]]
-        own = self.partition.models["a" if OTHER_MODEL[name] == "b" else "b"]
+        model = OTHER_MODEL[name]
+        own, other = self.partition.models[OTHER[model]], self.partition.models[model]
         W_enc, W_dec = self.W_enc.data, self.W_dec.data
         d, e = W_dec[latents, own], W_enc[own, latents]
         w = slopes[demoted] * self.selection_norms()[latents, None]

@@ -11,8 +11,9 @@ from torch import Tensor
 from sae_lens_dfc.core import distributed
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 from sae_lens_dfc.crosscoders.partition import Partition
+from sae_lens_dfc.models.config import ModelName
 
-OTHER_MODEL = {A_EXCLUSIVE: "b", B_EXCLUSIVE: "a"}
+OTHER_MODEL: dict[str, ModelName] = {A_EXCLUSIVE: "b", B_EXCLUSIVE: "a"}
 MIN_FIRINGS_PER_HALF = 10
 """Minimum firings in each half of the data to judge a latent: pure noise of the latent's own
 magnitude is mistaken for the latent in 15 % of cases at 2 firings in each half, in 0.5 % at 5, and

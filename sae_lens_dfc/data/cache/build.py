@@ -1,7 +1,6 @@
 """Runs two models over their text and writes their activations to a cache."""
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 from sae_lens_dfc.core import distributed
 from sae_lens_dfc.core.identity import other_devices
 from sae_lens_dfc.core.interrupts import interruptible
+from sae_lens_dfc.core.machine import free_disk
 from sae_lens_dfc.core.output_folder import check_output, file_lock
 from sae_lens_dfc.core.parsing import read_object
 from sae_lens_dfc.core.tensor_files import load_values
@@ -37,11 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Settings that change no row: those of evaluation, and the models' locations.
 NOT_IN_HEADER = ("model_a", "model_b", "eval_pairs")
-# Settings that locate the text.
-TEXT_LOCATION = (
-    *("dataset_path", "dataset_name", "dataset_split", "text_column", "streaming"),
-    "sources",
-)
 OWN_FILES = (
     *("rows-*.safetensors", ".rows-*.new", "progress-*.safetensors", ".progress-*.new"),
     f".{MANIFEST_FILENAME}.new",
@@ -153,8 +148,7 @@ def _check_space(folder: Path, header: CacheHeader, cfg: CacheConfig, n_done: in
         return
     of_row = str_to_dtype(header.dtype).itemsize * (header.d_a + header.d_b) + 48 * header.origins
     needed = of_row * (cfg.max_unique_pairs // cfg.n_ranks - n_done) * cfg.n_ranks
-    here = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    free, format_sizeof = shutil.disk_usage(here).free, tqdm.format_sizeof
+    free, format_sizeof = free_disk(folder), tqdm.format_sizeof
     if needed > free:
         raise ValueError(
             f"{cfg.max_unique_pairs:,} pairs take {format_sizeof(needed, 'B')}, and {folder} has {format_sizeof(free, 'B')} free. Make "

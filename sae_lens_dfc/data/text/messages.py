@@ -40,10 +40,10 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     return [_message(i, message) for i, message in enumerate(messages)]
 
 
-def shortened(value: Any, n_chars: int = 100) -> str:
-    """The `repr` of a value, cut to `n_chars` characters."""
+def shortened(value: Any) -> str:
+    """The `repr` of a value, cut to 100 characters."""
     text = repr(value)
-    return text if len(text) <= n_chars else f"{text[:n_chars]}…"
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:

@@ -93,24 +93,15 @@ def _check_widths(crosscoder: Crosscoder, affine_maps: AffineMaps | None) -> Non
 
 
 @torch.no_grad()
-def decoder_differences(
-    crosscoder: Crosscoder, affine_maps: AffineMaps | None = None
-) -> Float[Tensor, "d_sae d_b"]:
-    """`d_b - d_a` of each latent, in B's raw units; see `both_decoder_differences`.
-
-    It equals the decoder of a B-exclusive latent, and is 0 for a latent with the same decoder in
-    both models. `f (d_b - d_a)` is the part of the models' activation difference that the latent
-    explains.
-    """
-    return both_decoder_differences(crosscoder, affine_maps)[1]
-
-
-@torch.no_grad()
 def both_decoder_differences(
     crosscoder: Crosscoder, affine_maps: AffineMaps | None = None
 ) -> tuple[Float[Tensor, "d_sae d_a"], Float[Tensor, "d_sae d_b"]]:
     """For each latent, `d_a` minus B's decoder mapped to A, and `d_b` minus A's mapped to B: each
     model's own part, in its raw units.
+
+    It is the decoder of a latent that is exclusive to the model, and 0 for a latent with the same
+    decoder in both. The latent's activation times it is the part of the models' activation
+    difference that the latent explains.
 
     Args:
         crosscoder: The saved crosscoder.

@@ -42,6 +42,18 @@ MAX_SPANNED = 4096
 """Maximum number of candidates per run for which `span` is computed."""
 
 
+METRICS = {
+    "known": "known",
+    "target_worse": "target_worse",
+    "nu_error": "latent_scaling/nu_error",
+    "nu_reconstruction": "latent_scaling/nu_reconstruction",
+    "auc": "transfer/auc",
+    "r2": "transfer/r2",
+    "span": "transfer/span",
+}
+"""The measures of `LatentEvidence` that are summarized over latents, with the metric of each."""
+
+
 class LatentEvidence(NamedTuple):
     """Exclusivity evidence for each latent. A *candidate* is in an exclusive partition or has
     one-sided decoder norms. Its *source* is the model in which its decoder is stronger, its
@@ -255,19 +267,10 @@ def claim_metrics(evidence: LatentEvidence) -> dict[str, float]:
     many are exclusive with evidence; `exclusive/significant_share`, their share of all latents; and
     `exclusive/power/GROUP`, the mean of `power` over the judged candidates.
     """
-    values = {
-        "known": evidence.known,
-        "target_worse": evidence.target_worse,
-        "latent_scaling/nu_error": evidence.nu_error,
-        "latent_scaling/nu_reconstruction": evidence.nu_reconstruction,
-        "transfer/auc": evidence.auc,
-        "transfer/r2": evidence.r2,
-        "transfer/span": evidence.span,
-    }
     result: dict[str, float] = {}
     for group, latents in evidence.groups.items():
-        for name, value in values.items():
-            result |= quantiles(f"{name}/{group}", value[latents])
+        for name, metric in METRICS.items():
+            result |= quantiles(f"{metric}/{group}", getattr(evidence, name)[latents])
     for group in (A_EXCLUSIVE, B_EXCLUSIVE):
         judged = evidence.groups[group] & evidence.is_judged
         result[f"exclusive/judged/{group}"] = int(judged.sum())

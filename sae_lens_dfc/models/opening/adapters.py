@@ -269,7 +269,7 @@ def _merge(model: PreTrainedModel, adapter: Adapter, config: "PeftConfig") -> Pr
     except Exception as error:
         raise Unusable(_misfit(adapter, said_by(error, MOST_OF_OURS))) from error
     if loaded.missing_keys:
-        lacks = some_names(sorted(loaded.missing_keys), "weight")
+        lacks = some_names(sorted(loaded.missing_keys))
         raise Unusable(
             _misfit(
                 adapter,
@@ -280,7 +280,7 @@ def _merge(model: PreTrainedModel, adapter: Adapter, config: "PeftConfig") -> Pr
     twice = {key for key in saved if WRAPPER in key and key.replace(WRAPPER, ".") in saved}
     extra = {*loaded.unexpected_keys} - twice
     if extra:
-        named = some_names(sorted(extra), "weight")
+        named = some_names(sorted(extra))
         raise Unusable(_misfit(adapter, f"the base has no place for {named}."))
     return adapted.merge_and_unload()  # type: ignore[return-value]
 
@@ -294,7 +294,7 @@ def _check_shapes(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -
     ]
     if wrong:
         raise Unusable(
-            f"it has {some_names(wrong, 'weight')} of another shape than the base and the rank in its {CONFIG} give. Is that file the "
+            f"it has {some_names(wrong)} of another shape than the base and the rank in its {CONFIG} give. Is that file the "
             "one that was saved with the weights?"
         )
 

@@ -1,10 +1,8 @@
 """Checks that a model can be paired: it reads text from left to right, and has embeddings for its
 tokenizer's tokens."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -120,7 +118,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, name
     """Refuse a tokenizer that can turn text into tokens for which the model has no embedding.
 
     Special tokens may have no embedding: fine-tunes and TransformerLens add a padding token that is
-    never read. `check_ids` refuses any text that contains such a token.
+    never read. `HookedModel.check_ids` refuses any text that contains such a token.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -144,30 +142,4 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, name
             f"The tokenizer of model {name!r} has {max(missing)[0] + 1} tokens, and the model has embeddings for "
             f"{n_embeddings}: {token!r} is number {number}. Give the model with the tokenizer that it was trained with, or resize its "
             "embeddings (resize_token_embeddings) and train them."
-        )
-
-
-def check_ids(
-    ids: Sequence[int] | Int[np.ndarray, " n"],
-    tokenizer: PreTrainedTokenizerBase,
-    n_embeddings: int,
-    name: str,
-) -> None:
-    """Refuse a text that contains a special token for which the model has no embedding.
-
-    Args:
-        ids: The text's tokens.
-        tokenizer: The model's tokenizer.
-        n_embeddings: Number of tokens that the model has embeddings for.
-        name: What to call the model.
-
-    Raises:
-        ValueError: The text contains such a token.
-    """
-    largest = int(np.max(ids, initial=0))
-    if largest >= n_embeddings:
-        token = str(tokenizer.convert_ids_to_tokens(largest))
-        raise ValueError(
-            f"The text has {token!r}, token {largest} of model {name!r}, which has embeddings for {n_embeddings} tokens. Leave it "
-            "out of the text, or resize the model's embeddings (resize_token_embeddings) and train them."
         )

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from sae_lens_dfc.core.terminal import MOST_OF_OURS, said_by, sentence
+from sae_lens_dfc.core.terminal import MOST_OF_OURS, counted, said_by, sentence
 from sae_lens_dfc.core.untrusted.gguf import check_gguf
 from sae_lens_dfc.models.opening.model_files import check_weights
 
@@ -139,16 +139,12 @@ class Loading(NamedTuple):
         """Two sentences: what is wrong with the checkpoint, and what to do about it."""
         parts: list[str] = []
         if self.missing:
-            parts.append(f"lacks {some_names(self.missing, 'weight')}, which would be random")
+            parts.append(f"lacks {some_names(self.missing)}, which would be random")
         if self.mismatched:
             shapes = [f"{key} {list(was)} for {list(now)}" for key, was, now in self.mismatched]
-            parts.append(
-                f"has {some_names(shapes, 'weight')} of another shape than config.json says"
-            )
+            parts.append(f"has {some_names(shapes)} of another shape than config.json says")
         if self.unexpected:
-            parts.append(
-                f"has {some_names(self.unexpected, 'weight')} that {architecture} does not have"
-            )
+            parts.append(f"has {some_names(self.unexpected)} that {architecture} does not have")
         return f"its checkpoint {', '.join(parts)}. {self._remedy()}"
 
     def _remedy(self) -> str:
@@ -173,14 +169,14 @@ def whole_model_weights(config: PretrainedConfig) -> set[str]:
     return {name for name, _ in whole.named_parameters()}
 
 
-def some_names(names: Sequence[str], kind: str) -> str:
-    """The number of weights (or whatever `kind` names), and the first few names.
+def some_names(names: Sequence[str]) -> str:
+    """The number of weights, and the first few names.
 
-    >>> some_names(["a", "b"], "weight"), some_names(list("abcde"), "weight")
+    >>> some_names(["a", "b"]), some_names(list("abcde"))
     ('2 weights (a, b)', '5 weights (a, b, c, …)')
     """
     shown = ", ".join(names[:WEIGHTS_SHOWN]) + (", …" if len(names) > WEIGHTS_SHOWN else "")
-    return f"{len(names)} {kind}{'' if len(names) == 1 else 's'} ({shown})"
+    return f"{counted(len(names), 'weight')} ({shown})"
 
 
 def _from_pretrained(

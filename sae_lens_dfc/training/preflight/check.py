@@ -32,7 +32,6 @@ from sae_lens_dfc.training.preflight.first_look import (
     top_reasons,
 )
 from sae_lens_dfc.training.preflight.needs import PROCESSOR, Needs, measured_needs
-from sae_lens_dfc.training.preflight.rehearsal import without_output
 from sae_lens_dfc.training.runner import CrosscoderTrainingRunner
 
 logger = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ def _open_models(found: Findings) -> ModelPair | None:
 
 def _open_text(found: Findings, pair: ModelPair | None) -> PairedText | None:
     """Open the text as training does; if that fails, open the data sets that can be opened."""
-    cfg = without_output(found.cfg)
+    cfg = found.cfg.without_output()
     logger.info("Opening the text")
     if pair is not None:
         runner = found.attempt(partial(CrosscoderTrainingRunner, cfg, pair))

@@ -158,7 +158,7 @@ def rehearsed(cfg: CrosscoderRunnerConfig, n_steps: int) -> CrosscoderRunnerConf
     """Settings for a training of `n_steps` steps that takes batches in order, without a shuffle,
     and writes nothing."""
     return replace(
-        without_output(cfg),
+        cfg.without_output(),
         sae=_of_most_steps(cfg.sae),
         other_saes=[_of_most_steps(sae) for sae in cfg.other_saes],
         reassign_at=[],
@@ -173,18 +173,6 @@ def rehearsed(cfg: CrosscoderRunnerConfig, n_steps: int) -> CrosscoderRunnerConf
         lr_warm_up_steps=0,
         lr_decay_steps=0,
         dead_feature_window=cfg.to_sae_trainer_config().dead_feature_window,
-        logger=replace(cfg.logger, log_to_wandb=False),
-    )
-
-
-def without_output(cfg: CrosscoderRunnerConfig) -> CrosscoderRunnerConfig:
-    """The same settings, for a training that writes nothing."""
-    return replace(
-        cfg,
-        output_path=None,
-        checkpoint_path=None,
-        n_checkpoints=0,
-        resume=False,
     )
 
 

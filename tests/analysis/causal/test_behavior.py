@@ -48,7 +48,6 @@ def test_a_model_follows_itself(twins: ModelPair) -> None:
     d = drawn(16, seed=0)
     [found] = measured(twins, {3: Directions(d, d)}).latents.values()
     assert found.score == found.divergence == 0
-    assert found.score_by_strength == [0, 0]
     assert found.effect_in_source == found.effect_in_target > 0.1
     assert found.moved > 0.1
 
@@ -110,8 +109,6 @@ def test_two_vocabularies_are_compared_by_their_texts(pair: ModelPair) -> None:
             moved.append(float(brought[0].sum()))
     assert result.latents[0].score == pytest.approx(sum(unshared) / sum(moved), rel=1e-4)
     assert result.latents[0].moved == pytest.approx(sum(moved) / 6, rel=1e-4)
-    by_strength = [sum(unshared[i::2]) / sum(moved[i::2]) for i in range(2)]
-    assert result.latents[0].score_by_strength == pytest.approx(by_strength, rel=1e-4)
     assert 0 < result.latents[0].score < 1
     mass = result.metrics["behavior/other_mass/a"], result.metrics["behavior/other_mass/b"]
     assert mass == result.latents[0].other_mass

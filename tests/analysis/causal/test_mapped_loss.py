@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae_lens_dfc.analysis.causal import downstream as downstream_module
 from sae_lens_dfc.analysis.causal.mapped_loss import mapped_loss, sources_in, who_knows_more
-from sae_lens_dfc.data.activations import PairedRows, paired_activations
+from sae_lens_dfc.data.activations import PairedRows, paired_activations, rows_in
 from sae_lens_dfc.data.alignment.segments import Segment
 from sae_lens_dfc.data.contexts import PairCounts
 from sae_lens_dfc.data.pair import ModelPair
@@ -215,10 +215,7 @@ def test_each_source_is_measured_as_if_it_were_alone(
     for name, value in measured.items():
         assert found[name] == pytest.approx(value, abs=1e-5), name
     for number, source in enumerate(("en", "pt")):
-        own = [
-            downstream_module.rows_in(r, [c for c in r.contexts if c.source == number])[0]
-            for r in mixed
-        ]
+        own = [rows_in(r, [c for c in r.contexts if c.source == number])[0] for r in mixed]
         for name, value in mapped_loss(pair, own, maps).items():
             key = name.replace("mapped_loss/", f"mapped_loss/{source}/")
             assert found[key] == pytest.approx(value, abs=1e-5), key

@@ -4,7 +4,7 @@ from torch.nn.functional import normalize
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.metrics.exclusivity.decoders import (
-    decoder_differences,
+    both_decoder_differences,
     relative_decoder_differences,
     relative_decoder_norms,
 )
@@ -16,7 +16,7 @@ def test_a_latent_of_equal_length_in_two_directions_is_told_from_a_shared_one() 
     crosscoder = Crosscoder(CrosscoderConfig(d_in=4, d_sae=4, d_a=2, d_b=2))
     # The same in both; turned by a right angle; B's alone; B's three times as long.
     crosscoder.W_dec.data = torch.tensor([[3.0, 4, 3, 4], [1, 0, 0, 1], [0, 0, 0, 2], [1, 0, 3, 0]])
-    assert decoder_differences(crosscoder).tolist() == [[0, 0], [-1, 1], [0, 2], [2, 0]]
+    assert both_decoder_differences(crosscoder)[1].tolist() == [[0, 0], [-1, 1], [0, 2], [2, 0]]
     expected = torch.tensor([0, 2**0.5 / 2, 1, 0.5])
     torch.testing.assert_close(relative_decoder_differences(crosscoder), expected)
     assert relative_decoder_norms(crosscoder)[:2].tolist() == [0.5, 0.5]
