@@ -207,7 +207,7 @@ def _timed(do: Callable[[], T]) -> tuple[T, float]:
 def _downstream(crosscoder: Crosscoder, case: PairTask, n_pairs: int) -> dict[str, float]:
     affine_maps = case.data.affine_maps(crosscoder.cfg.d_a).to(crosscoder.device)
     means = torch.cat([affine_maps.mean_a, affine_maps.mean_b])
-    rows = case.data.held_out_with_text(n_pairs)
+    rows = case.rows_to_splice(n_pairs)
     return downstream(crosscoder, case.pair, rows, means, case.order_b)
 
 

@@ -75,7 +75,7 @@ def measure(
     metrics = found.metrics | data.metrics | _of_training(crosscoder)
     if options.downstream_pairs > 0:
         means = torch.cat([affine_maps.mean_a, affine_maps.mean_b])
-        rows = data.held_out_with_text(options.downstream_pairs)
+        rows = case.rows_to_splice(options.downstream_pairs)
         metrics |= downstream(crosscoder, pair, rows, means, case.order_b)
         rows = data.held_out_with_text(options.downstream_pairs)
         metrics |= mapped_loss(pair, rows, affine_maps, data.sources)

@@ -33,6 +33,13 @@ class PairTask(NamedTuple):
     following: list[Float[Tensor, "_ 2"]] | None = None
     """For each batch of held-out rows, both models' losses on the text after each row; none if they
     were not measured, or if the pairs are shuffled."""
+    unshuffled: PairData | None = None
+    """For shuffled pairs: the held-out rows as the models computed them."""
+
+    def rows_to_splice(self, n_pairs: int) -> Iterator[PairedRows]:
+        """About `n_pairs` held-out rows with their text, each model's activations at the positions
+        where the model computed them; `downstream` shuffles the pairs itself, by `order_b`."""
+        return (self.unshuffled or self.data).held_out_with_text(n_pairs)
 
     def with_losses(self, n_pairs: int | None = None) -> "PairTask":
         """The same, with the losses on about that many held-out rows; none measures all.
@@ -107,7 +114,8 @@ def _shuffle_null(case: PairTask) -> PairTask:
     training = _shuffled(data.training, d_a, order)
     held_out = _shuffled(list(data.held_out), d_a, order)
     shuffled = PairData(training, held_out, data.contexts, {}, data.sources)
-    return case._replace(data=shuffled, order_b=order, following=None)
+    unshuffled = replace(case.data, training=[])
+    return case._replace(data=shuffled, order_b=order, following=None, unshuffled=unshuffled)
 
 
 def _seed_null(case: PairTask, seed_model: ModelConfig) -> PairTask:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sae_lens_dfc import ToyPair
+from sae_lens_dfc.analysis.evaluation.measure import CausalOptions, measure
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.data.activations import PairedRows
 from sae_lens_dfc.data.config import SourceConfig
@@ -18,6 +19,7 @@ from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.exclusivity.beyond_null import beyond_null
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
+from tests.analysis.causal.test_downstream import identity
 from tests.helpers import dfc_config
 from tests.metrics.exclusivity.test_evidence import TOY, measured, perfect
 
@@ -91,6 +93,18 @@ def test_shuffle_keeps_every_row_of_both_models_and_no_pair(case: PairTask) -> N
     assert (acts[:, d_a:] == was[:, d_a:]).all(dim=1).double().mean() < 0.02
     assert null.order_b is not None
     assert null.order_b(50).sort().values.tolist() == list(range(50))
+
+
+@pytest.mark.slow
+def test_of_shuffled_pairs_each_models_reconstruction_replaces_what_it_reconstructs(
+    case: PairTask,
+) -> None:
+    null = null_case("shuffle", case)
+    crosscoder = identity(null.pair.d_a, null.pair.d_b)
+    found = measure(crosscoder, null, CausalOptions(downstream_pairs=60)).metrics
+    for m in "ab":
+        assert found[f"loss_recovered/{m}"] == pytest.approx(1, abs=1e-3)
+        assert found[f"kl/{m}"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_real_rows_stay_as_they_were(case: PairTask) -> None:
