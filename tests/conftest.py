@@ -77,7 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-LONGEST = ("test_small_demo.py", "test_screen.py", "test_data_parallel.py", "test_tutorials.py")
+LONGEST = ("test_demo.py", "test_screen.py", "test_data_parallel.py", "test_tutorials.py")
 """Files that take longest. A worker takes a whole file, so that one begun last would end long after
 all others."""
 

@@ -15,6 +15,7 @@ from sae_lens_dfc.data.activations import PairedRows
 from sae_lens_dfc.data.config import SourceConfig
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.paired_text import PairedText
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.exclusivity.beyond_null import beyond_null
 from sae_lens_dfc.models.config import ModelConfig
@@ -25,8 +26,16 @@ from tests.metrics.exclusivity.test_evidence import TOY, measured, perfect
 
 
 @pytest.fixture(scope="module")
-def case(pair: ModelPair, llama_config: ModelConfig, gpt2_config: ModelConfig) -> PairTask:
+def case(
+    pair: ModelPair,
+    llama_config: ModelConfig,
+    gpt2_config: ModelConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> PairTask:
+    text = tmp_path_factory.mktemp("text") / "pages.jsonl"
+    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()))
     cfg = CrosscoderRunnerConfig(
+        dataset_path=str(text),
         sae=dfc_config(d_a=pair.d_a, d_b=pair.d_b),
         model_a=llama_config,
         model_b=gpt2_config,
@@ -47,7 +56,7 @@ def test_nulls_keep_the_names_of_the_sources(case: PairTask) -> None:
     named = case._replace(data=replace(case.data, sources=["en", "pt"]))
     for name in ("self", "shuffle"):
         assert null_case(name, named).data.sources == ["en", "pt"]
-    assert case.data.sources == ["cpython-docs"]
+    assert case.data.sources == ["pages"]
 
 
 def test_contexts_know_the_name_of_their_source(case: PairTask, tmp_path: Path) -> None:
