@@ -189,11 +189,16 @@ def processor(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> None:
     monkeypatch.setattr(number_formats, "_seconds", lambda x, _: seconds[x.dtype])
 
 
+def write_pages(path: Path, n: int | None = None) -> None:
+    """Write Python's reference as a data set, a row for each page: all, or the first `n`."""
+    path.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:n]))
+
+
 def train_tiny(folder: Path, model_a: Path, model_b: Path, *flags: str, n_texts: int = 12) -> Path:
     """A small DFC on Python's reference, trained by the command line, every fourth document held
     out; its folder."""
     text = folder / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:n_texts]))
+    write_pages(text, n_texts)
     args = [
         *("--model-a.model-name", str(model_a), "--model-b.model-name", str(model_b)),
         *("--dataset-path", str(text), "--eval-every-n-documents", "4", "--context-size", "48"),

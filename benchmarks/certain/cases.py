@@ -62,8 +62,9 @@ def made(pair: Pair, half: Half) -> Case:
     """A case, whose models are built at the first call and then kept.
 
     In `language-tiny` and `language-real` the halves have different chapters of the text; in
-    `language-real` also different languages. In `withheld` the models are trained on the half `tune` of the chapters, and the
-    crosscoder on the other half; the language differs between tuning and reporting.
+    `language-real` also different languages. In `withheld` the models are trained on the half
+    `tune` of the chapters, and the crosscoder on the other half; the language differs between
+    tuning and reporting.
 
     Raises:
         OSError: A package cannot be downloaded.
@@ -88,9 +89,8 @@ def _language_tiny(pair: Pair, half: Half) -> Case:
     folder = built("glassllm", {"package": asdict(packages.MODELS)}, build)
     models = ModelConfig(str(folder / "en")), ModelConfig(str(folder / "pt"))
     text = _text(half, (ENGLISH, PORTUGUESE))
-    if pair.is_null:
-        return Case((models[0], models[0]), text, {})
-    return Case(models, text, {A_EXCLUSIVE: (ENGLISH,), B_EXCLUSIVE: (PORTUGUESE,)})
+    known_to = {A_EXCLUSIVE: (ENGLISH,), B_EXCLUSIVE: (PORTUGUESE,)}
+    return _twice(models[0], text) if pair.is_null else Case(models, text, known_to)
 
 
 def _withheld(pair: Pair, half: Half) -> Case:
@@ -104,9 +104,13 @@ def _withheld(pair: Pair, half: Half) -> Case:
 def _language_real(pair: Pair, half: Half) -> Case:
     models = ModelConfig(str(unpack(DEMO_A))), ModelConfig(str(unpack(DEMO_B)))
     text = _text(half, (ENGLISH, *FOREIGN[half]), MORE_EDITIONS)
-    if pair.is_null:
-        return Case((models[0], models[0]), text, {})
-    return Case(models, text, {B_EXCLUSIVE: FOREIGN[half]})
+    known_to = {B_EXCLUSIVE: FOREIGN[half]}
+    return _twice(models[0], text) if pair.is_null else Case(models, text, known_to)
+
+
+def _twice(model: ModelConfig, text: Mapping[str, Path]) -> Case:
+    """The null of one model twice."""
+    return Case((model, model), text, {})
 
 
 def _trained(model: SmallModel, languages: Sequence[str]) -> ModelConfig:

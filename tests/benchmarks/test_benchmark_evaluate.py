@@ -11,7 +11,7 @@ from benchmarks import evaluate
 from benchmarks.__main__ import main
 from benchmarks.evaluate import MEASURES, PAIR, Preset, runs
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
-from sae_lens_dfc.data.text.cpython_docs import reference_pages
+from tests.helpers import write_pages
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def preset(
     llama_folder: Path, gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Preset:
     text = tmp_path_factory.mktemp("text") / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:40]))
+    write_pages(text, 40)
     demo = DemoConfig(
         model_a=str(llama_folder),
         model_b=str(gpt2_folder),

@@ -14,6 +14,7 @@ from benchmarks.__main__ import main as run_benchmark
 from sae_lens_dfc.cli.main import main
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.training.recipes.named import RECIPES
+from tests.helpers import write_pages
 
 Output = Callable[[], tuple[str, str]]
 
@@ -23,7 +24,7 @@ def flags(
     tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path
 ) -> list[str]:
     text = tmp_path_factory.mktemp("text") / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
+    write_pages(text, 12)
     return [
         *("--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder)),
         *("--dataset-path", str(text), "--eval-every-n-documents", "4", "--context-size", "48"),

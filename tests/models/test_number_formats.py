@@ -19,7 +19,6 @@ from sae_lens_dfc.analysis.autointerp.judge import LocalJudge
 from sae_lens_dfc.analysis.evaluation.demo import demo_models
 from sae_lens_dfc.analysis.evaluation.demo_config import DemoConfig
 from sae_lens_dfc.cli.main import COMMANDS, main, options_class
-from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.models import number_formats
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.hooked_model import HookedModel
@@ -32,7 +31,7 @@ from sae_lens_dfc.organisms.from_scratch import from_scratch
 from sae_lens_dfc.training.recipes.named import RECIPES
 from sae_lens_dfc.training.recipes.organisms import organisms
 from sae_lens_dfc.training.recipes.settings import recipe_config
-from tests.helpers import processor, train_tiny
+from tests.helpers import processor, train_tiny, write_pages
 from tests.test_tutorials import FOLDER as TUTORIALS
 from tests.test_tutorials import SOURCES, run_in_this_process
 from tests.training.test_recipes import GIVEN
@@ -166,7 +165,7 @@ def test_a_recipe_of_bfloat16_multiplies_in_it_where_the_processor_is_fast_and_n
 ) -> None:
     processor(monkeypatch, times)
     text, run = tmp_path / "text.jsonl", tmp_path / "run"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
+    write_pages(text, 12)
     of_models = [
         f"--model-{x}.{setting}"
         for x in "ab"

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from sae_lens_dfc.cli.main import main
-from sae_lens_dfc.data.text.cpython_docs import reference_pages
-from tests.helpers import train_tiny
+from tests.helpers import train_tiny, write_pages
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Jobs:
 def jobs(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folder: Path) -> Jobs:
     folder = tmp_path_factory.mktemp("jobs")
     text = folder / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
+    write_pages(text, 12)
     settings = {
         "model_a": {"model_name": str(llama_folder)},
         "model_b": {"model_name": str(gpt2_folder)},

@@ -11,8 +11,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_dfc.cli.main import main
 from sae_lens_dfc.data.cache import writer
-from sae_lens_dfc.data.text.cpython_docs import reference_pages
-from tests.helpers import processor
+from tests.helpers import processor, write_pages
 
 pytestmark = pytest.mark.usefixtures("measured_anew")
 
@@ -38,7 +37,7 @@ BOTH_WAYS = pytest.mark.parametrize(
 def data(tmp_path: Path, llama_folder: Path, gpt2_folder: Path) -> list[str]:
     """Flags that name two models in the formats that `auto` chooses, and a text."""
     text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:6]))
+    write_pages(text, 6)
     models = ("--model-a.model-name", str(llama_folder), "--model-b.model-name", str(gpt2_folder))
     sizes = ("--eval-every-n-documents", "3", "--context-size", "48", "--max-unique-pairs", "600")
     return [*models, *AUTO, "--dataset-path", str(text), *sizes]

@@ -31,9 +31,9 @@ from sae_lens_dfc.crosscoders.config import CrosscoderTrainingConfig
 from sae_lens_dfc.data.cache.build import cache_activations
 from sae_lens_dfc.data.config import CacheConfig, SourceConfig
 from sae_lens_dfc.data.pair import ModelPair
-from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.training.checkpoint import checkpoints, load_place
+from tests.helpers import write_pages
 
 STEPS = 40
 WEIGHTS = "sae_weights.safetensors"
@@ -53,7 +53,7 @@ STANDARD = StandardTrainingCrosscoderConfig(d_sae=64, l1_warm_up_steps=30, aux_l
 
 
 def text(path: Path) -> Path:
-    path.write_text("\n".join(json.dumps({"text": t}) for t in reference_pages()[:12]))
+    write_pages(path, 12)
     return path
 
 

@@ -44,7 +44,7 @@ from sae_lens_dfc.data.paired_text import open_pair
 from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.metrics.evaluate import evaluate
 from sae_lens_dfc.models.config import ModelConfig
-from tests.helpers import make_acts, make_dfc
+from tests.helpers import make_acts, make_dfc, write_pages
 
 NO_WANDB = LoggingConfig(log_to_wandb=False)
 DFC = DFCTrainingCrosscoderConfig(
@@ -100,7 +100,7 @@ def fresh(cfg: Any) -> Any:
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in reference_pages()[:12]))
+    write_pages(path, 12)
     return path
 
 

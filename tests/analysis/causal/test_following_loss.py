@@ -1,6 +1,5 @@
 """Both models' losses on the text after each pair, against Hugging Face's own models."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -12,12 +11,11 @@ from sae_lens_dfc.analysis.causal.following_loss import following_losses
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.paired_text import PairedText
-from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.loading import load_model
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
-from tests.helpers import dfc_config
+from tests.helpers import dfc_config, write_pages
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +26,7 @@ def task(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> PairTask:
     text = tmp_path_factory.mktemp("text") / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()))
+    write_pages(text)
     cfg = CrosscoderRunnerConfig(
         dataset_path=str(text),
         sae=dfc_config(d_a=pair.d_a, d_b=pair.d_b),

@@ -15,13 +15,12 @@ from sae_lens_dfc.data.activations import PairedRows
 from sae_lens_dfc.data.config import SourceConfig
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.paired_text import PairedText
-from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.exclusivity.beyond_null import beyond_null
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from tests.analysis.causal.test_downstream import identity
-from tests.helpers import dfc_config
+from tests.helpers import dfc_config, write_pages
 from tests.metrics.exclusivity.test_evidence import TOY, measured, perfect
 
 
@@ -33,7 +32,7 @@ def case(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> PairTask:
     text = tmp_path_factory.mktemp("text") / "pages.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()))
+    write_pages(text)
     cfg = CrosscoderRunnerConfig(
         dataset_path=str(text),
         sae=dfc_config(d_a=pair.d_a, d_b=pair.d_b),

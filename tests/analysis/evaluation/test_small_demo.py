@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from sae_lens_dfc.cli.main import main
-from sae_lens_dfc.data.text.cpython_docs import reference_pages
+from tests.helpers import write_pages
 
 SMALL = [
     *("--max-unique-pairs", "2000", "--training-tokens", "40960", "--eval-pairs", "600"),
@@ -17,7 +17,7 @@ def test_a_small_demo_measures_beside_its_baselines_and_null_and_reports_both_mo
     tmp_path: Path, llama_folder: Path, gpt2_folder: Path
 ) -> None:
     run, text = tmp_path / "run", tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()))
+    write_pages(text)
     models = ["--model-a", str(llama_folder), "--model-b", str(gpt2_folder)]
     assert main(["demo", *models, *SMALL, "--dataset", str(text), "--output", str(run)]) == 0
     metrics = json.loads((run / "metrics.json").read_text())

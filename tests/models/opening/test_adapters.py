@@ -33,6 +33,7 @@ from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.loading import load_model, or_base_of
 from sae_lens_dfc.models.packaged import DEMO_A, unpack
+from tests.helpers import write_pages
 from tests.model_classes import MODEL_CLASSES
 
 WEIGHTS = "adapter_model.safetensors"
@@ -359,7 +360,7 @@ def test_one_command_leads_from_an_adapter_to_a_report(
     adapter: Path, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:20]))
+    write_pages(text, 20)
     output = tmp_path / "demo"
     args = ["--model-b", adapter, "--dataset", text, "--output", output, "--dtype", "float32"]
     sizes = "--d-sae 64 --k 8 --max-unique-pairs 4000 --training-tokens 8192 --eval-pairs 1000"
@@ -384,7 +385,7 @@ def test_one_command_leads_from_an_adapter_of_a_real_model_to_a_report(tmp_path:
     base = unpack(DEMO_A)
     adapter = taught(base, tmp_path / "adapter")
     text, output = tmp_path / "text.jsonl", tmp_path / "demo"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:20]))
+    write_pages(text, 20)
     args = ["--model-b", adapter, "--dataset", text, "--output", output, "--dtype", "float32"]
     sizes = "--d-sae 64 --k 8 --max-unique-pairs 600 --training-tokens 2048 --eval-pairs 200"
     assert main(["demo", *map(str, args), *sizes.split()]) == 0
@@ -426,7 +427,7 @@ def test_training_caching_and_answering_take_an_adapter(
     adapter: Path, llama_folder: Path, tmp_path: Path
 ) -> None:
     text, prompts = tmp_path / "text.jsonl", tmp_path / "prompts.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
+    write_pages(text, 12)
     prompts.write_text(json.dumps({"prompt": "The sky is"}))
     model_b = ["--model-b.model-name", str(adapter)]
     data = ["--dataset-path", str(text), "--context-size", "48", "--eval-every-n-documents", "4"]

@@ -1,6 +1,5 @@
 """What a training takes, against numbers by hand and against what it then takes."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -12,7 +11,6 @@ import torch
 from sae_lens_dfc import CrosscoderRunnerConfig, CrosscoderTrainingRunner
 from sae_lens_dfc.data.activations import StatefulBatch, StreamState
 from sae_lens_dfc.data.batches import shuffled
-from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.training.checkpoint import checkpoints
 from sae_lens_dfc.training.preflight.estimate import (
@@ -26,7 +24,7 @@ from sae_lens_dfc.training.preflight.estimate import (
     times,
     weights_of,
 )
-from tests.helpers import TOPK_MAKERS, dfc_config, make_dfc
+from tests.helpers import TOPK_MAKERS, dfc_config, make_dfc, write_pages
 
 SPEED = Speed(reading=1000, harvest=100, step=0.5)
 
@@ -138,7 +136,7 @@ def test_a_checkpoint_is_as_large_as_is_said(
     llama_config: ModelConfig, gpt2_config: ModelConfig, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": page}) for page in reference_pages()[:12]))
+    write_pages(text, 12)
     cfg = CrosscoderRunnerConfig(
         sae=dfc_config(d_a=16, d_b=24, d_sae=4096),
         model_a=llama_config,
