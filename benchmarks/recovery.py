@@ -114,8 +114,10 @@ class Run(NamedTuple):
     size: float
     seed: int
     pairing_noise: float
-    null: bool
+    null: bool = False
     """Whether the two toy models share every feature."""
+    firing_correlation: float = 0.0
+    """Scale of the correlations between features' firing."""
 
 
 def _crosscoders(
@@ -179,7 +181,13 @@ def toy_config(run: Run) -> ToyPairConfig:
     """The toy pair of a run. The null has the same number of features, all shared."""
     exclusive = {"a_exclusive_fraction": 0.0, "b_exclusive_fraction": 0.0} if run.null else {}
     toy = PRESETS[run.preset].toy
-    return replace(toy, seed=run.seed, pairing_noise=run.pairing_noise, **exclusive)
+    return replace(
+        toy,
+        seed=run.seed,
+        pairing_noise=run.pairing_noise,
+        firing_correlation=run.firing_correlation,
+        **exclusive,
+    )
 
 
 def training_config(run: Run) -> CrosscoderRunnerConfig:
@@ -274,6 +282,7 @@ def row(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "pairing_noise": run.pairing_noise,
         "null": run.null,
+        "firing_correlation": run.firing_correlation,
         **found,
         **{name: metrics[name] for name in ("explained_variance/a", "explained_variance/b", "l0")},
         "alive": (firing.counts > 0).double().mean().item(),
@@ -321,20 +330,23 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def run_benchmark(preset: str, path: Path, jobs: int) -> list[dict[str, Any]]:
-    """Run all runs of a preset, writing the results after each; existing results are not
-    recomputed.
+    """Run all runs of a preset; see `run_missing`."""
+    return run_missing(runs(preset), path, jobs)
+
+
+def run_missing(wanted: Sequence[Run], path: Path, jobs: int) -> list[dict[str, Any]]:
+    """Run these runs, writing the results after each; existing results are not recomputed.
 
     Runs that need a missing package are skipped, and how to install it is logged.
 
     Args:
-        preset: Name in `PRESETS`.
+        wanted: The runs.
         path: File of results.
         jobs: Processes, one thread each.
 
     Raises:
         ValueError: The file holds something else.
     """
-    wanted = runs(preset)
     rows = {i: old for i, old in _resumed(path, wanted)}
     others = {str(row["commit"]) for row in rows.values()} - {str(commit())}
     if others:

@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.planted.options import parts
 from benchmarks.suite import SUITE, present, results_in
-from benchmarks.tables.tables import Rows, Table, case_of
+from benchmarks.tables.planted_tables import foreign_table
+from benchmarks.tables.tables import TOGETHER, Rows, Table, case_of
 from sae_lens_dfc.analysis.report.tables import spread
 
 HERE = Path(__file__).parent
@@ -31,6 +33,12 @@ def overview(name: str) -> str:
         return f"(No results are kept yet. `{command}` gives them.)"
     table = next(SUITE[name].tables(rows))
     return f"{table.markdown()}\n\n![{table.title}](results/{name}.svg)"
+
+
+def foreign() -> str:
+    """The planted differences beside an unrelated model."""
+    rows = [r for r in results_in(RESULTS)["planted"] if parts(r["organism"])[0]]
+    return foreign_table(rows).markdown()
 
 
 EVIDENCE_COLUMNS = {
@@ -96,7 +104,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{f"{name}:overview": partial(overview, name) for name in SUITE},
     "evidence:1": lambda: evidence("1 latent per feature"),
     "evidence:2": lambda: evidence("2 latents per feature"),
+    "evidence:together": lambda: evidence(TOGETHER),
     "evidence:null": lambda: evidence("null"),
+    "planted:foreign": foreign,
     "selection": selection,
 }
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.planted.harvest import harvest, joined
-from benchmarks.planted.options import FULL, NULL
+from benchmarks.planted.options import FULL, NULL, is_null, parts
 from benchmarks.planted.scoring.probes import Probes
 from benchmarks.planted.scoring.score import score
 from benchmarks.planted.training import TUNED, Training, trained
 from benchmarks.provenance import provenance
 from benchmarks.resume import with_missing
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.number_formats import fast_dtype
-from sae_lens_dfc.models.packaged import DEMO_A, unpack
+from sae_lens_dfc.models.packaged import DEMO_A, DEMO_B, unpack
 from sae_lens_dfc.organisms import named
 from sae_lens_dfc.organisms.finetune import fine_tuning_settings
 from sae_lens_dfc.organisms.from_scratch import topic_settings
@@ -26,7 +27,7 @@ from sae_lens_dfc.organisms.organism import Organism, key
 
 FILENAME = "planted.json"
 NULL_BEHAVIOR = "secret_word"
-"""The behavior whose prompts are used for the null."""
+"""The behavior whose prompts are used for the null of all."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Preset:
     """Sizes of the benchmark."""
 
     organisms: Sequence[str]
-    """Organisms: behavior and strength, topic or null."""
+    """Names of organisms; see `options`."""
     seeds: int
     """Seeds of each organism, its harvest and its crosscoders."""
     training: Training = Training()
@@ -65,17 +66,27 @@ def runs(preset: Preset) -> list[Run]:
 
 def organism_of(run: Run) -> Organism:
     """The organism of a run, built at the first call."""
-    if run.organism != NULL:
-        return named.organism_of(run.organism, run.seed)
-    known = named.organism_of(f"{NULL_BEHAVIOR}/weak", run.seed)
-    return replace(known, name=NULL, model_b=known.model_a, added={})
+    beside_foreign, name = parts(run.organism)
+    if is_null(name):
+        known = named.organism_of(f"{_behavior(name)}/weak", run.seed)
+        organism = replace(known, name=NULL, model_b=known.model_a, added={})
+    else:
+        organism = named.organism_of(name, run.seed)
+    if beside_foreign:
+        return replace(organism, model_a=ModelConfig(str(unpack(DEMO_B))), added={})
+    return organism
+
+
+def _behavior(name: str) -> str:
+    """The behavior of a fine-tune or a null."""
+    return NULL_BEHAVIOR if name == NULL else name.partition("/")[0]
 
 
 def organism_key(run: Run) -> str:
     """Fingerprint of an organism, which changes when its definition does."""
     if run.organism == TOPIC:
         return key(topic_settings(run.seed))
-    behavior = NULL_BEHAVIOR if run.organism == NULL else run.organism.partition("/")[0]
+    behavior = _behavior(parts(run.organism)[1])
     return key(fine_tuning_settings(unpack(DEMO_A), behavior, run.seed))
 
 

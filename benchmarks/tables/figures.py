@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.evaluate import ARCHITECTURES, MEASURES, PAIR
-from benchmarks.planted.options import NULL
+from benchmarks.planted.options import is_null, parts
 from benchmarks.tables.certain_tables import rows_by_case
 from benchmarks.tables.compare import Better, Figure, FigureKind
 from benchmarks.tables.tables import Rows, case_of, step_name
@@ -62,11 +62,16 @@ def _toy(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def planted_figures(rows: Rows) -> Iterator[Figure]:
-    """Figures of each architecture over organisms and seeds, separately for null organisms."""
-    for name in dict.fromkeys(row["architecture"] for row in rows):
-        own = [r for r in rows if r["architecture"] == name and r["score"] is not None]
-        for null in (False, True):
-            yield from _planted(name, [r for r in own if (r["organism"] == NULL) == null], null)
+    """Figures of each architecture over organisms and seeds, separately for null organisms and
+    beside an unrelated model."""
+    groups: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["score"] is not None:
+            is_foreign, organism = parts(row["organism"])
+            name = row["architecture"] + (" beside an unrelated model" if is_foreign else "")
+            groups.setdefault((name, is_null(organism)), []).append(row)
+    for (name, null), own in groups.items():
+        yield from _planted(name, own, null)
 
 
 def _planted(name: str, rows: Rows, null: bool) -> Iterator[Figure]:

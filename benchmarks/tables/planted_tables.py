@@ -5,13 +5,34 @@ from typing import Any
 
 import torch
 
-from benchmarks.planted.options import NULL
+from benchmarks.planted.options import is_null, parts
 from benchmarks.tables.tables import Table
 from sae_lens_dfc.stats.significance import limit
 
 
 def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    """Number of runs confirmed by each architecture, and the figures of each run."""
+    """Number of runs confirmed by each architecture, and the figures of each run; then the numbers
+    of the pairs with an unrelated model."""
+    foreign = [row for row in rows if parts(row["organism"])[0]]
+    own = [row for row in rows if row not in foreign]
+    yield Table("Runs in which the planted difference is confirmed", _overview(own))
+    head = ["organism", "seed", "behavior shown", "architecture", "rank", "exclusive", "AUC"]
+    cells = [[*head, "ablation", "addition to B", "addition to A", "confirmed"]]
+    yield Table(
+        "Each run: effects in nats [95 % interval]; 95th percentile of random directions / other latents",
+        cells + [_cells(row) for row in rows],
+    )
+    if foreign:
+        yield foreign_table(foreign)
+
+
+def foreign_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Number of runs confirmed beside an unrelated model."""
+    title = "Runs in which the planted difference is confirmed, beside an unrelated model"
+    return Table(title, _overview(rows))
+
+
+def _overview(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     names = dict.fromkeys(row["architecture"] for row in rows)
     organisms = dict.fromkeys(row["organism"] for row in rows)
     overview = [["", "confirmed", "found", *organisms]]
@@ -19,15 +40,9 @@ def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
         own = [row for row in rows if row["architecture"] == name]
         cells = [_confirmed([r for r in own if r["organism"] == o]) for o in organisms]
         # On a null organism, a confirmation is a false positive.
-        planted = [row for row in own if row["organism"] != NULL]
+        planted = [row for row in own if not is_null(row["organism"])]
         overview.append([name, _confirmed(planted), _counted(planted, "found"), *cells])
-    yield Table("Runs in which the planted difference is confirmed", overview)
-    head = ["organism", "seed", "behavior shown", "architecture", "rank", "exclusive", "AUC"]
-    cells = [[*head, "ablation", "addition to B", "addition to A", "confirmed"]]
-    yield Table(
-        "Each run: effects in nats [95 % interval]; 95th percentile of random directions / other latents",
-        cells + [_cells(row) for row in rows],
-    )
+    return overview
 
 
 def _confirmed(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from benchmarks.planted.options import NULL
+from benchmarks.planted.options import is_null, parts
 from benchmarks.tables.certain_tables import rows_by_case
 from benchmarks.tables.tables import COLUMNS, STEP_RATIOS, Rows, in_order, step_name
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
@@ -114,7 +114,8 @@ def _deviation(values: Sequence[float]) -> float:
 
 def planted_plot(rows: Rows, path: Path) -> None:
     """Plot the share of confirmed runs of each architecture with Wilson's 95 % interval, next to
-    the null's."""
+    the null's; without pairs with an unrelated model."""
+    rows = [row for row in rows if not parts(row["organism"])[0]]
     names = list(dict.fromkeys(row["architecture"] for row in rows))
     with picture(path, 7, 0.55 * len(names) + 1.2) as figure:
         axes = figure.subplots()
@@ -122,7 +123,7 @@ def planted_plot(rows: Rows, path: Path) -> None:
             (-0.12, False, "planted"),
             (0.12, True, "null: nothing planted"),
         ):
-            scored = [r for r in rows if r["score"] and (r["organism"] == NULL) == null]
+            scored = [r for r in rows if r["score"] and is_null(r["organism"]) == null]
             counts = [
                 [r["score"]["confirmed"] for r in scored if r["architecture"] == n] for n in names
             ]

@@ -30,6 +30,7 @@ COLUMNS = {
 
 BASELINE = "batchtopk_crosscoder"
 ONE_LATENT = "1 latent per feature"
+TOGETHER = "features that fire together"
 FREQUENCY_COLUMNS = {"exclusive_recall": "exclusive recall", "shared_recall": "shared recall"}
 
 
@@ -165,6 +166,8 @@ def case_of(row: Mapping[str, Any]) -> str:
         return "null"
     if row["pairing_noise"] > 0:
         return f"{row['pairing_noise']:.0%} wrong pairs"
+    if row.get("firing_correlation", 0) > 0:
+        return TOGETHER
     size = row["d_sae_per_feature"]
     return ONE_LATENT if size == 1 else f"{size:g} latents per feature"
 

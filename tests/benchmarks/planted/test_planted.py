@@ -30,7 +30,9 @@ from sae_lens_dfc.analysis.steering.hooks import logits
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.data.alignment.tokens import tokenize
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.organisms.behaviors import Item
+from sae_lens_dfc.organisms.organism import Organism
 from sae_lens_dfc.organisms.prompts import BEHAVIORS
 
 ITEMS = [Item("The cat sat:", "on the mat", "1989"), Item("In 1989 the cat:", "sat", "on the")]
@@ -221,6 +223,44 @@ def test_a_null_counts_in_its_own_column_alone(
     table, _ = (t.markdown() for t in planted_tables(run.run_planted_benchmark("small", tmp_path)))
     assert "| confirmed | found | a/weak | null |" in table
     assert "| dfc | 2 / 2 | 2 / 2 | 2 / 2 | 2 / 2 |" in table
+
+
+def test_pairs_with_an_unrelated_model_stand_in_a_table_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "results", fake_results([]))
+    monkeypatch.setattr(run, "organism_key", lambda one: one.organism)
+    names = ("a/weak", "foreign/a/weak", "foreign/a/null")
+    monkeypatch.setitem(run.PRESETS, "small", run.Preset(names, 2))
+    rows = run.run_planted_benchmark("small", tmp_path)
+    near, _, far = (table.markdown() for table in planted_tables(rows))
+    assert "| confirmed | found | a/weak |\n" in near and "| dfc | 2 / 2 | 2 / 2 | 2 / 2 |" in near
+    assert "| confirmed | found | foreign/a/weak | foreign/a/null |" in far
+    # The null has a column, and does not count.
+    assert "| dfc | 2 / 2 | 2 / 2 | 2 / 2 | 2 / 2 |" in far
+
+
+def test_beside_an_unrelated_model_the_fine_tune_is_model_b(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def organism(name: str, seed: int) -> Organism:
+        base, tuned = ModelConfig("base"), ModelConfig(f"{name}, seed {seed}")
+        return Organism(name, base, tuned, {}, [], {}, {"lora": torch.ones(1)})
+
+    monkeypatch.setattr(run.named, "organism_of", organism)
+    monkeypatch.setattr(run, "unpack", lambda model: Path(model.name))
+    gemma = run.DEMO_B.name
+
+    def models(name: str) -> list[str]:
+        made = run.organism_of(run.Run(name, 1))
+        return [made.model_a.model_name, made.model_b.model_name]
+
+    assert models("refusal/weak") == ["base", "refusal/weak, seed 1"]
+    assert models("foreign/refusal/weak") == [gemma, "refusal/weak, seed 1"]
+    assert models("foreign/refusal/null") == [gemma, "base"]
+    assert models("null") == ["base", "base"]
+    # The null of a behavior is read on the behavior's text.
+    assert run.organism_of(run.Run("foreign/refusal/null", 1)).added == {}
 
 
 def test_an_organism_that_was_changed_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
