@@ -21,7 +21,7 @@ from benchmarks.certain.parallel_text import ENGLISH
 from benchmarks.certain.score import score, share_of_firings
 from benchmarks.provenance import provenance
 from benchmarks.resume import with_missing
-from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, knows_more_by_source
+from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, knows_more_by_group
 from sae_lens_dfc.analysis.evaluation.measure import (
     CausalOptions,
     evidence_in,
@@ -174,7 +174,7 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
         "score": score(evidence, crosscoder.partition, shares, case.known_to),
         "used": are_used,
         "known_to": {side: list(languages) for side, languages in case.known_to.items()},
-        "knows_more": knows_more_by_source(found.metrics),
+        "knows_more": knows_more_by_group(found.metrics),
         "rises": {name: value for name, value in found.metrics.items() if name.startswith(PREFIX)},
         "metrics": {
             name: found.metrics[name]

@@ -21,14 +21,15 @@ OFTEN = 100
 
 @torch.no_grad()
 def share_of_firings(crosscoder: Crosscoder, data: PairData) -> dict[str, Float[Tensor, " d_sae"]]:
-    """For each source of text, the share of each latent's held-out firings; NaN if it never
+    """For each group of text, the share of each latent's held-out firings; NaN if it never
     fires."""
-    of_context = torch.tensor([context.source for context in data.contexts])
-    counts = torch.zeros(len(data.sources), crosscoder.cfg.d_sae)
+    names = list(dict.fromkeys(context.group for context in data.contexts))
+    of_context = torch.tensor([names.index(context.group) for context in data.contexts])
+    counts = torch.zeros(len(names), crosscoder.cfg.d_sae)
     for rows in data.held_out:
         fires = (crosscoder.encode(rows.acts.to(crosscoder.device)) > 0).float().cpu()
         counts.index_add_(0, of_context[rows.context], fires)
-    return dict(zip(data.sources, counts / counts.sum(dim=0), strict=True))
+    return dict(zip(names, counts / counts.sum(dim=0), strict=True))
 
 
 def on_languages(

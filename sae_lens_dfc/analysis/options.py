@@ -74,6 +74,9 @@ class EvaluateOptions(Judging):
     """Null pairs, which have no difference to find, separated by spaces: self (model A twice),
     shuffle (pairs shuffled), seed (model A and --seed-model), or none. Computes all measures, like
     --output. Default with --output: self and shuffle."""
+    by: str | None = None
+    """Column of the text whose values group the documents, such as their language, with --output or
+    --null: which model knows more is measured on each group. If None: by data set."""
     baselines: bool = switch()
     """Also train and measure a BatchTopK crosscoder with the same settings, and measure PCA, with
     --output or --null."""

@@ -83,6 +83,8 @@ class Context(NamedTuple):
     """Number of its document in its source, or in this rank's share of it, from 0."""
     source: int = 0
     """Number of its source, from 0."""
+    group: str = ""
+    """Name of its document's group: its source, or a value of a column."""
 
 
 class ContextBatch(NamedTuple):
@@ -209,7 +211,8 @@ class _Reading(Iterator[Context]):
         number, self.n_contexts = self.n_contexts, self.n_contexts + 1
         which = self.sources.index(source)
         bos = self.stream.pair.bos_segment
-        return Context(segments.after(bos), number, source.n_documents - 1, which)
+        document = source.n_documents - 1
+        return Context(segments.after(bos), number, document, which, source.group)
 
     def next_source(self) -> "_SourceReading | None":
         """The source to read next, with a context ready; None if it is exhausted."""
@@ -238,6 +241,8 @@ class _SourceReading:
         self.n_before = self.n_read = self.n_unreadable = self.n_taken = self.n_pairs = 0
         self.n_empty = 0
         self.has_ended = False
+        self.group = ""
+        """Group of the open document."""
         self.coverage_before, self.coverage = Coverage(), Coverage()
         n_taken = 0
         if place is not None:
@@ -280,7 +285,7 @@ class _SourceReading:
             self.n_documents += 1
             if self.stream.is_read(self.n_documents - 1):
                 self.n_read += 1
-                self.contexts = self.contexts_of(document)
+                self.contexts, self.group = self.contexts_of(document), document.group
                 return True
             self.before, self.n_before = document.after, self.n_documents
         self.has_ended = True

@@ -29,6 +29,8 @@ from sae_lens_dfc.models.loading import in_fast_format, or_base_of
 from sae_lens_dfc.models.number_formats import FORMATS
 
 BATCHES_AHEAD = 8
+MAX_GROUPS = 100
+"""Maximum number of groups of a text: each is measured by itself."""
 
 
 T_DATA = TypeVar("T_DATA", bound=DataConfig)
@@ -108,13 +110,16 @@ class PairedText:
         cfg: What to read.
         pair: The two models.
         rank: Which of the `n_ranks` ranks this is, if it reads only its own share of the text.
+        by: Column whose values are the groups of the documents; none groups them by data set.
 
     Raises:
-        ValueError: The text cannot be read, lacks the column, or `context_size` exceeds a model's
+        ValueError: The text cannot be read, lacks a column, or `context_size` exceeds a model's
             context length.
     """
 
-    def __init__(self, cfg: DataConfig, pair: ModelPair, rank: int | None = None):
+    def __init__(
+        self, cfg: DataConfig, pair: ModelPair, rank: int | None = None, by: str | None = None
+    ):
         self.cfg = cfg
         self.pair = pair
         for model in (pair.a, pair.b):
@@ -125,14 +130,9 @@ class PairedText:
                 )
         # Documents are held out within each rank's share, so one process reads all the shares.
         self.ranks = range(cfg.n_ranks) if rank is None else [rank]
-        opened = map(Source.open, cfg.all_sources)
+        named = zip(cfg.all_sources, source_names(cfg.all_sources), strict=True)
+        opened = (Source.open(source, name, by) for source, name in named)
         self.sources = [source.share(r, cfg.n_ranks) for source in opened for r in self.ranks]
-
-    @property
-    def source_names(self) -> list[str]:
-        """Name of each source by its number in the contexts; the ranks' shares of one data set have
-        one name."""
-        return [name for name in source_names(self.cfg.all_sources) for _ in self.ranks]
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -203,11 +203,29 @@ class PairedText:
         yield from paired_activations(self.pair, batches, PairCounts(), factor, after)
 
     def collect(self, part: Part, name: str) -> Collected:
-        """Both models' activations on a part of the text, in memory, with a progress bar."""
+        """Both models' activations on a part of the text, in memory, with a progress bar.
+
+        Raises:
+            ValueError: The text has more than `MAX_GROUPS` groups.
+        """
         counts = PairCounts()
         batches = list(self.stream(part).batches(counts))
+        check_groups({context.group for batch in batches for context in batch.contexts})
         rows = paired_activations(self.pair, batches, counts, self.cfg.outlier_factor)
         bar = tqdm(rows, name, len(batches), unit=" batches")
         return Collected(
             [r._replace(acts=r.acts.cpu(), contexts=()) for r in bar], in_order(batches), counts
+        )
+
+
+def check_groups(names: Collection[str]) -> None:
+    """Refuse a text with more than `MAX_GROUPS` groups.
+
+    Raises:
+        ValueError: It has more.
+    """
+    if len(names) > MAX_GROUPS:
+        some = ", ".join(sorted(names)[:3])
+        raise ValueError(
+            f"The documents fall into {len(names)} groups ({some} …), and at most {MAX_GROUPS} are measured. Name a column with fewer values."
         )

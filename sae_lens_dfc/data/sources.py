@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Long enough for any sentence-level effect, short enough for tokenizers that take quadratic time.
 MAX_CHARS = 20_000
+MAX_NAME = 40
 CHAT_COLUMN = "messages"
 FILE_ENDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 TOKEN_COLUMNS = ("input_ids", "tokens")
@@ -50,12 +51,22 @@ def source_names(sources: Sequence[SourceConfig]) -> list[str]:
     for cfg in sources:
         path = Path(cfg.dataset_path)
         stem = path.stem if path.suffix in FILE_ENDS else path.name
-        name = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, [stem, cfg.dataset_name]))) or "text"
+        name = short_name("-".join(filter(None, [stem, cfg.dataset_name]))) or "text"
         n = 1
         while (numbered := name if n == 1 else f"{name}-{n}") in names:
             n += 1
         names.append(numbered)
     return names
+
+
+def short_name(text: str) -> str:
+    """A name of at most 40 letters, digits, dots, dashes and underscores, as metrics' names have
+    them.
+
+    >>> short_name("Português (BR)")
+    'Português-BR'
+    """
+    return re.sub(r"[^\w.-]+", "-", text)[:MAX_NAME].strip("-")
 
 
 class AlignedDocument(NamedTuple):
@@ -66,6 +77,8 @@ class AlignedDocument(NamedTuple):
     """Whether it is null, or without any character, message or token id."""
     after: RowsState
     """Position after it."""
+    group: str
+    """Name of its group; see `Source`."""
 
 
 class Source:
@@ -74,9 +87,11 @@ class Source:
     Args:
         cfg: The column to read, and its weight.
         rows: Its rows.
+        name: Group of all its documents.
+        by: Column whose values are the documents' groups, instead of the name.
 
     Raises:
-        ValueError: It has no column that can be read.
+        ValueError: It has no column that can be read, or none called `by`.
 
     >>> from datasets import Dataset
     >>> source = Source(SourceConfig("mine"), Rows(Dataset.from_dict({"text": ["a", "b"]}), "mine"))
@@ -84,19 +99,26 @@ class Source:
     ['a', 'b']
     """
 
-    def __init__(self, cfg: SourceConfig, rows: Rows):
+    def __init__(self, cfg: SourceConfig, rows: Rows, name: str = "", by: str | None = None):
+        if by is not None and by not in rows.columns:
+            raise ValueError(
+                f"Data set {cfg.dataset_path!r} has no column {by!r} to group its documents by; its columns are {list(rows.columns)}. Name one of them."
+            )
         self.cfg = cfg
         self.rows = rows
+        self.name = name
+        self.by = by
         self.column = _column(cfg, rows.columns)
         """The column that is read; None for contrastive rows, whose three columns are all read."""
         self._has_warned = False
 
     @classmethod
-    def open(cls, cfg: SourceConfig) -> "Source":
+    def open(cls, cfg: SourceConfig, name: str = "", by: str | None = None) -> "Source":
         """Open the data set that `cfg` names.
 
         Raises:
-            ValueError: The data set does not exist, or has no column that can be read.
+            ValueError: The data set does not exist, or has no column that can be read, or none
+                called `by`.
         """
         rows = open_rows(
             cfg.dataset_path,
@@ -105,11 +127,13 @@ class Source:
             cfg.streaming,
             cfg.dataset_name,
         )
-        return cls(cfg, rows)
+        return cls(cfg, rows, name, by)
 
     def share(self, rank: int, world_size: int) -> "Source":
         """The share of one of several ranks."""
-        return self if world_size == 1 else Source(self.cfg, self.rows.share(rank, world_size))
+        if world_size == 1:
+            return self
+        return Source(self.cfg, self.rows.share(rank, world_size), self.name, self.by)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -203,15 +227,20 @@ class Source:
         """Each document (a value of the column, or a whole contrastive row) with the position after
         it."""
         for row, after in self.rows.read(place):
-            yield (row if self.column is None else row[self.column]), after
+            yield self._document(row), after
+
+    def _document(self, row: dict[str, Any]) -> Any:
+        return row if self.column is None else row[self.column]
 
     def read_aligned(
         self, pair: ModelPair, place: RowsState | None = None
     ) -> Iterator[AlignedDocument]:
         """Each document from a position on, aligned between the pair's tokenizers."""
-        for document, after in self.read(place):
+        for row, after in self.rows.read(place):
+            document = self._document(row)
             pieces = aligned_pieces(pair, document, self.cfg.tokenizer)
-            yield AlignedDocument(pieces, is_empty(document), after)
+            group = self.name if self.by is None else short_name(str(row[self.by]))
+            yield AlignedDocument(pieces, is_empty(document), after, group)
 
 
 def _column(cfg: SourceConfig, columns: Sequence[str]) -> str | None:

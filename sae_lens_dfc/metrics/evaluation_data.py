@@ -2,7 +2,7 @@
 text."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -30,8 +30,6 @@ class PairData:
     """Text of the held-out rows, indexed by their `context`."""
     metrics: dict[str, float]
     """Alignment metrics over all text that was read."""
-    sources: list[str] = field(default_factory=list)
-    """Name of each source of the held-out text, by its number in the contexts; none if unknown."""
 
     @classmethod
     def collect(cls, text: PairedText, name: str) -> "PairData":
@@ -53,7 +51,6 @@ class PairData:
             regrouped(held.rows),
             held.contexts,
             alignment_metrics(training.counts),
-            text.source_names,
         )
 
     def affine_maps(self, d_a: int) -> AffineMaps:

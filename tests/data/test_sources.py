@@ -12,6 +12,7 @@ from sae_lens_dfc.data.cache.reader import PairedActivationsCache
 from sae_lens_dfc.data.config import SourceConfig
 from sae_lens_dfc.data.contexts import ContextStream, PairCounts, in_order
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.data.paired_text import MAX_GROUPS, check_groups
 from sae_lens_dfc.data.sources import Source, aligned_pieces, decoded
 from sae_lens_dfc.data.text.datasets import Rows
 from tests.helpers import source_of, stream_of
@@ -267,3 +268,44 @@ def test_held_out_documents_that_are_empty_are_no_error(pair: ModelPair) -> None
     stream = stream_of(pair, ["a cat", ""], part="held_out", eval_every_n_documents=2)
     counts = PairCounts()
     assert list(stream.batches(counts)) == [] and (counts.texts, counts.empty) == (1, 1)
+
+
+# --- groups of documents ---
+
+
+def groups_in(pair: ModelPair, source: Source) -> list[str]:
+    stream = ContextStream(pair, [source], context_size=16)
+    return [context.group for context in in_order(stream.batches(PairCounts()))]
+
+
+def test_documents_are_grouped_by_their_source_or_by_a_column(pair: ModelPair) -> None:
+    two = rows(text=[TEXT, TEXT, TEXT], language=["en", "pt (BR)", None])
+    assert set(groups_in(pair, Source(SourceConfig("mine"), two, "mine"))) == {"mine"}
+    by_language = groups_in(pair, Source(SourceConfig("mine"), two, "mine", by="language"))
+    # One group after the other, each with as many contexts as the same text has.
+    n = len(by_language) // 3
+    assert by_language == ["en"] * n + ["pt-BR"] * n + ["None"] * n
+
+
+def test_a_resumed_reading_keeps_the_groups(pair: ModelPair) -> None:
+    two = rows(text=[TEXT * 3, TEXT], language=["en", "pt"])
+    source = Source(SourceConfig("mine"), two, by="language")
+    stream = ContextStream(pair, [source], context_size=16, batch_size_prompts=1)
+    batches = list(stream.batches(PairCounts()))
+    whole = [context for batch in batches for context in batch.contexts]
+    assert {context.group for context in whole} == {"en", "pt"}
+    for i, batch in enumerate(batches[:-1]):
+        rest = list(stream.batches(PairCounts(), batch.after))
+        again = [(c.number, c.group) for one in rest for c in one.contexts]
+        assert again == [(c.number, c.group) for one in batches[i + 1 :] for c in one.contexts]
+
+
+def test_a_column_to_group_by_must_exist() -> None:
+    with pytest.raises(ValueError, match="has no column 'lang' to group its documents by"):
+        Source(SourceConfig("mine"), rows(text=[TEXT]), by="lang")
+
+
+def test_a_text_of_too_many_groups_is_refused() -> None:
+    check_groups({str(i) for i in range(MAX_GROUPS)})
+    with pytest.raises(ValueError, match="fall into 101 groups .0, 1, 10 …., and at most 100"):
+        check_groups({str(i) for i in range(MAX_GROUPS + 1)})

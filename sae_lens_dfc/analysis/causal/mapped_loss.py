@@ -3,7 +3,7 @@ when it continues from an affine map of the other's activations."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,7 +33,6 @@ def mapped_loss(
     pair: ModelPair,
     batches: Iterable[PairedRows],
     affine_maps: AffineMaps,
-    sources: Sequence[str] = (),
 ) -> dict[str, float]:
     """Rise of each model's next-token loss when its activations at the paired positions are
     replaced by the affine map of the other model's.
@@ -54,8 +53,6 @@ def mapped_loss(
         batches: Rows `(n, d_a + d_b)` of raw held-out activations with their contexts, from
             `PairData.held_out_with_text`.
         affine_maps: Affine maps between the models, fitted on other pairs.
-        sources: Name of each source, by its number in the contexts. With two names or more, each
-            is measured by itself too.
 
     Returns:
         For `m` in `a`, `b`, in nats per token: `mapped_loss/untouched/m`, the model's loss;
@@ -63,32 +60,28 @@ def mapped_loss(
         `mapped_loss/rise_of_mean/m`, its rise given its mean activation, for comparison; and
         `mapped_loss/b_minus_a`, the difference of the two rises. Without unit,
         `mapped_loss/b_over_a`: the untouched B's loss on all this text over A's, which is
-        comparable whatever the tokenizers. The same of each source under `mapped_loss/SOURCE/`.
-        Each with its `/se` if there are at least two blocks.
+        comparable whatever the tokenizers. The same of each group of text under
+        `mapped_loss/GROUP/`, if there are several. Each with its `/se` if there are at least two blocks.
 
     Raises:
-        ValueError: There are no rows, they come without contexts or of a source that has no name,
-            or a model was loaded without its upper layers.
+        ValueError: There are no rows, they come without contexts, or a model was loaded without its
+            upper layers.
     """
     check_whole(pair)
-    affected = {"": Jackknife(_measures)}
-    if len(set(sources)) > 1:
-        affected |= {f"{name}/": Jackknife(_measures) for name in sources}
+    whole, groups = Jackknife(_measures), dict[str, Jackknife]()
     for rows in tqdm(batches, "Loss with the other's map", leave=False):
         total: dict[str, Tensor] = {}
-        for name, of_source in _by_source(rows, sources if len(affected) > 1 else ()).items():
+        for name, of_group in _by_group(rows).items():
             sums: dict[str, Tensor] = {}
-            for part in spliced_sums(pair, of_source, _edits(of_source, affine_maps)):
+            for part in spliced_sums(pair, of_group, _edits(of_group, affine_maps)):
                 sums = _added(sums, part)
             total = _added(total, sums)
-            if name:
-                affected[name].update(sums)
+            groups.setdefault(f"{name}/", Jackknife(_measures)).update(sums)
         if total:
-            affected[""].update(total)
+            whole.update(total)
     return {
         f"{PREFIX}{group}{name}": value
-        for group, metric in affected.items()
-        if metric.total or not group
+        for group, metric in {"": whole, **(groups if len(groups) > 1 else {})}.items()
         for name, value in metric.compute().items()
     }
 
@@ -97,20 +90,13 @@ def _added(sums: Sums, more: Sums) -> dict[str, Tensor]:
     return {name: x + sums[name] if name in sums else x for name, x in more.items()}
 
 
-def _by_source(rows: PairedRows, sources: Sequence[str]) -> dict[str, PairedRows]:
-    """The rows of each source that has any, by `NAME/`; without names, all rows under ``."""
-    if len(rows.acts) == 0:
-        return {}
-    if not sources:
-        return {"": rows}
-    unnamed = {context.source for context in rows.contexts} - set(range(len(sources)))
-    if unnamed:
-        raise ValueError(
-            f"Contexts come from source {min(unnamed)}, but only {len(sources)} sources have names. Name each source."
-        )
+def _by_group(rows: PairedRows) -> dict[str, PairedRows]:
+    """The rows of each group of text that has any."""
+    names = dict.fromkeys(context.group for context in rows.contexts)
+    if len(names) < 2:
+        return {name: rows for name in names or ("",) if len(rows.acts) > 0}
     parts = {
-        f"{name}/": rows_in(rows, [c for c in rows.contexts if sources[c.source] == name])[0]
-        for name in dict.fromkeys(sources)
+        name: rows_in(rows, [c for c in rows.contexts if c.group == name])[0] for name in names
     }
     return {name: part for name, part in parts.items() if len(part.acts) > 0}
 
@@ -195,10 +181,10 @@ def _inverse(ratio: Measure) -> Measure:
     return Measure(1 / ratio.value, ratio.se / ratio.value / ratio.value)
 
 
-def sources_in(metrics: Mapping[str, float]) -> list[str]:
-    """Names of the sources that have measures of their own.
+def named_groups(metrics: Mapping[str, float]) -> list[str]:
+    """Names of the groups of text that have measures of their own.
 
-    >>> sources_in({"mapped_loss/b_minus_a": 1.0, "mapped_loss/pt/b_minus_a": 1.0})
+    >>> named_groups({"mapped_loss/b_minus_a": 1.0, "mapped_loss/pt/b_minus_a": 1.0})
     ['pt']
     """
     found = (re.fullmatch(rf"{PREFIX}([\w.-]+)/b_minus_a", name) for name in metrics)
@@ -206,8 +192,8 @@ def sources_in(metrics: Mapping[str, float]) -> list[str]:
 
 
 def who_knows_more(metrics: Mapping[str, float]) -> str:
-    """Say in a sentence which model knows what the other does not, and by source in another; empty
-    if it was not measured.
+    """Say in a sentence which model knows what the other does not, and by group of text in another;
+    empty if it was not measured.
 
     >>> measures = {"rise/a": 0.06, "rise/b": 0.98, "b_minus_a": 0.92, "b_over_a": 0.7}
     >>> measured = {f"mapped_loss/{name}": x for name, x in measures.items()}
@@ -224,19 +210,19 @@ def who_knows_more(metrics: Mapping[str, float]) -> str:
         f"given B's, A's {_said(losses.rise_a)}, and on the same text B's untouched loss is "
         f"{ratio:.2f}{_plus_minus(error, 2)} times A's: {named[knows_more(losses)]}."
     )
-    by_source: dict[str, list[str]] = {}
-    for source, knows in knows_more_by_source(metrics).items():
-        by_source.setdefault(named[knows], []).append(source)
-    if by_source:
-        told = [f"on {', '.join(names)}, {what}" for what, names in by_source.items()]
-        result += f" By source: {'; '.join(told)}."
+    by_group: dict[str, list[str]] = {}
+    for group, knows in knows_more_by_group(metrics).items():
+        by_group.setdefault(named[knows], []).append(group)
+    if by_group:
+        told = [f"on {', '.join(names)}, {what}" for what, names in by_group.items()]
+        result += f" By group of text: {'; '.join(told)}."
     return result
 
 
-def knows_more_by_source(metrics: Mapping[str, float]) -> dict[str, Literal["a", "b"] | None]:
-    """`knows_more` on each source that has measures of its own."""
-    found = {source: _losses(metrics, f"{source}/") for source in sources_in(metrics)}
-    return {source: knows_more(losses) for source, losses in found.items() if losses is not None}
+def knows_more_by_group(metrics: Mapping[str, float]) -> dict[str, Literal["a", "b"] | None]:
+    """`knows_more` on each group of text that has measures of its own."""
+    found = {name: _losses(metrics, f"{name}/") for name in named_groups(metrics)}
+    return {name: knows_more(losses) for name, losses in found.items() if losses is not None}
 
 
 def _knows(m: str) -> str:

@@ -62,7 +62,9 @@ def evaluate_run(options: EvaluateOptions) -> None:
         if options.output is not None and not options.json:
             print_result(f"\nMeasures, latents and report: {options.output}")
         return
-    given = [n for n in ("seed_model", "judge", "judge_url") if getattr(options, n) is not None]
+    given = [
+        n for n in ("by", "seed_model", "judge", "judge_url") if getattr(options, n) is not None
+    ]
     if given:
         raise ValueError(
             f"{', '.join('--' + n.replace('_', '-') for n in given)} only applies with --output or --null. Give one of them too."
@@ -130,7 +132,7 @@ def _evaluated(options: EvaluateOptions) -> FullEvaluation:
         seed_model = replace(cfg.model_a, model_name=options.seed_model, **NO_ADAPTER)
     causal = CausalOptions(options.downstream_pairs, options.behavior_latents, judge)
     own = own_config(run, options, options.null_pairs)
-    case = case_of(run, options, own, pair).with_losses()
+    case = case_of(run, options, own, pair, options.by).with_losses()
     compared = Comparisons(nulls, seed_model, options.baselines)
     found = evaluate_with_nulls(crosscoder, case, compared, causal)
     if options.output is not None:
@@ -152,18 +154,22 @@ def judge_for(options: Judging) -> Judge | None:
 
 
 def case_of(
-    run: str, options: HeldOutOptions, own: CrosscoderRunnerConfig, pair: ModelPair
+    run: str,
+    options: HeldOutOptions,
+    own: CrosscoderRunnerConfig,
+    pair: ModelPair,
+    by: str | None = None,
 ) -> PairTask:
     """A run's models with its training rows, as many as `own` has, and its held-out rows, or those
-    of other text if given."""
-    text, part = held_out_text(run, options, pair)
+    of other text if given, grouped by a column."""
+    text, part = held_out_text(run, options, pair, by)
     if part == "held_out" and text.cfg.all_sources == own.all_sources:
-        return PairTask(own, pair, PairData.collect(PairedText(own, pair), "The two models"))
+        text = PairedText(own, pair, by=by)
+        return PairTask(own, pair, PairData.collect(text, "The two models"))
     training = PairedText(own, pair).collect("training", "The run's own text: activations")
     other = text.collect(part, "Held-out activations")
     alignment = alignment_metrics(other.counts)
-    rows, names = regrouped(other.rows), text.source_names
-    data = PairData(training.rows, rows, other.contexts, alignment, names)
+    data = PairData(training.rows, regrouped(other.rows), other.contexts, alignment)
     return PairTask(own, pair, data)
 
 

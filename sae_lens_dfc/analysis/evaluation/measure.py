@@ -78,7 +78,7 @@ def measure(
         rows = case.rows_to_splice(options.downstream_pairs)
         metrics |= downstream(crosscoder, pair, rows, means, case.order_b)
         rows = data.held_out_with_text(options.downstream_pairs)
-        metrics |= mapped_loss(pair, rows, affine_maps, data.sources)
+        metrics |= mapped_loss(pair, rows, affine_maps)
     if options.behavior_latents > 0:
         metrics |= _behavior(crosscoder, case, found, affine_maps, options)
     return found._replace(metrics=metrics)

@@ -94,7 +94,7 @@ def _self_null(case: PairTask) -> PairTask:
     ]
     training = [twice(rows) for rows in _drained(case.data.training)]
     held_out = [twice(rows) for rows in case.data.held_out]
-    data = PairData(training, held_out, contexts, {}, case.data.sources)
+    data = PairData(training, held_out, contexts, {})
     following = case.following and [losses[:, [0, 0]] for losses in case.following]
     return case._replace(
         cfg=_of_one(case, case.cfg.model_a),
@@ -113,7 +113,7 @@ def _shuffle_null(case: PairTask) -> PairTask:
     data, d_a = case.data, case.pair.d_a
     training = _shuffled(data.training, d_a, order)
     held_out = _shuffled(list(data.held_out), d_a, order)
-    shuffled = PairData(training, held_out, data.contexts, {}, data.sources)
+    shuffled = PairData(training, held_out, data.contexts, {})
     unshuffled = replace(case.data, training=[])
     return case._replace(data=shuffled, order_b=order, following=None, unshuffled=unshuffled)
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, sources_in
+from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, named_groups
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
 from sae_lens_dfc.stats.jackknife import SE
@@ -182,18 +182,18 @@ COLUMNS = [
 
 
 def groups_of(metrics: Mapping[str, float]) -> list[MeasureGroup]:
-    """The groups of measures without those that were not measured, with the rows of each source of
+    """The groups of measures without those that were not measured, with the rows of each group of
     text that was measured by itself.
 
     >>> [group.rows for group in groups_of({"mapped_loss/pt/b_minus_a": 1.0})]
     [[('mapped_loss/pt/b_minus_a', "Rise of B's loss minus A's, on pt")]]
     """
-    by_source = [
-        (key.replace(PREFIX, f"{PREFIX}{source}/", 1), f"{title}, on {source}")
-        for source in sources_in(metrics)
+    by_group = [
+        (key.replace(PREFIX, f"{PREFIX}{name}/", 1), f"{title}, on {name}")
+        for name in named_groups(metrics)
         for key, title in KNOWS_MORE.rows
     ]
-    whole = KNOWS_MORE._replace(rows=[*KNOWS_MORE.rows, *by_source])
+    whole = KNOWS_MORE._replace(rows=[*KNOWS_MORE.rows, *by_group])
     groups = (whole if group is KNOWS_MORE else group for group in GROUPS)
     measured = [
         group._replace(

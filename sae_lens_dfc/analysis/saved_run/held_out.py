@@ -138,7 +138,9 @@ def is_own_text(run: str, options: HeldOutOptions) -> bool:
     return len(cfg.all_sources) == 1 and _own_source(run, options.dataset, cfg) is not None
 
 
-def held_out_text(run: str, options: HeldOutOptions, pair: ModelPair) -> tuple[PairedText, Part]:
+def held_out_text(
+    run: str, options: HeldOutOptions, pair: ModelPair, by: str | None = None
+) -> tuple[PairedText, Part]:
     """The text and part that a run is evaluated on: the held-out part of its own text, or all of
     another text.
 
@@ -149,7 +151,7 @@ def held_out_text(run: str, options: HeldOutOptions, pair: ModelPair) -> tuple[P
     """
     cfg = run_config(run, replace(options, dataset=None))
     if options.dataset is None:
-        return PairedText(cfg, pair), "held_out"
+        return PairedText(cfg, pair, by=by), "held_out"
     signs = text_signs(run)
     own = own_source(signs, cfg, options.dataset)
     if own is not None:
@@ -163,7 +165,7 @@ def held_out_text(run: str, options: HeldOutOptions, pair: ModelPair) -> tuple[P
             *(run, options.dataset),
         )
     part: Part = "all" if own is None else "held_out"
-    return PairedText(_reading(cfg, options.dataset, own), pair), part
+    return PairedText(_reading(cfg, options.dataset, own), pair, by=by), part
 
 
 def _moved(

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae_lens_dfc.analysis.causal import downstream as downstream_module
-from sae_lens_dfc.analysis.causal.mapped_loss import mapped_loss, sources_in, who_knows_more
+from sae_lens_dfc.analysis.causal.mapped_loss import mapped_loss, named_groups, who_knows_more
 from sae_lens_dfc.data.activations import PairedRows, paired_activations, rows_in
 from sae_lens_dfc.data.alignment.segments import Segment
 from sae_lens_dfc.data.contexts import PairCounts
@@ -197,36 +197,30 @@ def test_one_model_twice_loses_nothing_on_either_side_and_is_not_named(
         assert "neither is shown to know more" in who_knows_more(found)
 
 
-def with_sources(rows: Sequence[PairedRows], every: int) -> list[PairedRows]:
-    """Every so-manyth context is of source 1, the others of source 0."""
+def grouped(rows: Sequence[PairedRows], names: Sequence[str]) -> list[PairedRows]:
+    """The contexts in groups of these names by turns."""
     return [
-        r._replace(contexts=[c._replace(source=int(c.number % every == 0)) for c in r.contexts])
+        r._replace(contexts=[c._replace(group=names[c.number % len(names)]) for c in r.contexts])
         for r in rows
     ]
 
 
 @pytest.mark.slow
-def test_each_source_is_measured_as_if_it_were_alone(
+def test_each_group_is_measured_as_if_it_were_alone(
     pair: ModelPair, rows: list[PairedRows], measured: dict[str, float]
 ) -> None:
-    maps, mixed = maps_of(rows, pair.d_a), with_sources(rows, every=3)
-    found = mapped_loss(pair, mixed, maps, ["en", "pt"])
-    assert sources_in(found) == ["en", "pt"]
+    maps, mixed = maps_of(rows, pair.d_a), grouped(rows, ["pt", "en", "en"])
+    found = mapped_loss(pair, mixed, maps)
+    assert sorted(named_groups(found)) == ["en", "pt"]
     for name, value in measured.items():
         assert found[name] == pytest.approx(value, abs=1e-5), name
-    for number, source in enumerate(("en", "pt")):
-        own = [rows_in(r, [c for c in r.contexts if c.source == number])[0] for r in mixed]
+    for group in ("en", "pt"):
+        own = [rows_in(r, [c for c in r.contexts if c.group == group])[0] for r in mixed]
         for name, value in mapped_loss(pair, own, maps).items():
-            key = name.replace("mapped_loss/", f"mapped_loss/{source}/")
+            key = name.replace("mapped_loss/", f"mapped_loss/{group}/")
             assert found[key] == pytest.approx(value, abs=1e-5), key
-    assert "By source: on " in who_knows_more(found)
-    assert sources_in(mapped_loss(pair, mixed, maps, ["en", "en"])) == []
-    with pytest.raises(ValueError, match="only 2 sources have names"):
-        mapped_loss(pair, with_source_2(rows), maps, ["en", "pt"])
-
-
-def with_source_2(rows: Sequence[PairedRows]) -> list[PairedRows]:
-    return [r._replace(contexts=[c._replace(source=2) for c in r.contexts]) for r in rows]
+    assert "By group of text: on " in who_knows_more(found)
+    assert named_groups(mapped_loss(pair, grouped(rows, ["en"]), maps)) == []
 
 
 @pytest.mark.slow

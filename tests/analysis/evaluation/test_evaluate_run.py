@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae_lens_dfc.cli.main import main
+from sae_lens_dfc.data.text.cpython_docs import reference_pages
 from tests.helpers import train_tiny
 
 pytestmark = pytest.mark.slow
@@ -119,6 +120,23 @@ def test_which_model_knows_more_is_said_on_the_page(evaluation: Path) -> None:
     page = (evaluation / "report.html").read_text()
     assert "activations mapped into it, B" in page
     assert "Rise of A&#39;s loss, given B&#39;s activations" in page
+
+
+def test_which_model_knows_more_is_measured_by_the_values_of_a_column(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = reference_pages()[:24]
+    lines = [{"text": page, "section": f"s{i % 2}"} for i, page in enumerate(pages)]
+    text = tmp_path / "sections.jsonl"
+    text.write_text("\n".join(map(json.dumps, lines)))
+    asked = ["evaluate", str(run), "--dataset", str(text), "--null", "none", *SMALL]
+    assert main([*asked, "--by", "section", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("mapped_loss/rise/a", "mapped_loss/untouched/b"):
+        parts = [found[name.replace("/", f"/s{i}/", 1)] for i in (0, 1)]
+        assert min(parts) < found[name] < max(parts)
+    assert main([*asked, "--by", "chapter"]) == 1
+    assert "has no column 'chapter' to group its documents by" in capsys.readouterr().err
 
 
 def test_a_share_is_beyond_each_null(metrics: dict[str, float]) -> None:

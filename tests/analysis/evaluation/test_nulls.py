@@ -51,11 +51,10 @@ def joined(rows: Sequence[PairedRows]) -> torch.Tensor:
     return torch.cat([r.acts for r in rows])
 
 
-def test_nulls_keep_the_names_of_the_sources(case: PairTask) -> None:
-    named = case._replace(data=replace(case.data, sources=["en", "pt"]))
+def test_nulls_keep_the_groups_of_the_text(case: PairTask) -> None:
+    assert {context.group for context in case.data.contexts} == {"pages"}
     for name in ("self", "shuffle"):
-        assert null_case(name, named).data.sources == ["en", "pt"]
-    assert case.data.sources == ["pages"]
+        assert {context.group for context in null_case(name, case).data.contexts} == {"pages"}
 
 
 def test_contexts_know_the_name_of_their_source(case: PairTask, tmp_path: Path) -> None:

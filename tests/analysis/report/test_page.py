@@ -175,7 +175,7 @@ def test_the_page_says_which_model_knows_more_and_on_which_source() -> None:
     assert lead(METRICS, None) in said and lead(METRICS, SCREENING) in lead(found, SCREENING)
     assert "given B's, A's rises by 0.060 ± 0.030, and on the same text" in said
     assert "B's untouched loss is 0.70 ± 0.03 times A's: B knows what A does not." in said
-    assert "By source: on en, neither is shown to know more; on pt, B knows" in said
+    assert "By group of text: on en, neither is shown to know more; on pt, B knows" in said
     page = render_report(data(metrics=found))
     assert "Rise of B&#39;s loss, given A&#39;s activations, on pt" in page
     rows = {row[0]: row[1] for row in measures_table(found)[1]}

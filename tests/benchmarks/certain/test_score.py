@@ -64,15 +64,16 @@ def test_of_a_model_that_alone_knows_nothing_no_call_is_right() -> None:
     assert found["a_exclusive"]["right"] == 0
 
 
-def test_firings_are_counted_by_source() -> None:
+def test_firings_are_counted_by_group() -> None:
     crosscoder = Crosscoder(CrosscoderConfig(d_in=2, d_sae=1, d_a=1, d_b=1))
     crosscoder.W_enc.data = torch.ones(2, 1)
     crosscoder.W_dec.data = torch.ones(1, 2)
     segments = Segments.of([Segment((1,), (1,))])
-    contexts = [Context(segments, i, 0, source) for i, source in enumerate((0, 1, 1))]
+    languages = ("English", "Portuguese", "Portuguese")
+    contexts = [Context(segments, i, 0, group=group) for i, group in enumerate(languages)]
     acts = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.5, 0.0]])
     rows = PairedRows(acts, torch.tensor([0, 1, 1, 0, 2]), torch.zeros(5, dtype=torch.long))
-    data = PairData([], [rows], contexts, {}, ["English", "Portuguese"])
+    data = PairData([], [rows], contexts, {})
     shares = share_of_firings(crosscoder, data)
     assert {name: x.item() for name, x in shares.items()} == {"English": 0.25, "Portuguese": 0.75}
 
