@@ -29,6 +29,9 @@ FILENAME = "planted.json"
 NULL_BEHAVIOR = "secret_word"
 """The behavior whose prompts are used for the null of all."""
 
+BESIDE_FOREIGN = ("batchtopk_crosscoder", "dfc")
+"""The architectures trained beside an unrelated model."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -130,6 +133,15 @@ def results(run: Run, cfg: Training) -> Iterator[dict[str, Any]]:
         }
 
 
+def training_of(run: Run, preset: Preset) -> Training:
+    """The training settings of a run; beside an unrelated model only some architectures are
+    trained."""
+    cfg = preset.training
+    if not parts(run.organism)[0]:
+        return cfg
+    return replace(cfg, tuned={n: x for n, x in cfg.tuned.items() if n in BESIDE_FOREIGN})
+
+
 def settings(run: Run, cfg: Training) -> dict[str, Any]:
     """Settings that determine a run's results."""
     values = {"run": run._asdict(), "organism": organism_key(run), "training": asdict(cfg)}
@@ -151,8 +163,8 @@ def run_planted_benchmark(preset: str, output_folder: Path) -> list[dict[str, An
     return with_missing(
         output_folder / FILENAME,
         runs(chosen),
-        lambda run: settings(run, chosen.training),
+        lambda run: settings(run, training_of(run, chosen)),
         # A run's rows share one training.
-        lambda run: results(run, chosen.training),
+        lambda run: results(run, training_of(run, chosen)),
         "Planted differences",
     )
