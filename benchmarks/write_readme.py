@@ -38,7 +38,7 @@ def overview(name: str) -> str:
 def foreign() -> str:
     """The planted differences beside an unrelated model."""
     rows = [r for r in results_in(RESULTS)["planted"] if parts(r["organism"])[0]]
-    return foreign_table(rows).markdown()
+    return foreign_table(rows).markdown() if rows else "(No results are kept yet.)"
 
 
 EVIDENCE_COLUMNS = {
