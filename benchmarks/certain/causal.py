@@ -32,7 +32,7 @@ def used(
         crosscoder: The crosscoder.
         task: The whole models and their data.
         evidence: Evidence for each latent.
-        shares: `share_of_firings`.
+        shares: `firings_by_group`.
         known_to: The languages that only this side's model knows.
     """
     order = [int(i) for i in ranking(evidence) if evidence.is_exclusive[i]]

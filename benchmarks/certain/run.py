@@ -18,7 +18,7 @@ from benchmarks.certain.cases import (
 )
 from benchmarks.certain.causal import used
 from benchmarks.certain.parallel_text import ENGLISH
-from benchmarks.certain.score import score, share_of_firings
+from benchmarks.certain.score import score
 from benchmarks.provenance import provenance
 from benchmarks.resume import with_missing
 from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, knows_more_by_group
@@ -35,6 +35,7 @@ from sae_lens_dfc.data.config import SourceConfig
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.paired_text import PairedText
 from sae_lens_dfc.metrics.evaluation_data import PairData
+from sae_lens_dfc.metrics.firings_by_group import firings_by_group
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 from sae_lens_dfc.training.resolve import resolve
 
@@ -163,7 +164,7 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
     trained = time.monotonic()
     found = measure(crosscoder, task, CausalOptions(sizes.downstream_pairs))
     measured = time.monotonic()
-    shares, evidence = share_of_firings(crosscoder, task.data), evidence_in(found)
+    shares, evidence = firings_by_group(crosscoder, task.data), evidence_in(found)
     are_used = used(crosscoder, task, evidence, shares, case.known_to)
     tested = time.monotonic()
     return {

@@ -8,28 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
-from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.crosscoders.partition import Partition
-from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence
 
 MIN_SHARE = 0.5
 """Share of its firings above which a latent is one of a language."""
 OFTEN = 100
 """Held-out firings from which on a latent must be found."""
-
-
-@torch.no_grad()
-def share_of_firings(crosscoder: Crosscoder, data: PairData) -> dict[str, Float[Tensor, " d_sae"]]:
-    """For each group of text, the share of each latent's held-out firings; NaN if it never
-    fires."""
-    names = list(dict.fromkeys(context.group for context in data.contexts))
-    of_context = torch.tensor([names.index(context.group) for context in data.contexts])
-    counts = torch.zeros(len(names), crosscoder.cfg.d_sae)
-    for rows in data.held_out:
-        fires = (crosscoder.encode(rows.acts.to(crosscoder.device)) > 0).float().cpu()
-        counts.index_add_(0, of_context[rows.context], fires)
-    return dict(zip(names, counts / counts.sum(dim=0), strict=True))
 
 
 def on_languages(
@@ -57,7 +42,7 @@ def score(
     Args:
         evidence: Evidence for each latent.
         partition: The crosscoder's partition.
-        shares: `share_of_firings`.
+        shares: `firings_by_group`.
         known_to: The languages that only this side's model knows.
 
     Returns:

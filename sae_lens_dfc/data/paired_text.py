@@ -30,7 +30,7 @@ from sae_lens_dfc.models.number_formats import FORMATS
 
 BATCHES_AHEAD = 8
 MAX_GROUPS = 100
-"""Maximum number of groups of a text: each is measured by itself."""
+"""Maximum number of values of a column that groups a text: each is measured by itself."""
 
 
 T_DATA = TypeVar("T_DATA", bound=DataConfig)
@@ -122,6 +122,7 @@ class PairedText:
     ):
         self.cfg = cfg
         self.pair = pair
+        self.by = by
         for model in (pair.a, pair.b):
             if cfg.context_size > model.n_ctx:
                 raise ValueError(
@@ -206,11 +207,12 @@ class PairedText:
         """Both models' activations on a part of the text, in memory, with a progress bar.
 
         Raises:
-            ValueError: The text has more than `MAX_GROUPS` groups.
+            ValueError: The column that groups it has more than `MAX_GROUPS` values.
         """
         counts = PairCounts()
         batches = list(self.stream(part).batches(counts))
-        check_groups({context.group for batch in batches for context in batch.contexts})
+        if self.by is not None:
+            check_groups({context.group for batch in batches for context in batch.contexts})
         rows = paired_activations(self.pair, batches, counts, self.cfg.outlier_factor)
         bar = tqdm(rows, name, len(batches), unit=" batches")
         return Collected(
@@ -219,10 +221,10 @@ class PairedText:
 
 
 def check_groups(names: Collection[str]) -> None:
-    """Refuse a text with more than `MAX_GROUPS` groups.
+    """Refuse more than `MAX_GROUPS` groups.
 
     Raises:
-        ValueError: It has more.
+        ValueError: There are more.
     """
     if len(names) > MAX_GROUPS:
         some = ", ".join(sorted(names)[:3])

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Long enough for any sentence-level effect, short enough for tokenizers that take quadratic time.
 MAX_CHARS = 20_000
-MAX_NAME = 40
+MAX_NAME = 80
 CHAT_COLUMN = "messages"
 FILE_ENDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 TOKEN_COLUMNS = ("input_ids", "tokens")
@@ -60,8 +60,8 @@ def source_names(sources: Sequence[SourceConfig]) -> list[str]:
 
 
 def short_name(text: str) -> str:
-    """A name of at most 40 letters, digits, dots, dashes and underscores, as metrics' names have
-    them.
+    """A name of at most 80 letters, digits, dots, dashes and underscores, as metrics' names have
+    them; empty if there are none.
 
     >>> short_name("Português (BR)")
     'Português-BR'
@@ -239,7 +239,7 @@ class Source:
         for row, after in self.rows.read(place):
             document = self._document(row)
             pieces = aligned_pieces(pair, document, self.cfg.tokenizer)
-            group = self.name if self.by is None else short_name(str(row[self.by]))
+            group = self.name if self.by is None else short_name(str(row[self.by])) or "empty"
             yield AlignedDocument(pieces, is_empty(document), after, group)
 
 

@@ -279,12 +279,12 @@ def groups_in(pair: ModelPair, source: Source) -> list[str]:
 
 
 def test_documents_are_grouped_by_their_source_or_by_a_column(pair: ModelPair) -> None:
-    two = rows(text=[TEXT, TEXT, TEXT], language=["en", "pt (BR)", None])
+    two = rows(text=[TEXT] * 4, language=["en", "pt (BR)", None, ""])
     assert set(groups_in(pair, Source(SourceConfig("mine"), two, "mine"))) == {"mine"}
     by_language = groups_in(pair, Source(SourceConfig("mine"), two, "mine", by="language"))
     # One group after the other, each with as many contexts as the same text has.
-    n = len(by_language) // 3
-    assert by_language == ["en"] * n + ["pt-BR"] * n + ["None"] * n
+    n = len(by_language) // 4
+    assert by_language == ["en"] * n + ["pt-BR"] * n + ["None"] * n + ["empty"] * n
 
 
 def test_a_resumed_reading_keeps_the_groups(pair: ModelPair) -> None:

@@ -92,6 +92,6 @@ def write_evaluation(
     cfg: CrosscoderRunnerConfig,
 ) -> None:
     """Write metrics.json, latents.csv and report.html, which shows the settings `cfg`."""
-    measured = Measured(crosscoder, found.run)
+    measured = Measured.on(crosscoder, found.run, case.data)
     page = report_data(measured, case.data, case.pair, cfg)
     write_results(folder, replace(page, metrics=found.metrics), measured)

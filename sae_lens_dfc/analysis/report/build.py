@@ -1,7 +1,10 @@
 """Collects the data that the HTML report shows about a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from sae_lens_dfc.analysis.latents.cards import LatentCard, latent_cards, strongest_latents
 from sae_lens_dfc.analysis.latents.max_activating import collect_max_activating
@@ -14,6 +17,7 @@ from sae_lens_dfc.metrics.exclusivity.decoders import (
     relative_norm_histogram,
 )
 from sae_lens_dfc.metrics.exclusivity.evidence import ranking, verdict
+from sae_lens_dfc.metrics.firings_by_group import top_group
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 
 LATENTS_PER_PARTITION = 12
@@ -26,7 +30,7 @@ def report_data(
     measured: Measured, data: PairData, pair: ModelPair, cfg: CrosscoderRunnerConfig
 ) -> ReportData:
     """The report's data for a saved crosscoder and its settings."""
-    crosscoder, (metrics, firing, evidence) = measured
+    crosscoder, (metrics, firing, evidence), _ = measured
     gathered = collect_max_activating(crosscoder, data.held_out)
     latents = strongest_latents(firing, LATENTS_PER_PARTITION)
     if evidence is not None:
@@ -49,7 +53,7 @@ def report_data(
 def all_cards(measured: Measured, cards: Sequence[LatentCard]) -> list[LatentCard]:
     """A card of every latent that fires, with contexts only if given, ordered by evidence of being
     exclusive."""
-    crosscoder, (_, firing, evidence) = measured
+    crosscoder, (_, firing, evidence), groups = measured
     given = {card.latent: card for card in cards}
     relative = relative_decoder_norms(crosscoder).tolist()
     rates, means, maxima = firing.rates.tolist(), firing.means.tolist(), firing.maxima.tolist()
@@ -57,7 +61,7 @@ def all_cards(measured: Measured, cards: Sequence[LatentCard]) -> list[LatentCar
     order = firing.sums.argsort(descending=True).tolist()
     if evidence is not None:
         order = [*ranking(evidence).tolist(), *order]
-    return [
+    found = [
         given.get(i)
         or LatentCard(
             latent=i,
@@ -75,6 +79,13 @@ def all_cards(measured: Measured, cards: Sequence[LatentCard]) -> list[LatentCar
         for i in dict.fromkeys(order)
         if rates[i] > 0
     ]
+    return [replace(card, verdict=_on_group(card, groups)) for card in found] if groups else found
+
+
+def _on_group(card: LatentCard, groups: Mapping[str, Tensor]) -> str:
+    """A card's verdict, and the group of text on which its latent fires most."""
+    name, share = top_group(groups, card.latent)
+    return "; ".join(filter(None, [card.verdict, f"{share:.0%} of its firings are on {name}"]))
 
 
 def report_settings(cfg: CrosscoderRunnerConfig) -> dict[str, Any]:

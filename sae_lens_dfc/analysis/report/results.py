@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from sae_lens_dfc.core.parsing import read_object, read_text
 from sae_lens_dfc.core.terminal import said_by
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.evaluate import Evaluation
+from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence
+from sae_lens_dfc.metrics.firings_by_group import firings_by_group, top_group
 from sae_lens_dfc.stats.jackknife import SE
 
 LATENTS_FILENAME = "latents.csv"
@@ -58,7 +61,7 @@ def write_results(folder: Path, page: ReportData, run: "Measured") -> None:
 
 def write_latents(path: Path, run: "Measured") -> None:
     """Write all measures of each latent, one line per latent."""
-    crosscoder, (_, firing, evidence) = run
+    crosscoder, (_, firing, evidence), groups = run
     columns: dict[str, Any] = {
         "latent": range(crosscoder.cfg.d_sae),
         "partition": [crosscoder.partition.name_of(i) for i in range(crosscoder.cfg.d_sae)],
@@ -66,6 +69,9 @@ def write_latents(path: Path, run: "Measured") -> None:
         "mean_activation": firing.means.tolist(),
         "max_activation": firing.maxima.tolist(),
     }
+    if groups:
+        names, shares = zip(*(top_group(groups, i) for i in columns["latent"]), strict=True)
+        columns |= {"top_group": names, "top_group_share": shares}
     if evidence is not None:
         columns |= {name: values.tolist() for name, values in evidence._asdict().items()}
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -156,6 +162,14 @@ class Measured(NamedTuple):
 
     crosscoder: Crosscoder
     evaluation: Evaluation
+    groups: Mapping[str, Float[Tensor, " d_sae"]] = MappingProxyType({})
+    """Share of each latent's firings on each group of text; empty if there is one."""
+
+    @classmethod
+    def on(cls, crosscoder: Crosscoder, evaluation: Evaluation, data: PairData) -> "Measured":
+        """The same with the groups of its text."""
+        groups = firings_by_group(crosscoder, data)
+        return cls(crosscoder, evaluation, groups if len(groups) > 1 else {})
 
 
 def stored_maxima(folder: str | Path, crosscoder: Crosscoder) -> Float[Tensor, " d_sae"] | None:

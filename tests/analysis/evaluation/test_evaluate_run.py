@@ -122,7 +122,7 @@ def test_which_model_knows_more_is_said_on_the_page(evaluation: Path) -> None:
     assert "Rise of A&#39;s loss, given B&#39;s activations" in page
 
 
-def test_which_model_knows_more_is_measured_by_the_values_of_a_column(
+def test_with_a_column_who_knows_more_and_where_latents_fire_are_measured_by_its_values(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pages = reference_pages()[:24]
@@ -130,11 +130,19 @@ def test_which_model_knows_more_is_measured_by_the_values_of_a_column(
     text = tmp_path / "sections.jsonl"
     text.write_text("\n".join(map(json.dumps, lines)))
     asked = ["evaluate", str(run), "--dataset", str(text), "--null", "none", *SMALL]
-    assert main([*asked, "--by", "section", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    output = tmp_path / "by"
+    assert main([*asked, "--by", "section", "--output", str(output)]) == 0
+    assert "By group of text: on s" in capsys.readouterr().out
+    found = json.loads((output / "metrics.json").read_text())
     for name in ("mapped_loss/rise/a", "mapped_loss/untouched/b"):
         parts = [found[name.replace("/", f"/s{i}/", 1)] for i in (0, 1)]
         assert min(parts) < found[name] < max(parts)
+    with (output / "latents.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    fires = [line for line in lines if float(line["firing_rate"]) > 0]
+    assert {line["top_group"] for line in fires} == {"s0", "s1"}
+    assert all(0.5 <= float(line["top_group_share"]) <= 1 for line in fires)
+    assert "of its firings are on s" in (output / "report.html").read_text()
     assert main([*asked, "--by", "chapter"]) == 1
     assert "has no column 'chapter' to group its documents by" in capsys.readouterr().err
 

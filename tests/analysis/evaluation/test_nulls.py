@@ -65,11 +65,12 @@ def test_contexts_know_the_name_of_their_source(case: PairTask, tmp_path: Path) 
     sources = [SourceConfig(str(tmp_path / f"{name}.jsonl")) for name in said]
     cfg = replace(case.cfg, sources=sources, eval_every_n_documents=2, n_ranks=2)
     data = PairData.collect(PairedText(cfg, case.pair), "test")
-    assert data.sources == ["low", "low", "high", "high"]
-    assert {c.source for c in data.contexts} == {0, 1, 2, 3}
+    assert {(c.source, c.group) for c in data.contexts} == {
+        *((0, "low"), (1, "low"), (2, "high"), (3, "high"))
+    }
     for context in data.contexts:
         text = case.pair.a.tokenizer.decode(context.segments.ids_a, skip_special_tokens=True)
-        assert str(text).islower() == (data.sources[context.source] == "low")
+        assert str(text).islower() == (context.group == "low")
 
 
 def test_self_has_model_as_rows_twice_and_its_text(case: PairTask) -> None:

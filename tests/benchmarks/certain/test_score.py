@@ -2,14 +2,9 @@
 
 import torch
 
-from benchmarks.certain.score import score, share_of_firings
+from benchmarks.certain.score import score
 from benchmarks.tables.certain_tables import certain_tables
-from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.crosscoders.partition import Partition
-from sae_lens_dfc.data.activations import PairedRows
-from sae_lens_dfc.data.alignment.segments import Segment, Segments
-from sae_lens_dfc.data.contexts import Context
-from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence
 
 PARTITION = Partition(d_a=1, d_b=1, n_a_exclusive=3, n_b_exclusive=2, n_shared=1)
@@ -62,20 +57,6 @@ def test_of_a_model_that_alone_knows_nothing_no_call_is_right() -> None:
     found = score(evidence(), PARTITION, SHARES, {"b_exclusive": ["Portuguese"]})
     assert found["a_exclusive"]["called"] == 2
     assert found["a_exclusive"]["right"] == 0
-
-
-def test_firings_are_counted_by_group() -> None:
-    crosscoder = Crosscoder(CrosscoderConfig(d_in=2, d_sae=1, d_a=1, d_b=1))
-    crosscoder.W_enc.data = torch.ones(2, 1)
-    crosscoder.W_dec.data = torch.ones(1, 2)
-    segments = Segments.of([Segment((1,), (1,))])
-    languages = ("English", "Portuguese", "Portuguese")
-    contexts = [Context(segments, i, 0, group=group) for i, group in enumerate(languages)]
-    acts = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.5, 0.0]])
-    rows = PairedRows(acts, torch.tensor([0, 1, 1, 0, 2]), torch.zeros(5, dtype=torch.long))
-    data = PairData([], [rows], contexts, {})
-    shares = share_of_firings(crosscoder, data)
-    assert {name: x.item() for name, x in shares.items()} == {"English": 0.25, "Portuguese": 0.75}
 
 
 def test_the_table_has_each_case_and_side() -> None:
