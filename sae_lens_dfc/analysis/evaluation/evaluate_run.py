@@ -181,12 +181,12 @@ def write_report(options: ReportOptions) -> None:
     stored = stored_metrics(options.run, options.run, options)
     d_sae = load_crosscoder(options.run).cfg.d_sae
     evidence = read_evidence(Path(options.run) / LATENTS_FILENAME, d_sae) if stored else None
-    (crosscoder, evaluation), data, pair, cfg = _measure(options.run, options)
+    (crosscoder, evaluation, _), data, pair, cfg = _measure(options.run, options)
     if stored:
         metrics = {**stored, **evaluation.metrics}
         evaluation = evaluation._replace(metrics=metrics, evidence=evidence)
     evaluation = evaluation._replace(metrics=drop_nonfinite(evaluation.metrics))
-    page = report_data(Measured(crosscoder, evaluation), data, pair, cfg)
+    page = report_data(Measured.on(crosscoder, evaluation, data), data, pair, cfg)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Replaces an existing file or link of that name.
     with atomic_file(target) as temporary:

@@ -178,7 +178,7 @@ def _write(
 ) -> None:
     on, evaluation = screened.subject, screened.evaluation
     metrics = {**stored, **evaluation.metrics}
-    measured = Measured(on.crosscoder, evaluation._replace(metrics=metrics))
+    measured = Measured.on(on.crosscoder, evaluation._replace(metrics=metrics), on.data)
     page = report_data(measured, on.data, on.pair, screened.cfg)
     page = replace(page, metrics=drop_nonfinite(metrics), screening=screening)
     with atomic_folder(options.output) as folder:
