@@ -168,8 +168,9 @@ class Measured(NamedTuple):
     @classmethod
     def on(cls, crosscoder: Crosscoder, evaluation: Evaluation, data: PairData) -> "Measured":
         """The same with the groups of its text."""
-        groups = firings_by_group(crosscoder, data)
-        return cls(crosscoder, evaluation, groups if len(groups) > 1 else {})
+        if len({context.group for context in data.contexts}) < 2:
+            return cls(crosscoder, evaluation)
+        return cls(crosscoder, evaluation, firings_by_group(crosscoder, data))
 
 
 def stored_maxima(folder: str | Path, crosscoder: Crosscoder) -> Float[Tensor, " d_sae"] | None:
