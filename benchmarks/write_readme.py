@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planted.options import parts
+from benchmarks.planted.options import is_foreign
 from benchmarks.suite import SUITE, present, results_in
 from benchmarks.tables.planted_tables import foreign_table
 from benchmarks.tables.tables import TOGETHER, Rows, Table, case_of
@@ -37,7 +37,7 @@ def overview(name: str) -> str:
 
 def foreign() -> str:
     """The planted differences beside an unrelated model."""
-    rows = [r for r in results_in(RESULTS)["planted"] if parts(r["organism"])[0]]
+    rows = [r for r in results_in(RESULTS)["planted"] if is_foreign(r["organism"])]
     return foreign_table(rows).markdown() if rows else "(No results are kept yet.)"
 
 

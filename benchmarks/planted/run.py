@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.planted.harvest import harvest, joined
-from benchmarks.planted.options import FULL, NULL, is_null, parts
+from benchmarks.planted.options import FOREIGN, FULL, NULL, is_foreign, is_null
 from benchmarks.planted.scoring.probes import Probes
 from benchmarks.planted.scoring.score import score
 from benchmarks.planted.training import TUNED, Training, trained
@@ -69,13 +69,13 @@ def runs(preset: Preset) -> list[Run]:
 
 def organism_of(run: Run) -> Organism:
     """The organism of a run, built at the first call."""
-    beside_foreign, name = parts(run.organism)
+    name = run.organism.removeprefix(FOREIGN)
     if is_null(name):
         known = named.organism_of(f"{_behavior(name)}/weak", run.seed)
         organism = replace(known, name=NULL, model_b=known.model_a, added={})
     else:
         organism = named.organism_of(name, run.seed)
-    if beside_foreign:
+    if is_foreign(run.organism):
         return replace(organism, model_a=ModelConfig(str(unpack(DEMO_B))), added={})
     return organism
 
@@ -89,7 +89,7 @@ def organism_key(run: Run) -> str:
     """Fingerprint of an organism, which changes when its definition does."""
     if run.organism == TOPIC:
         return key(topic_settings(run.seed))
-    behavior = _behavior(parts(run.organism)[1])
+    behavior = _behavior(run.organism.removeprefix(FOREIGN))
     return key(fine_tuning_settings(unpack(DEMO_A), behavior, run.seed))
 
 
@@ -137,7 +137,7 @@ def training_of(run: Run, preset: Preset) -> Training:
     """The training settings of a run; beside an unrelated model only some architectures are
     trained."""
     cfg = preset.training
-    if not parts(run.organism)[0]:
+    if not is_foreign(run.organism):
         return cfg
     return replace(cfg, tuned={n: x for n, x in cfg.tuned.items() if n in BESIDE_FOREIGN})
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.evaluate import ARCHITECTURES, MEASURES, PAIR
-from benchmarks.planted.options import is_null, parts
+from benchmarks.planted.options import is_foreign, is_null
 from benchmarks.tables.certain_tables import rows_by_case
 from benchmarks.tables.compare import Better, Figure, FigureKind
 from benchmarks.tables.tables import Rows, case_of, step_name
@@ -67,9 +67,9 @@ def planted_figures(rows: Rows) -> Iterator[Figure]:
     groups: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["score"] is not None:
-            is_foreign, organism = parts(row["organism"])
-            name = row["architecture"] + (" beside an unrelated model" if is_foreign else "")
-            groups.setdefault((name, is_null(organism)), []).append(row)
+            beside = " beside an unrelated model" if is_foreign(row["organism"]) else ""
+            name = row["architecture"] + beside
+            groups.setdefault((name, is_null(row["organism"])), []).append(row)
     for (name, null), own in groups.items():
         yield from _planted(name, own, null)
 

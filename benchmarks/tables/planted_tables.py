@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.planted.options import is_null, parts
+from benchmarks.planted.options import is_foreign, is_null
 from benchmarks.tables.tables import Table
 from sae_lens_dfc.stats.significance import limit
 
@@ -13,8 +13,8 @@ from sae_lens_dfc.stats.significance import limit
 def planted_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
     """Number of runs confirmed by each architecture, and the figures of each run; then the numbers
     of the pairs with an unrelated model."""
-    foreign = [row for row in rows if parts(row["organism"])[0]]
-    own = [row for row in rows if row not in foreign]
+    foreign = [row for row in rows if is_foreign(row["organism"])]
+    own = [row for row in rows if not is_foreign(row["organism"])]
     yield Table("Runs in which the planted difference is confirmed", _overview(own))
     head = ["organism", "seed", "behavior shown", "architecture", "rank", "exclusive", "AUC"]
     cells = [[*head, "ablation", "addition to B", "addition to A", "confirmed"]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from benchmarks.planted.options import is_null, parts
+from benchmarks.planted.options import is_foreign, is_null
 from benchmarks.tables.certain_tables import rows_by_case
 from benchmarks.tables.tables import COLUMNS, STEP_RATIOS, Rows, in_order, step_name
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
@@ -115,7 +115,7 @@ def _deviation(values: Sequence[float]) -> float:
 def planted_plot(rows: Rows, path: Path) -> None:
     """Plot the share of confirmed runs of each architecture with Wilson's 95 % interval, next to
     the null's; without pairs with an unrelated model."""
-    rows = [row for row in rows if not parts(row["organism"])[0]]
+    rows = [row for row in rows if not is_foreign(row["organism"])]
     names = list(dict.fromkeys(row["architecture"] for row in rows))
     with picture(path, 7, 0.55 * len(names) + 1.2) as figure:
         axes = figure.subplots()

@@ -259,8 +259,9 @@ def test_beside_an_unrelated_model_the_fine_tune_is_model_b(
     assert models("foreign/refusal/weak") == [gemma, "refusal/weak, seed 1"]
     assert models("foreign/refusal/null") == [gemma, "base"]
     assert models("null") == ["base", "base"]
-    # The null of a behavior is read on the behavior's text.
+    # The LoRA does not lead from Gemma to model B.
     assert run.organism_of(run.Run("foreign/refusal/null", 1)).added == {}
+    assert run.organism_of(run.Run("foreign/refusal/weak", 1)).added == {}
 
 
 def test_an_organism_that_was_changed_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
