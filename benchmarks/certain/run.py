@@ -16,7 +16,7 @@ from benchmarks.certain.cases import (
     Pair,
     made,
 )
-from benchmarks.certain.causal import used
+from benchmarks.certain.causal import in_both, used
 from benchmarks.certain.parallel_text import ENGLISH
 from benchmarks.certain.score import score
 from benchmarks.provenance import provenance
@@ -29,6 +29,7 @@ from sae_lens_dfc.analysis.evaluation.measure import (
     train_crosscoder,
 )
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
+from sae_lens_dfc.analysis.screening.causal_tests import subject_of
 from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 from sae_lens_dfc.data.config import SourceConfig
@@ -152,7 +153,7 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
     """Train a run's crosscoder and compare its calls with what is certain.
 
     Returns:
-        The pair; `score` and `used` by side; `knows_more`, the model that the loss with the other's
+        The pair; `score`, `used` and `in_both` by side; `knows_more`, the model that the loss with the other's
             map names on each language; and the seconds of each part.
     """
     started, sizes = time.monotonic(), preset.settings_of(run.pair)
@@ -165,7 +166,9 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
     found = measure(crosscoder, task, CausalOptions(sizes.downstream_pairs))
     measured = time.monotonic()
     shares, evidence = firings_by_group(crosscoder, task.data), evidence_in(found)
-    are_used = used(crosscoder, task, evidence, shares, case.known_to)
+    on = subject_of(crosscoder, task.pair, task.data)
+    are_used = used(on, evidence, shares, case.known_to)
+    are_in_both = in_both(on, evidence, shares, case.known_to)
     tested = time.monotonic()
     return {
         "certain_case": run.pair.case,
@@ -174,6 +177,7 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
         "seed": run.seed,
         "score": score(evidence, crosscoder.partition, shares, case.known_to),
         "used": are_used,
+        "in_both": are_in_both,
         "known_to": {side: list(languages) for side, languages in case.known_to.items()},
         "knows_more": knows_more_by_group(found.metrics),
         "rises": {name: value for name, value in found.metrics.items() if name.startswith(PREFIX)},

@@ -13,6 +13,10 @@ NULLS = {
     "language-real": "SmolLM2 twice",
 }
 
+NOTHING = {"language-real": "not certain"}
+"""What is said of a side whose model alone knows nothing for certain: SmolLM2 may represent
+spellings that Gemma does not."""
+
 
 def case_name(row: Mapping[str, Any]) -> str:
     """A row's case in words.
@@ -56,8 +60,7 @@ def certain_tables(rows: Rows) -> Iterator[Table]:
             called = _sum(scores, "called")
             right = f"{_sum(scores, 'right')} of {called}"
             if side not in own[0]["known_to"]:
-                # SmolLM2 may represent spellings that Gemma does not.
-                right = "not certain" if case == "language-real" else "nothing to find"
+                right = NOTHING.get(case, "nothing to find")
             often = f"{_sum(scores, 'often_called')} of {_sum(scores, 'often')}"
             name = f"{case}: {model}"
             calls = ", ".join(str(score["called"]) for score in scores)
@@ -66,7 +69,31 @@ def certain_tables(rows: Rows) -> Iterator[Table]:
             judged = str(_sum(scores, "judged"))
             cells.append([name, str(len(own)), judged, calls, right, often, used])
     yield Table("Latents called exclusive, with evidence", cells)
+    yield Table("Shared latents, ablated in both models", _in_both(rows))
     yield Table("Model that knows more, by the loss with the other's map in place", _named(rows))
+
+
+def _in_both(rows: Rows) -> list[list[str]]:
+    head = [
+        "",
+        "runs",
+        "tested",
+        "used differently, by run",
+        "of them on what only this model knows",
+    ]
+    cells = [[*head, "used alike"]]
+    measured = [row for row in rows if "in_both" in row]
+    for case, own in rows_by_case(measured).items():
+        for side, model in SIDES.items():
+            tests = [row["in_both"][side] for row in own]
+            by_run = ", ".join(str(counts["different"]) for counts in tests)
+            right = f"{_sum(tests, 'right')} of {_sum(tests, 'different')}"
+            if side not in own[0]["known_to"]:
+                right = NOTHING.get(case, "nothing to find")
+            alike = f"{_sum(tests, 'alike')} of {_sum(tests, 'tested')}"
+            tested = str(_sum(tests, "tested"))
+            cells.append([f"{case}: {model}", str(len(own)), tested, by_run, right, alike])
+    return cells
 
 
 def _named(rows: Rows) -> list[list[str]]:

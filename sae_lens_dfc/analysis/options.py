@@ -193,6 +193,9 @@ class ScreenOptions(Judging):
     measures. If None: the run's own folder."""
     keep: int = 16
     """Number of latents to test causally: those with the most evidence of being a difference."""
+    keep_shared: int = 8
+    """Between models of two bases: number of shared latents to ablate in both models, those after which one
+    model predicts worse most clearly, and as many others for comparison."""
     texts: int = 8
     """Texts on which each latent is tested, 3 to 10. The judge never sees them when it describes
     the latent."""
@@ -213,6 +216,7 @@ class ScreenOptions(Judging):
 
     def __post_init__(self) -> None:
         require(self, ("keep", "fit_pairs"), "at least 1")
+        require(self, ("keep_shared",), "at least 0")
         require(self, ("controls",), "at least 2")
         require(self, ("texts",), f"at least {MIN_TEXTS} and at most {N_TOP // 2}")
         check_seed(self.seed)

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from scipy.stats import false_discovery_control
+from scipy.stats import false_discovery_control, spearmanr
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -44,6 +45,35 @@ def interval(values: Float[Tensor, " n"]) -> tuple[float, float]:
     drawn = torch.randint(len(values), (N_RESAMPLES, len(values)), generator=generator)
     low, high = values[drawn].mean(dim=1).quantile(values.new_tensor([0.025, 0.975])).tolist()
     return low, high
+
+
+def p_positive(values: Float[Tensor, " n"]) -> float:
+    """The p-value of the hypothesis that the mean over texts is 0 or less (one-sided t-test); 1 with
+    fewer than three texts, which are too few.
+
+    >>> round(p_positive(torch.tensor([1.0, 2.0, 3.0])), 3)
+    0.037
+    """
+    if len(values) < 3:
+        return 1.0
+    values = values.double()
+    if values.std() == 0:
+        return 0.0 if values[0] > 0 else 1.0
+    t = values.mean() / values.std() * len(values) ** 0.5
+    return float(student.sf(t.item(), len(values) - 1))
+
+
+def rank_correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> tuple[float, float]:
+    """Spearman's correlation over texts, and the p-value of the hypothesis that it is not positive; 0
+    and 1 if one of the two does not vary.
+
+    >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.tensor([0.0, 5.0, 6.0, 7.0]))[0]
+    1.0
+    """
+    if x.std() == 0 or y.std() == 0:
+        return 0.0, 1.0
+    found: Any = spearmanr(x.numpy(), y.numpy(), alternative="greater")
+    return float(found.statistic), float(found.pvalue)
 
 
 def limit(means: Float[Tensor, " k"]) -> float:
@@ -86,16 +116,8 @@ class Effect:
         """p-value against the null hypothesis that the effect is no larger than the controls': the
         largest over the kinds of control.
 
-        It is from a one-sided t-test, paired by text, against the mean of a kind's directions; 1
-        with fewer than three texts, which are too few.
+        It is that of `p_positive` for the differences from the mean of a kind's directions.
         """
-        if len(self.values) < 3 or not self.controls:
+        if not self.controls:
             return 1.0
-        return max(self._p(of_kind) for of_kind in self.controls.values())
-
-    def _p(self, of_kind: Tensor) -> float:
-        more = (self.values - of_kind.mean(dim=0)).double()
-        if more.std() == 0:
-            return 0.0 if more[0] > 0 else 1.0
-        t = more.mean() / more.std() * len(more) ** 0.5
-        return float(student.sf(t.item(), len(more) - 1))
+        return max(p_positive(self.values - own.mean(dim=0)) for own in self.controls.values())

@@ -1,6 +1,6 @@
 """Defines the data of a screening: the counts of each stage, and the findings on tested latents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -75,3 +75,5 @@ class Screening:
 
     stages: list[StageCount]
     findings: list[Finding]
+    shared: list[Finding] = field(default_factory=list)
+    """Shared latents that were ablated in both models."""

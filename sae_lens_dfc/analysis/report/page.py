@@ -27,7 +27,7 @@ from sae_lens_dfc.analysis.report.summary import headlines, lead, warnings
 from sae_lens_dfc.analysis.report.tables import cell, columns_of, groups_of, number
 from sae_lens_dfc.core.terminal import visible
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
-from sae_lens_dfc.metrics.exclusivity.evidence import MAX_FALSE_DISCOVERIES, MIN_FIRINGS
+from sae_lens_dfc.metrics.exclusivity.evidence import MAX_FALSE_DISCOVERIES, MAX_KNOWN, MIN_FIRINGS
 
 PARTITION_TITLES = {
     A_EXCLUSIVE: "A only",
@@ -66,8 +66,11 @@ def render_report(data: ReportData) -> str:
     )
     bars, bar_ticks = histograms(data.histogram)
     dots, dot_ticks = clouds(data.cards)
-    screened = [] if data.screening is None else data.screening.findings
-    findings = sorted(screened, key=lambda finding: finding.rank)
+    screening = data.screening or Screening([], [])
+    findings, shared = (
+        sorted(found, key=lambda finding: finding.rank)
+        for found in (screening.findings, screening.shared)
+    )
     return environment.get_template("report.html").render(
         data=data,
         lead=lead(data.metrics, data.screening),
@@ -77,8 +80,10 @@ def render_report(data: ReportData) -> str:
         groups=_measures(data.metrics),
         columns=[(prefix, title, kind(prefix)) for prefix, title in columns_of(data.metrics)],
         findings=findings,
+        shared=shared,
         n_open=N_OPEN,
         effect_scale=_effect_scale(findings),
+        shared_scale=_effect_scale(shared),
         effect_marks=effect_marks,
         histograms=bars,
         bar_ticks=bar_ticks,
@@ -86,6 +91,7 @@ def render_report(data: ReportData) -> str:
         dot_ticks=dot_ticks,
         min_firings=MIN_FIRINGS,
         max_false=MAX_FALSE_DISCOVERIES,
+        max_known=MAX_KNOWN,
         grid=GRID,
         auc_range=AUC_RANGE,
         number=number,
@@ -94,13 +100,13 @@ def render_report(data: ReportData) -> str:
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        json=Markup(embedded(_carried(data, findings))),
+        json=Markup(embedded(_carried(data, [*findings, *shared]))),
     )
 
 
 def _carried(data: ReportData, findings: Sequence[Finding]) -> dict[str, Any]:
     """Data for the script; the findings come first in the table, in order."""
-    ranks = {finding.latent: finding.rank for finding in findings}
+    ranks = {finding.latent: rank for rank, finding in enumerate(findings)}
     cards = sorted(data.cards, key=lambda card: ranks.get(card.latent, math.inf))
     names = {"a": visible(data.name_a), "b": visible(data.name_b)}
     titles = {"names": names, "partitions": PARTITION_TITLES}
@@ -139,4 +145,4 @@ def _measures(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
 
 def _effect_scale(findings: Sequence[Finding]) -> float:
     effects = [effect for finding in findings for effect in finding.effects]
-    return max((max([e.high, *e.controls.values()]) for e in effects), default=1.0) or 1.0
+    return max((max([0.0, e.high, *e.controls.values()]) for e in effects), default=1.0) or 1.0

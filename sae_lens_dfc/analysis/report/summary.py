@@ -2,11 +2,11 @@
 and warnings."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sae_lens_dfc.analysis.causal.mapped_loss import who_knows_more
-from sae_lens_dfc.analysis.report.findings import Screening
+from sae_lens_dfc.analysis.report.findings import Finding, Screening
 from sae_lens_dfc.analysis.report.tables import COLUMNS, cell, number
 from sae_lens_dfc.crosscoders.groups import EXCLUSIVE_TO
 from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
@@ -36,7 +36,8 @@ def _found(metrics: Mapping[str, float], screening: Screening | None) -> str:
             return "No latent reached the end of the screening."
         counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
         of_all = f"Of {screening.stages[0].intake:,} latents, " if screening.stages else ""
-        return f"{of_all}{verdicts.total():,} reached the end of the screening: {counts}."
+        shared = _shared(screening.shared)
+        return f"{of_all}{verdicts.total():,} reached the end of the screening: {counts}.{shared}"
     called, judged = _calls(metrics, "")
     if judged is None:
         return (
@@ -49,6 +50,14 @@ def _found(metrics: Mapping[str, float], screening: Screening | None) -> str:
         f"{found} exclusive with evidence from activations{of_none}. "
         "No latent was screened, so none was tested causally."
     )
+
+
+def _shared(found: Sequence[Finding]) -> str:
+    verdicts = Counter(finding.verdict for finding in found)
+    if not verdicts:
+        return ""
+    named = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
+    return f" Of {verdicts.total():,} shared latents that were ablated in both models: {named}."
 
 
 def headlines(metrics: Mapping[str, float]) -> list[Headline]:

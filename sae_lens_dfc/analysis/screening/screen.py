@@ -28,12 +28,19 @@ from sae_lens_dfc.analysis.saved_run.held_out import evidence_of, opened_run, ow
 from sae_lens_dfc.analysis.screening.candidates import candidates, differences_made
 from sae_lens_dfc.analysis.screening.causal_tests import Sizes, Subject, causal_tests, subject_of
 from sae_lens_dfc.analysis.screening.describe import Asked, explained, what_it_costs
+from sae_lens_dfc.analysis.screening.shared_tests import shared_latents, tested_in_both
+from sae_lens_dfc.analysis.screening.shared_verdicts import (
+    SHARED_EFFECTS,
+    SharedTest,
+    shared_findings,
+)
 from sae_lens_dfc.analysis.screening.verdicts import (
     OF_ONE_BASIS,
     CausalTest,
     Explained,
     effect_names,
     findings,
+    ranked,
     verdict_stage,
 )
 from sae_lens_dfc.core.atomic_write import atomic_folder
@@ -42,6 +49,7 @@ from sae_lens_dfc.core.output_folder import locked_output
 from sae_lens_dfc.core.schema import from_plain
 from sae_lens_dfc.core.terminal import print_result, text_table
 from sae_lens_dfc.metrics.evaluate import Evaluation, evaluate
+from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence
 from sae_lens_dfc.training.config import CrosscoderRunnerConfig
 
 logger = logging.getLogger(__name__)
@@ -75,8 +83,13 @@ def screen_run(options: ScreenOptions) -> None:
     ]
     print_result(text_table(["stage", "in", "out", "left out"], rows))
     one_basis = all(one.verdict in OF_ONE_BASIS for one in found.findings)
-    head = ["", "latent", "partition", "verdict", *effect_names(one_basis), "description"]
-    print_result("\n" + text_table(head, [_line(one) for one in found.findings]))
+    head = ["", "latent", "partition", "verdict"]
+    own = [*head, *effect_names(one_basis), "description"]
+    print_result("\n" + text_table(own, [_line(one) for one in found.findings]))
+    if found.shared:
+        in_both = [*head, *SHARED_EFFECTS, "description"]
+        print_result("\nShared latents, ablated in both models:\n")
+        print_result(text_table(in_both, [_line(one) for one in found.shared]))
     print_result(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
 
 
@@ -120,7 +133,9 @@ def screen(options: ScreenOptions) -> Screening:
             first, said = explained(on, first, asked, progress)
         results = _tested(on, first.latents, options, progress)
         found = findings(on.crosscoder, first.latents, results, said, evidence, on.one_basis)
-        screening = Screening([*first.stages, verdict_stage(found)], found)
+        shared = [] if on.one_basis else _shared(on, evidence, options, progress)
+        stages = [*first.stages, verdict_stage(found)]
+        screening = Screening(stages, ranked(found), ranked(shared))
         _write(screened, screening, stored, options)
         progress.forget()
         return screening
@@ -161,6 +176,26 @@ def _tested(
             None if result is None else from_plain(CausalTest, result, "A causal test")
         )
     return results
+
+
+def _shared(
+    on: Subject, evidence: LatentEvidence, options: ScreenOptions, progress: Journal
+) -> list[Finding]:
+    """Ablate shared latents in both models, and give a verdict on each."""
+
+    def stored(latent: int) -> dict[str, Any] | None:
+        found = tested_in_both(on, evidence, latent)
+        return None if found is None else asdict(found)
+
+    results: dict[int, SharedTest | None] = {}
+    latents = shared_latents(evidence, options.keep_shared)
+    for latent in tqdm(latents, "Ablating shared latents", unit=" latents"):
+        result = progress.done(f"ablated in both {latent}", partial(stored, latent))
+        results[latent] = (
+            None if result is None else from_plain(SharedTest, result, "A test of a shared latent")
+        )
+    names = [on.crosscoder.partition.name_of(latent) for latent in results]
+    return shared_findings(results, names, evidence)
 
 
 def _settings(options: ScreenOptions) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Turns the causal tests of a screening into a verdict on each latent."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from sae_lens_dfc.analysis.causal.activation_patching import (
 from sae_lens_dfc.analysis.options import MIN_TEXTS
 from sae_lens_dfc.analysis.report.findings import EffectView, Finding, StageCount, SteeringSample
 from sae_lens_dfc.analysis.screening.candidates import stage
+from sae_lens_dfc.analysis.screening.shared_verdicts import ALIKE, DIFFERENT, SHARED_BY_BOTH
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.exclusivity.evidence import MAX_KNOWN, LatentEvidence
 from sae_lens_dfc.models.config import OTHER, ModelName
@@ -32,16 +33,15 @@ CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED = (
 )
 OF_ONE_BASIS = (CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED)
 """Verdicts between models of one basis, from strongest to weakest."""
-EXCLUSIVE_USED, DIFFERENT, EXCLUSIVE_UNUSED, EXCLUSIVE_UNTESTED = (
+EXCLUSIVE_USED, EXCLUSIVE_UNUSED, EXCLUSIVE_UNTESTED = (
     "exclusive and used",
-    "used differently",
     "exclusive, no effect found",
     "exclusive, not tested",
 )
-SHARED_BY_BOTH, NOTHING_SHOWN, NOT_JUDGED = "shared", "nothing shown", "not judged"
+NOTHING_SHOWN, NOT_JUDGED = "nothing shown", "not judged"
 OF_TWO_BASES = (
     *(EXCLUSIVE_USED, DIFFERENT, EXCLUSIVE_UNUSED, EXCLUSIVE_UNTESTED),
-    *(SHARED_BY_BOTH, NOTHING_SHOWN, NOT_JUDGED),
+    *(ALIKE, SHARED_BY_BOTH, NOTHING_SHOWN, NOT_JUDGED),
 )
 """Verdicts between other models, from strongest to weakest."""
 
@@ -121,7 +121,7 @@ def findings(
     evidence: LatentEvidence,
     one_basis: bool,
 ) -> list[Finding]:
-    """A verdict on each latent, ordered by strength of the verdict, then by size of the effect.
+    """A verdict on each latent; `ranked` orders them.
 
     An effect *holds* if it is 0.01 bits or more, beyond the 95th percentile of every kind of
     control, and significant at a false discovery rate of 5 % over all tested latents
@@ -136,9 +136,6 @@ def findings(
       predictions;
     - `exclusive, no effect found` if it is exclusive with evidence only, and `exclusive, not tested`
       if it fires at the end of too few test texts;
-    - `used differently` if the other model knows less than half of it, it moves its own model's
-      predictions, and the evidence does not show that the other model lacks it: the two may
-      represent the same text in two ways;
     - `shared` if the other model knows half of it or more;
     - `nothing shown` if it is judged and none of these holds, and `not judged` otherwise.
 
@@ -167,14 +164,7 @@ def findings(
         ways = holds(latent, "ablated") + holds(latent, "patched")
         return {2: CONFIRMED, 1: PARTIAL, 0: NOT_CONFIRMED}[ways]
 
-    def effect(latent: int) -> float:
-        one = done.get(latent)
-        if one is None:
-            return 0.0
-        ways = [one.ablated, one.patched] if one_basis else [one.used]
-        return sum(way.shown.mean for way in ways)
-
-    def finding(latent: int, rank: int) -> Finding:
+    def finding(latent: int) -> Finding:
         one, said = done.get(latent), explained.get(latent, Explained())
         called = EXCLUSIVE if evidence.is_exclusive[latent] else NOT_EXCLUSIVE
         of_test = [TOO_FEW_TEXTS]
@@ -184,7 +174,7 @@ def findings(
         return Finding(
             latent=latent,
             partition=crosscoder.partition.name_of(latent),
-            rank=rank,
+            rank=0,
             description=said.description,
             detection=said.detection,
             concerns=list(said.concerns),
@@ -194,9 +184,18 @@ def findings(
             reasons=[called, *of_test],
         )
 
-    verdicts = OF_ONE_BASIS if one_basis else OF_TWO_BASES
-    ranked = sorted(order, key=lambda i: (verdicts.index(verdict(i)), -effect(i)))
-    return [finding(latent, rank) for rank, latent in enumerate(ranked, 1)]
+    return [finding(latent) for latent in order]
+
+
+def ranked(found: Iterable[Finding]) -> list[Finding]:
+    """Order findings by strength of the verdict, then by size of the effect, and number them."""
+    verdicts = (*OF_ONE_BASIS, *OF_TWO_BASES)
+
+    def size(one: Finding) -> float:
+        return sum(effect.mean for effect in one.effects[: 2 if one.verdict in OF_ONE_BASIS else 1])
+
+    order = sorted(found, key=lambda one: (verdicts.index(one.verdict), -size(one)))
+    return [replace(one, rank=rank) for rank, one in enumerate(order, 1)]
 
 
 def _adjusted(done: Mapping[int, CausalTest], name: str) -> dict[int, float]:
@@ -212,7 +211,7 @@ def _of_two_bases(evidence: LatentEvidence, latent: int, is_used: bool | None) -
         return NOT_JUDGED
     if evidence.known[latent] >= MAX_KNOWN:
         return SHARED_BY_BOTH
-    return DIFFERENT if is_used else NOTHING_SHOWN
+    return NOTHING_SHOWN
 
 
 def _effects(one: CausalTest, one_basis: bool) -> list[EffectView]:

@@ -107,32 +107,52 @@ def logits(
     if positions is not None:
         where = list(positions)
         kept = model.model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: x[:, where])])  # noqa: ARG005
-    with kept, torch.autocast(model.device.type, torch.bfloat16, enabled=model.autocast):
+    with kept:
+        return _predicted(model, ids, mask)
+
+
+def _predicted(model: HookedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.autocast):
         return model.model(
             ids.to(model.device), attention_mask=mask.to(model.device), return_type="logits"
         )
 
 
 @torch.no_grad()
-def logits_at_end(
+def logits_from(
     model: HookedModel,
     ids: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
     acts: Float[Tensor, "batch pos d_model"],
-) -> Float[Tensor, "batch d_vocab"]:
-    """Logits of the token after each text, with the activations at the hook replaced by `acts`.
+    text: Int[Tensor, " n"],
+    position: Int[Tensor, " n"],
+) -> Float[Tensor, "n d_vocab"]:
+    """Next-token logits at some positions of some texts, with the activations at the hook replaced.
 
     Args:
         model: The model.
         ids: Token ids, padded on the right.
         mask: 1 for a token, 0 for padding.
         acts: Activations to place at the hook, at every position.
+        text: Text of each position, from 0.
+        position: Position in its text.
     """
-    last = mask.sum(dim=1) - 1
-    kept = range(int(last.min()), int(last.max()) + 1)
-    with _lower_blocks_left_out(model), changed(model, lambda x: acts.to(x)):
-        found = logits(model, ids, mask, kept)
-    return found[torch.arange(len(last)), last - kept.start]
+    # Of a large vocabulary, only the wanted logits are computed.
+    kept = model.model.hooks(
+        fwd_hooks=[("unembed.hook_in", lambda x, hook: x[text, position][:, None])]  # noqa: ARG005
+    )
+    with _lower_blocks_left_out(model), changed(model, lambda x: acts.to(x)), kept:
+        return _predicted(model, ids, mask)[:, 0]
+
+
+def logits_at_end(
+    model: HookedModel,
+    ids: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    acts: Float[Tensor, "batch pos d_model"],
+) -> Float[Tensor, "batch d_vocab"]:
+    """Logits of the token after each text; see `logits_from`."""
+    return logits_from(model, ids, mask, acts, torch.arange(len(ids)), mask.sum(dim=1) - 1)
 
 
 class _PassThrough(nn.Module):

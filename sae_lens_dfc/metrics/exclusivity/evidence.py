@@ -324,6 +324,13 @@ def p_above(estimate: Estimate, limit: float) -> Float[Tensor, "*shape"]:
     return p_below(estimate._replace(value=-estimate.value), -limit)
 
 
+def p_target_worse(evidence: LatentEvidence) -> Float[Tensor, " d_sae"]:
+    """The p-value of the hypothesis that the target predicts worse after at most half of a latent's
+    firings; 1 if that was not measured."""
+    measured = Estimate(evidence.target_worse, evidence.target_worse_se, N_BLOCKS - 1)
+    return p_above(measured, MIN_WORSE)
+
+
 def _span(
     crosscoder: Crosscoder, directions: Tensor, judged: Tensor, reference: Tensor
 ) -> Float[Tensor, " d_sae"]:

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,17 @@ def test_the_first_sentence_says_no_more_than_was_measured() -> None:
         METRICS, SCREENING
     )
     assert "No latent reached the end" in lead(METRICS, Screening([], []))
+    in_both = [finding(latent=i, verdict=v) for i, v in ((7, "used alike"), (8, "shared"))]
+    said = lead(METRICS, replace(SCREENING, shared=in_both))
+    assert "Of 2 shared latents that were ablated in both models: 1 used alike, 1 shared." in said
+
+
+def test_shared_latents_have_a_section_of_their_own() -> None:
+    screening = replace(SCREENING, shared=[finding(latent=3, verdict="used differently")])
+    page = render_report(data(screening=screening))
+    before, section = page.split("Shared latents, ablated in both models")
+    assert 'id="finding-3"' in section and 'id="finding-3"' not in before
+    assert "ablated in both models" not in render_report(data(screening=SCREENING))
 
 
 def test_the_page_says_which_model_knows_more_and_on_which_source() -> None:

@@ -23,6 +23,7 @@ from sae_lens_dfc.analysis.screening.verdicts import (
     Explained,
     Way,
     findings,
+    ranked,
     verdict_stage,
 )
 from sae_lens_dfc.cli.main import main
@@ -64,7 +65,7 @@ def verdicts(
 ) -> list[tuple[int, str]]:
     """Between models of one basis, or with evidence between others."""
     crosscoder = make_firing_dfc()
-    found = findings(crosscoder, list(results), results, {}, of or evidence(), of is None)
+    found = ranked(findings(crosscoder, list(results), results, {}, of or evidence(), of is None))
     assert [one.rank for one in found] == list(range(1, len(found) + 1))
     return [(one.latent, one.verdict) for one in found]
 
@@ -107,10 +108,10 @@ def test_between_other_models_it_is_exclusive_by_evidence_and_used_by_its_own_ef
     of = evidence([0.1, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1], exclusive=[0, 1, 6], judged=range(5))
     assert verdicts(results, of) == [
         (1, "exclusive and used"),
-        (2, "used differently"),
         (0, "exclusive, no effect found"),
         (6, "exclusive, not tested"),
         (3, "shared"),
+        (2, "nothing shown"),
         (4, "nothing shown"),
         (5, "not judged"),
     ]
@@ -162,7 +163,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folde
     return train_tiny(folder, llama_folder, gpt2_folder, "--eval-pairs", "1500")
 
 
-FEW = ("--keep", "4", "--texts", "4", "--controls", "2")
+FEW = ("--keep", "4", "--keep-shared", "2", "--texts", "4", "--controls", "2")
 
 
 @pytest.mark.slow
@@ -209,7 +210,12 @@ def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
             set(e["controls"]) == {"random directions", "shared latents"}
             for e in one["effects"][:3]
         )
+    shared = stored["shared"]
+    assert 2 <= len(shared) <= 4 and {one["partition"] for one in shared} == {"shared"}
+    assert [one["rank"] for one in shared] == list(range(1, len(shared) + 1))
+    assert any(len(one["effects"]) == 2 for one in shared)
     page = (output / "report.html").read_text()
+    assert "Shared latents, ablated in both models" in page
     assert f"#latent-{found[0]['latent']}" in page and found[0]["verdict"] in page
 
 

@@ -28,6 +28,8 @@ from benchmarks.certain.run import (
 from benchmarks.certain.withheld import mixed
 from sae_lens_dfc.analysis.evaluation.measure import evidence_in, measure, train_crosscoder
 from sae_lens_dfc.analysis.report.findings import EffectView
+from sae_lens_dfc.analysis.screening.causal_tests import subject_of
+from sae_lens_dfc.analysis.screening.shared_verdicts import SharedTest
 from sae_lens_dfc.analysis.screening.verdicts import CausalTest, Way
 from sae_lens_dfc.metrics.exclusivity.evidence import MIN_FIRINGS
 from sae_lens_dfc.organisms.from_scratch import Training
@@ -151,16 +153,37 @@ def test_of_each_side_the_first_called_latents_are_tested_in_their_own_model(
     monkeypatch.setattr(causal, "causal_tests", lambda *_args: result)
     every = measured._replace(is_exclusive=torch.ones_like(measured.is_a), firings=firings)
     shares = {"Portuguese": torch.ones(SIZES.d_sae)}
-    found = causal.used(crosscoder, task, every, shares, {"b_exclusive": ["Portuguese"]})
+    on = subject_of(crosscoder, task.pair, task.data)
+    found = causal.used(on, every, shares, {"b_exclusive": ["Portuguese"]})
     assert measured.is_a[asked].tolist() == [True] * 3 + [False] * 3
     assert found == {
         "a_exclusive": {"tested": 2, "used": 1, "right": 0},
         "b_exclusive": {"tested": 2, "used": 1, "right": 1},
     }
     none = every._replace(is_exclusive=torch.zeros_like(measured.is_a))
-    nothing = causal.used(crosscoder, task, none, shares, {})
+    nothing = causal.used(on, none, shares, {})
     assert [sum(counts.values()) for counts in nothing.values()] == [0, 0]
     assert len(asked) == 6
+
+    in_both: list[int] = []
+
+    def of_shared(_on: object, _evidence: object, latent: int) -> SharedTest:
+        in_both.append(latent)
+        is_used = len(in_both) % 2 == 0
+        return SharedTest("b", 8, used.shown, used.shown, 0.001 if is_used else 0.9, 0.5, 0.001)
+
+    used = Way(EffectView("", 0.3, 0, 1, {}), 0.001, True)
+    monkeypatch.setattr(causal, "N_SHARED", 4)
+    monkeypatch.setattr(causal, "tested_in_both", of_shared)
+    worse = every._replace(
+        is_candidate=torch.zeros_like(measured.is_a),
+        target_worse=torch.full_like(measured.known, 0.9),
+        target_worse_se=torch.full_like(measured.known, 0.01),
+    )
+    counts = causal.in_both(on, worse, shares, {"b_exclusive": ["Portuguese"]}).values()
+    assert len(in_both) == sum(own["tested"] for own in counts) == 8
+    assert sum(own["different"] for own in counts) == sum(own["alike"] for own in counts) == 4
+    assert [own["right"] for own in counts] == [0, list(counts)[1]["different"]]
 
 
 @pytest.mark.slow

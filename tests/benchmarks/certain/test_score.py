@@ -71,12 +71,19 @@ def test_the_table_has_each_case_and_side() -> None:
         "knows_more": {"English": "a", "Portuguese": None},
     }
     null = {**row, "is_null": True, "known_to": {}, "knows_more": {"English": None}}
-    calls, named = certain_tables([row, row, null])
+    counts = {"tested": 9, "different": 3, "right": 2, "alike": 4}
+    row_of_both = {**row, "in_both": dict.fromkeys(known_to, counts)}
+    calls, in_both, named = certain_tables([row_of_both, row_of_both, null])
     name = "language-tiny: A"
     assert calls.cells[1] == [name, "2", "6", "2, 2", "2 of 4", "2 of 4", "2 of 4"]
     assert calls.cells[3][:1] + calls.cells[3][4:5] == [
         "null: one model twice: A",
         "nothing to find",
+    ]
+    # Rows without the measure do not count.
+    assert in_both.cells[1:] == [
+        [name, "2", "18", "3, 3", "4 of 6", "8 of 18"],
+        ["language-tiny: B", "2", "18", "3, 3", "4 of 6", "8 of 18"],
     ]
     assert named.cells[1] == ["language-tiny", "English", "2", "0", "0", "A"]
     assert named.cells[2] == ["language-tiny", "Portuguese", "0", "0", "2", "B"]
