@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.planted.options import is_foreign
 from benchmarks.suite import SUITE, present, results_in
+from benchmarks.tables.certain_tables import in_both_table
 from benchmarks.tables.planted_tables import foreign_table
 from benchmarks.tables.tables import TOGETHER, Rows, Table, case_of
 from sae_lens_dfc.analysis.report.tables import spread
@@ -39,6 +40,11 @@ def foreign() -> str:
     """The planted differences beside an unrelated model."""
     rows = [r for r in results_in(RESULTS)["planted"] if is_foreign(r["organism"])]
     return foreign_table(rows).markdown() if rows else "(No results are kept yet.)"
+
+
+def in_both() -> str:
+    """Shared latents of pairs whose difference is certain, ablated in both models."""
+    return in_both_table(results_in(RESULTS)["certain"]).markdown()
 
 
 EVIDENCE_COLUMNS = {
@@ -106,6 +112,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "evidence:2": lambda: evidence("2 latents per feature"),
     "evidence:together": lambda: evidence(TOGETHER),
     "evidence:null": lambda: evidence("null"),
+    "certain:in-both": in_both,
     "planted:foreign": foreign,
     "selection": selection,
 }

@@ -7,18 +7,24 @@ from torch import Tensor
 
 from benchmarks.certain.score import MIN_SHARE, on_languages
 from sae_lens_dfc.analysis.screening.causal_tests import Sizes, Subject, causal_tests
-from sae_lens_dfc.analysis.screening.shared_tests import shared_latents, tested_in_both
+from sae_lens_dfc.analysis.screening.shared_tests import (
+    SharedSizes,
+    shared_choice,
+    tested_in_both,
+)
 from sae_lens_dfc.analysis.screening.shared_verdicts import ALIKE, DIFFERENT, shared_findings
 from sae_lens_dfc.analysis.screening.verdicts import EXCLUSIVE_USED, findings
-from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
+from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, ranking
 
 N_TESTED = 8
 """Latents of each side that are tested, those with the most evidence."""
 N_SHARED = 16
-"""Shared latents that are ablated in both models: those after which one predicts worse most
-clearly, and as many others."""
+"""Shared latents that are ablated in both models: those after which the target predicts worse, and
+as many others."""
 SIZES = Sizes(with_samples=False)
+SHARED_SIZES = SharedSizes(texts=64, controls=6)
+"""The models are small."""
 Languages = Mapping[str, Float[Tensor, " d_sae"]]
 """Share of each latent's firings by language, from `firings_by_group`."""
 KnownTo = Mapping[str, Sequence[str]]
@@ -60,21 +66,33 @@ def used(
 def in_both(
     on: Subject, evidence: LatentEvidence, shares: Languages, known_to: KnownTo
 ) -> dict[str, dict[str, int]]:
-    """For each side, of the shared latents that are ablated in both models: how many are `tested`,
-    are used differently (`different`), and used alike (`alike`); and of those used differently, how
-    many are `right`, of the side's language. Arguments as for `used`."""
-    latents = shared_latents(evidence, N_SHARED)
-    results = {latent: tested_in_both(on, evidence, latent) for latent in latents}
-    found = shared_findings(results, [SHARED] * len(results), evidence)
+    """For each side, of the shared latents that are ablated in both models: how many are tested
+    because the target predicts worse after them (`worse`, and `worse_right` of the side's
+    language), how many of all are used differently (`different`, `different_right`), and, of the
+    `others`, how many are used alike (`alike`). Arguments as for `used`."""
+    # As in a screening, models of one basis are compared by their decoders.
+    keep = 0 if on.one_basis else N_SHARED
+    choice = shared_choice(evidence, keep, SHARED_SIZES)
+    results = {
+        i: tested_in_both(on, bool(evidence.is_a[i]), i, choice.controls, SHARED_SIZES)
+        for i in (*choice.chosen, *choice.others)
+    }
+    found = shared_findings(results, evidence)
+    verdicts = {one.latent: one.verdict for one in found if results[one.latent] is not None}
     counts: dict[str, dict[str, int]] = {}
     for side, is_a in ((A_EXCLUSIVE, True), (B_EXCLUSIVE, False)):
-        own = [one for one in found if bool(evidence.is_a[one.latent]) == is_a]
-        different = [one.latent for one in own if one.verdict == DIFFERENT]
+        own = [i for i in verdicts if bool(evidence.is_a[i]) == is_a]
+        right = {i for i in own if _is_right(shares, known_to, side, i)}
+        worse = [i for i in own if i in choice.chosen]
+        different = [i for i in own if verdicts[i] == DIFFERENT]
+        others = [i for i in own if i in choice.others]
         counts[side] = {
-            "tested": sum(results[one.latent] is not None for one in own),
+            "worse": len(worse),
+            "worse_right": len(right.intersection(worse)),
             "different": len(different),
-            "right": sum(_is_right(shares, known_to, side, i) for i in different),
-            "alike": sum(one.verdict == ALIKE for one in own),
+            "different_right": len(right.intersection(different)),
+            "others": len(others),
+            "alike": sum(verdicts[i] == ALIKE for i in others),
         }
     return counts
 

@@ -69,31 +69,27 @@ def certain_tables(rows: Rows) -> Iterator[Table]:
             judged = str(_sum(scores, "judged"))
             cells.append([name, str(len(own)), judged, calls, right, often, used])
     yield Table("Latents called exclusive, with evidence", cells)
-    yield Table("Shared latents, ablated in both models", _in_both(rows))
+    yield in_both_table(rows)
     yield Table("Model that knows more, by the loss with the other's map in place", _named(rows))
 
 
-def _in_both(rows: Rows) -> list[list[str]]:
-    head = [
-        "",
-        "runs",
-        "tested",
-        "used differently, by run",
-        "of them on what only this model knows",
-    ]
-    cells = [[*head, "used alike"]]
+def in_both_table(rows: Rows) -> Table:
+    """The verdicts on shared latents that were ablated in both models."""
+    head = ["", "runs", "tested because the other model predicts worse", "used differently, by run"]
+    cells = [[*head, "of them on what only this model knows", "for comparison: used alike"]]
     measured = [row for row in rows if "in_both" in row]
     for case, own in rows_by_case(measured).items():
         for side, model in SIDES.items():
             tests = [row["in_both"][side] for row in own]
             by_run = ", ".join(str(counts["different"]) for counts in tests)
-            right = f"{_sum(tests, 'right')} of {_sum(tests, 'different')}"
+            right = f"{_sum(tests, 'different_right')} of {_sum(tests, 'different')}"
+            worse = f"{_sum(tests, 'worse')}, {_sum(tests, 'worse_right')} on what only this model knows"
             if side not in own[0]["known_to"]:
                 right = NOTHING.get(case, "nothing to find")
-            alike = f"{_sum(tests, 'alike')} of {_sum(tests, 'tested')}"
-            tested = str(_sum(tests, "tested"))
-            cells.append([f"{case}: {model}", str(len(own)), tested, by_run, right, alike])
-    return cells
+                worse = str(_sum(tests, "worse"))
+            alike = f"{_sum(tests, 'alike')} of {_sum(tests, 'others')}"
+            cells.append([f"{case}: {model}", str(len(own)), worse, by_run, right, alike])
+    return Table("Shared latents, ablated in both models", cells)
 
 
 def _named(rows: Rows) -> list[list[str]]:

@@ -193,9 +193,9 @@ class ScreenOptions(Judging):
     measures. If None: the run's own folder."""
     keep: int = 16
     """Number of latents to test causally: those with the most evidence of being a difference."""
-    keep_shared: int = 8
-    """Between models of two bases: number of shared latents to ablate in both models, those after which one
-    model predicts worse most clearly, and as many others for comparison."""
+    keep_shared: int = 4
+    """Between unrelated models: number of shared latents to ablate in both models, of those after which the model
+    in which they are weaker predicts worse. As many others are ablated for comparison; 0 ablates none."""
     texts: int = 8
     """Texts on which each latent is tested, 3 to 10. The judge never sees them when it describes
     the latent."""

@@ -87,6 +87,7 @@ def texts_of(
     latent: int,
     windows: Sequence[Segments],
     fires: bool = True,
+    n_after: int = 0,
 ) -> Texts:
     """Run both models on the windows, and keep those at whose end the latent fires (or does not);
     possibly none.
@@ -100,13 +101,14 @@ def texts_of(
         latent: The latent.
         windows: Texts, each after the pair's beginning-of-sequence segment.
         fires: Whether to keep windows at whose end it fires, or those at whose end it does not.
+        n_after: Number of segments of each window after its end in this sense.
     """
     contexts = [Context(window, i, i) for i, window in enumerate(windows)]
     batch = ContextBatch(contexts, {})
     # No outlier filter: the latent may fire on outliers, and a few texts give no reliable median.
     rows = next(iter(paired_activations(pair, [batch], PairCounts(), outlier_factor=float("inf"))))
     feature_acts = latent_acts(crosscoder, rows.acts, [latent])[:, 0].float().cpu()
-    ends = torch.tensor([len(window) - 1 for window in windows])
+    ends = torch.tensor([len(window) - 1 - n_after for window in windows])
     at_end = rows.segment == ends[rows.context]
     ended = set(rows.context[at_end & ((feature_acts > 0) == fires)].tolist())
     texts = _texts(pair, rows._replace(contexts=contexts), feature_acts, ended)

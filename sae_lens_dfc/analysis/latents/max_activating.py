@@ -69,12 +69,9 @@ class MaxActivatingExamples:
             found += list(of_quantile.values())[:n_per_quantile]
         return found
 
-    def random_places(self, latent: int, n: int) -> list[FiringPosition]:
-        """Random firings of a latent, at most `n` and one per context."""
-        found: dict[int, FiringPosition] = {}
-        for context, segment, activation in _filled(self.sampled, latent):
-            found.setdefault(context, FiringPosition(context, segment, activation, None))
-        return list(found.values())[:n]
+    def random_places(self, latent: int) -> list[FiringPosition]:
+        """The sampled firings of a latent, in random order."""
+        return [FiringPosition(*place, None) for place in _filled(self.sampled, latent)]
 
 
 def _filled(places: Mapping[str, Tensor], latent: int) -> list[tuple[int, int, float]]:

@@ -31,12 +31,12 @@ def lead(metrics: Mapping[str, float], screening: Screening | None) -> str:
 
 def _found(metrics: Mapping[str, float], screening: Screening | None) -> str:
     if screening is not None:
+        shared = _shared(screening.shared)
         verdicts = Counter(finding.verdict for finding in screening.findings)
         if not verdicts:
-            return "No latent reached the end of the screening."
+            return f"No latent reached the end of the screening.{shared}"
         counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
         of_all = f"Of {screening.stages[0].intake:,} latents, " if screening.stages else ""
-        shared = _shared(screening.shared)
         return f"{of_all}{verdicts.total():,} reached the end of the screening: {counts}.{shared}"
     called, judged = _calls(metrics, "")
     if judged is None:

@@ -28,14 +28,21 @@ from sae_lens_dfc.analysis.saved_run.held_out import evidence_of, opened_run, ow
 from sae_lens_dfc.analysis.screening.candidates import candidates, differences_made
 from sae_lens_dfc.analysis.screening.causal_tests import Sizes, Subject, causal_tests, subject_of
 from sae_lens_dfc.analysis.screening.describe import Asked, explained, what_it_costs
-from sae_lens_dfc.analysis.screening.shared_tests import shared_latents, tested_in_both
+from sae_lens_dfc.analysis.screening.shared_tests import (
+    SharedChoice,
+    SharedSizes,
+    shared_choice,
+    tested_in_both,
+)
 from sae_lens_dfc.analysis.screening.shared_verdicts import (
+    OF_SHARED,
     SHARED_EFFECTS,
     SharedTest,
     shared_findings,
 )
 from sae_lens_dfc.analysis.screening.verdicts import (
     OF_ONE_BASIS,
+    OF_TWO_BASES,
     CausalTest,
     Explained,
     effect_names,
@@ -87,9 +94,8 @@ def screen_run(options: ScreenOptions) -> None:
     own = [*head, *effect_names(one_basis), "description"]
     print_result("\n" + text_table(own, [_line(one) for one in found.findings]))
     if found.shared:
-        in_both = [*head, *SHARED_EFFECTS, "description"]
-        print_result("\nShared latents, ablated in both models:\n")
-        print_result(text_table(in_both, [_line(one) for one in found.shared]))
+        in_both = text_table([*head, *SHARED_EFFECTS], [_line(one)[:-1] for one in found.shared])
+        print_result(f"\nShared latents, ablated in both models:\n\n{in_both}")
     print_result(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
 
 
@@ -123,7 +129,10 @@ def screen(options: ScreenOptions) -> Screening:
         made = differences_made(on.crosscoder, on.gathered, on.own, on.affine_maps)
         assert evidence is not None  # `measure` maps the models
         first = candidates(evidence, on.gathered, made, options.keep, on.one_basis)
-        if not first.latents:
+        # Between models of one basis shared latents are among the candidates.
+        keep_shared = 0 if on.one_basis else options.keep_shared
+        in_both = shared_choice(evidence, keep_shared, SharedSizes(seed=options.seed))
+        if not first.latents and not in_both.chosen:
             raise ValueError(
                 f"No latent of {options.run} fires on held-out text and could be a difference. Check with `evaluate` that the run is trained."
             )
@@ -133,9 +142,12 @@ def screen(options: ScreenOptions) -> Screening:
             first, said = explained(on, first, asked, progress)
         results = _tested(on, first.latents, options, progress)
         found = findings(on.crosscoder, first.latents, results, said, evidence, on.one_basis)
-        shared = [] if on.one_basis else _shared(on, evidence, options, progress)
-        stages = [*first.stages, verdict_stage(found)]
-        screening = Screening(stages, ranked(found), ranked(shared))
+        shared = _shared(on, evidence, in_both, options, progress)
+        screening = Screening(
+            [*first.stages, verdict_stage(found)],
+            ranked(found, OF_ONE_BASIS if on.one_basis else OF_TWO_BASES),
+            ranked(shared, OF_SHARED),
+        )
         _write(screened, screening, stored, options)
         progress.forget()
         return screening
@@ -179,23 +191,28 @@ def _tested(
 
 
 def _shared(
-    on: Subject, evidence: LatentEvidence, options: ScreenOptions, progress: Journal
+    on: Subject,
+    evidence: LatentEvidence,
+    choice: SharedChoice,
+    options: ScreenOptions,
+    progress: Journal,
 ) -> list[Finding]:
     """Ablate shared latents in both models, and give a verdict on each."""
+    sizes = SharedSizes(seed=options.seed)
 
     def stored(latent: int) -> dict[str, Any] | None:
-        found = tested_in_both(on, evidence, latent)
+        is_a = bool(evidence.is_a[latent])
+        found = tested_in_both(on, is_a, latent, choice.controls, sizes)
         return None if found is None else asdict(found)
 
     results: dict[int, SharedTest | None] = {}
-    latents = shared_latents(evidence, options.keep_shared)
+    latents = [*choice.chosen, *choice.others]
     for latent in tqdm(latents, "Ablating shared latents", unit=" latents"):
         result = progress.done(f"ablated in both {latent}", partial(stored, latent))
         results[latent] = (
             None if result is None else from_plain(SharedTest, result, "A test of a shared latent")
         )
-    names = [on.crosscoder.partition.name_of(latent) for latent in results]
-    return shared_findings(results, names, evidence)
+    return shared_findings(results, evidence)
 
 
 def _settings(options: ScreenOptions) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sae_lens_dfc.analysis.causal.activation_patching import (
 from sae_lens_dfc.analysis.options import MIN_TEXTS
 from sae_lens_dfc.analysis.report.findings import EffectView, Finding, StageCount, SteeringSample
 from sae_lens_dfc.analysis.screening.candidates import stage
-from sae_lens_dfc.analysis.screening.shared_verdicts import ALIKE, DIFFERENT, SHARED_BY_BOTH
+from sae_lens_dfc.analysis.screening.shared_verdicts import NOTHING_SHOWN, UNTESTED
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.metrics.exclusivity.evidence import MAX_KNOWN, LatentEvidence
 from sae_lens_dfc.models.config import OTHER, ModelName
@@ -25,12 +25,7 @@ Q = 0.05
 MIN_EFFECT = 0.01
 """Minimum effect in bits: where the models agree, 0.001 bits can be significant but is
 negligible."""
-CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED = (
-    "confirmed",
-    "partial",
-    "not confirmed",
-    "not tested",
-)
+CONFIRMED, PARTIAL, NOT_CONFIRMED = "confirmed", "partial", "not confirmed"
 OF_ONE_BASIS = (CONFIRMED, PARTIAL, NOT_CONFIRMED, UNTESTED)
 """Verdicts between models of one basis, from strongest to weakest."""
 EXCLUSIVE_USED, EXCLUSIVE_UNUSED, EXCLUSIVE_UNTESTED = (
@@ -38,10 +33,10 @@ EXCLUSIVE_USED, EXCLUSIVE_UNUSED, EXCLUSIVE_UNTESTED = (
     "exclusive, no effect found",
     "exclusive, not tested",
 )
-NOTHING_SHOWN, NOT_JUDGED = "nothing shown", "not judged"
+SHARED_BY_BOTH, NOT_JUDGED = "shared", "not judged"
 OF_TWO_BASES = (
-    *(EXCLUSIVE_USED, DIFFERENT, EXCLUSIVE_UNUSED, EXCLUSIVE_UNTESTED),
-    *(ALIKE, SHARED_BY_BOTH, NOTHING_SHOWN, NOT_JUDGED),
+    *(EXCLUSIVE_USED, EXCLUSIVE_UNUSED, EXCLUSIVE_UNTESTED),
+    *(SHARED_BY_BOTH, NOTHING_SHOWN, NOT_JUDGED),
 )
 """Verdicts between other models, from strongest to weakest."""
 
@@ -187,12 +182,16 @@ def findings(
     return [finding(latent) for latent in order]
 
 
-def ranked(found: Iterable[Finding]) -> list[Finding]:
-    """Order findings by strength of the verdict, then by size of the effect, and number them."""
-    verdicts = (*OF_ONE_BASIS, *OF_TWO_BASES)
+def ranked(found: Iterable[Finding], verdicts: Sequence[str]) -> list[Finding]:
+    """Order findings by strength of the verdict, then by size of the effect, and number them.
+
+    Args:
+        found: The findings.
+        verdicts: Their verdicts, from strongest to weakest.
+    """
 
     def size(one: Finding) -> float:
-        return sum(effect.mean for effect in one.effects[: 2 if one.verdict in OF_ONE_BASIS else 1])
+        return sum(effect.mean for effect in one.effects[: 2 if verdicts == OF_ONE_BASIS else 1])
 
     order = sorted(found, key=lambda one: (verdicts.index(one.verdict), -size(one)))
     return [replace(one, rank=rank) for rank, one in enumerate(order, 1)]

@@ -16,6 +16,7 @@ from sae_lens_dfc.analysis.screening.candidates import source_of, windows
 from sae_lens_dfc.analysis.screening.verdicts import (
     CONFIRMED,
     NOT_CONFIRMED,
+    OF_ONE_BASIS,
     OF_TWO_BASES,
     PARTIAL,
     UNTESTED,
@@ -65,7 +66,9 @@ def verdicts(
 ) -> list[tuple[int, str]]:
     """Between models of one basis, or with evidence between others."""
     crosscoder = make_firing_dfc()
-    found = ranked(findings(crosscoder, list(results), results, {}, of or evidence(), of is None))
+    order = OF_ONE_BASIS if of is None else OF_TWO_BASES
+    every = findings(crosscoder, list(results), results, {}, of or evidence(), of is None)
+    found = ranked(every, order)
     assert [one.rank for one in found] == list(range(1, len(found) + 1))
     return [(one.latent, one.verdict) for one in found]
 
@@ -213,7 +216,7 @@ def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
     shared = stored["shared"]
     assert 2 <= len(shared) <= 4 and {one["partition"] for one in shared} == {"shared"}
     assert [one["rank"] for one in shared] == list(range(1, len(shared) + 1))
-    assert any(len(one["effects"]) == 2 for one in shared)
+    assert any(len(one["effects"]) == 3 for one in shared)
     page = (output / "report.html").read_text()
     assert "Shared latents, ablated in both models" in page
     assert f"#latent-{found[0]['latent']}" in page and found[0]["verdict"] in page

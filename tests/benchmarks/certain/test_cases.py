@@ -167,23 +167,31 @@ def test_of_each_side_the_first_called_latents_are_tested_in_their_own_model(
 
     in_both: list[int] = []
 
-    def of_shared(_on: object, _evidence: object, latent: int) -> SharedTest:
+    def of_shared(_on: object, is_a: bool, latent: int, *_args: object) -> SharedTest:
         in_both.append(latent)
-        is_used = len(in_both) % 2 == 0
-        return SharedTest("b", 8, used.shown, used.shown, 0.001 if is_used else 0.9, 0.5, 0.001)
+        assert is_a == bool(measured.is_a[latent])
+        p = 0.001 if len(in_both) % 2 == 0 else 0.9
+        shown = used.shown
+        return SharedTest("b", 20, shown, shown, shown, p, 0.5, 0.001)
 
     used = Way(EffectView("", 0.3, 0, 1, {}), 0.001, True)
     monkeypatch.setattr(causal, "N_SHARED", 4)
     monkeypatch.setattr(causal, "tested_in_both", of_shared)
+    half = torch.arange(SIZES.d_sae) < SIZES.d_sae // 2
     worse = every._replace(
         is_candidate=torch.zeros_like(measured.is_a),
-        target_worse=torch.full_like(measured.known, 0.9),
+        target_worse=torch.where(half, 0.9, 0.1),
         target_worse_se=torch.full_like(measured.known, 0.01),
     )
-    counts = causal.in_both(on, worse, shares, {"b_exclusive": ["Portuguese"]}).values()
-    assert len(in_both) == sum(own["tested"] for own in counts) == 8
-    assert sum(own["different"] for own in counts) == sum(own["alike"] for own in counts) == 4
-    assert [own["right"] for own in counts] == [0, list(counts)[1]["different"]]
+    counts = causal.in_both(on, worse, shares, {"b_exclusive": ["Portuguese"]})
+    total = {name: sum(own[name] for own in counts.values()) for name in counts["b_exclusive"]}
+    assert len(in_both) == 8 and total["worse"] == total["others"] == 4
+    # Every second shows a difference, and is used differently if the target predicts worse.
+    different = [i for i in in_both[1::2] if half[i]]
+    assert total["different"] == len(different)
+    assert total["alike"] == 4 - len(set(in_both[4:]).intersection(different))
+    assert counts["a_exclusive"]["different_right"] == counts["a_exclusive"]["worse_right"] == 0
+    assert counts["b_exclusive"]["different_right"] == counts["b_exclusive"]["different"]
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_the_table_has_each_case_and_side() -> None:
         "knows_more": {"English": "a", "Portuguese": None},
     }
     null = {**row, "is_null": True, "known_to": {}, "knows_more": {"English": None}}
-    counts = {"tested": 9, "different": 3, "right": 2, "alike": 4}
+    counts = dict(worse=9, worse_right=8, different=3, different_right=2, others=7, alike=4)
     row_of_both = {**row, "in_both": dict.fromkeys(known_to, counts)}
     calls, in_both, named = certain_tables([row_of_both, row_of_both, null])
     name = "language-tiny: A"
@@ -82,8 +82,8 @@ def test_the_table_has_each_case_and_side() -> None:
     ]
     # Rows without the measure do not count.
     assert in_both.cells[1:] == [
-        [name, "2", "18", "3, 3", "4 of 6", "8 of 18"],
-        ["language-tiny: B", "2", "18", "3, 3", "4 of 6", "8 of 18"],
+        [side, "2", "18, 16 on what only this model knows", "3, 3", "4 of 6", "8 of 14"]
+        for side in (name, "language-tiny: B")
     ]
     assert named.cells[1] == ["language-tiny", "English", "2", "0", "0", "A"]
     assert named.cells[2] == ["language-tiny", "Portuguese", "0", "0", "2", "B"]
