@@ -66,7 +66,7 @@ def compared(rises: Mapping[ModelName, LossRises], source: ModelName) -> SharedT
     correlation, p_alike = rank_correlation(own.latent, other.latent)
     of_controls = [rank_correlation(*both)[0] for both in zip(own.controls, other.controls)]
     is_alike = correlation > limit(torch.tensor(of_controls))
-    more = f"{source.upper()}'s rises by more than {OTHER[source].upper()}'s by, nats"
+    more = f"{source.upper()}'s loss rises more than {OTHER[source].upper()}'s by, nats"
     return SharedTest(
         source=source,
         n_texts=len(own.latent),
@@ -150,7 +150,7 @@ def _finding(latent: int, one: _Judged | None, evidence: LatentEvidence) -> Find
     )
 
 
-TOO_FEW = f"It could be tested on fewer than {MIN_SHARED_TEXTS} texts."
+TOO_FEW = f"It could be tested on fewer than {MIN_SHARED_TEXTS} texts of different documents."
 
 
 def _verdict(one: _Judged) -> str:

@@ -12,6 +12,8 @@ from sae_lens_dfc.analysis.latents.max_activating import FiringPosition
 from sae_lens_dfc.analysis.report.findings import EffectView
 from sae_lens_dfc.analysis.screening import causal_tests as causal_tests_module
 from sae_lens_dfc.analysis.screening import screen as screen_module
+from sae_lens_dfc.analysis.screening import shared_tests as shared_tests_module
+from sae_lens_dfc.analysis.screening import shared_verdicts as shared_verdicts_module
 from sae_lens_dfc.analysis.screening.candidates import source_of, windows
 from sae_lens_dfc.analysis.screening.verdicts import (
     CONFIRMED,
@@ -183,6 +185,8 @@ def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
 
     output = tmp_path / "out"
     args = ["screen", str(run), "--output", str(output), *FEW]
+    for module in (shared_tests_module, shared_verdicts_module):
+        monkeypatch.setattr(module, "MIN_SHARED_TEXTS", 3)
     monkeypatch.setattr(causal_tests_module, "verify", stopping)
     assert main(args) not in (0, 1)
     assert not output.exists() and (tmp_path / "out.progress.jsonl").exists()

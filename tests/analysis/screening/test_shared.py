@@ -71,7 +71,7 @@ def test_the_p_values_are_those_of_the_tests_that_the_docstring_names() -> None:
     assert found.p_different == pytest.approx(np.asarray(paired)[1] / 2, rel=1e-4)
     assert found.correlation == pytest.approx(np.asarray(spearmanr(LOSES, other))[0])
     assert found.source_rise.name == "ablated in B: B's loss rises by, nats"
-    assert found.difference.name == "B's rises by more than A's by, nats"
+    assert found.difference.name == "B's loss rises more than A's by, nats"
     assert found.difference.mean == pytest.approx(0.4)
     assert found.difference.controls == {
         "other shared latents": pytest.approx((0.1 * LOSES - UNMOVED).mean().item())
