@@ -49,6 +49,8 @@ def used(
         B_EXCLUSIVE: [i for i in order if not evidence.is_a[i]][:N_TESTED],
     }
     latents = [i for of_side in sides.values() for i in of_side]
+    if not latents:
+        return {side: dict.fromkeys(("tested", "used", "right"), 0) for side in sides}
     test = causal_tests(on, latents, SIZES)
     results = {latent: test(latent) for latent in latents}
     found = findings(on.crosscoder, latents, results, {}, evidence, on.one_basis)

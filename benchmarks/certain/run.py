@@ -153,8 +153,8 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
     """Train a run's crosscoder and compare its calls with what is certain.
 
     Returns:
-        The pair; `score`, `used` and `in_both` by side; `knows_more`, the model that the loss with the other's
-            map names on each language; and the seconds of each part.
+        The pair; `score`, `used` and `in_both` by side; `knows_more`, the model that the loss with
+            the other's map names on each language; and the seconds of each part.
     """
     started, sizes = time.monotonic(), preset.settings_of(run.pair)
     case = made(run.pair, preset.half)
