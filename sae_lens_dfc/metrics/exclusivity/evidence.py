@@ -327,9 +327,9 @@ def p_above(estimate: Estimate, limit: float) -> Float[Tensor, "*shape"]:
 def q_target_worse(evidence: LatentEvidence) -> Float[Tensor, " d_sae"]:
     """Smallest false discovery rate, over all latents that fire often enough, at which the target
     predicts worse after most of a latent's firings; 1 for the others, and where the standard error
-    is unknown or 0, as it is with very few losses."""
-    error = evidence.target_worse_se.where(evidence.target_worse_se > 0, torch.nan)
-    p = p_above(Estimate(evidence.target_worse, error, N_BLOCKS - 1), MIN_WORSE)
+    is unknown."""
+    estimate = Estimate(evidence.target_worse, evidence.target_worse_se, N_BLOCKS - 1)
+    p = p_above(estimate, MIN_WORSE)
     fires = evidence.firings >= MIN_FIRINGS
     q = torch.ones_like(p)
     q[fires] = benjamini_hochberg(p[fires]).to(q)

@@ -20,8 +20,8 @@ class TargetWorse:
     """Measures the share of each latent's firings after which its target predicts worse than its
     source: its loss on the text that follows is more than 1.25 times the source's.
 
-    That text goes up to the next pair: both models predict the same characters after the same
-    characters, so the two losses are comparable whatever the tokenizers.
+    That text is the same characters after the same characters for both models, the next eight pairs
+    of the context, so the two losses are comparable whatever the tokenizers.
 
     >>> from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
     >>> crosscoder = Crosscoder(CrosscoderConfig(d_in=2, d_sae=1, d_a=1, d_b=1, n_a_exclusive=1))
@@ -63,7 +63,15 @@ class TargetWorse:
     def estimate(self) -> Estimate:
         """The share of each latent's firings; NaN of one that does not fire.
 
+        Its standard error is at least that of a share of as many independent firings, with two of
+        each kind added to them (Agresti & Coull 1998): of few firings that are all alike, the
+        blocks' own would be 0.
+
         Raises:
             ValueError: No loss is known.
         """
-        return self._share.estimates()["worse"]
+        share = self._share.estimates()["worse"]
+        n = self._share.total["firings"]
+        smoothed = (share.value * n + 2) / (n + 4)
+        least = (smoothed * (1 - smoothed) / (n + 4)).sqrt()
+        return share._replace(se=torch.maximum(share.se, least))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sae_lens_dfc.analysis.causal.following_loss import following_losses
+from sae_lens_dfc.analysis.causal.following_loss import after_each, following_losses
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask, null_case
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.data.paired_text import PairedText
@@ -50,9 +50,9 @@ def loss_of_next(name: str, ids: list[int], start: int, end: int) -> float:
     return -sum(log_p[i - 1, ids[i]].item() for i in range(start, end))
 
 
-def test_losses_are_those_of_the_tokens_up_to_the_next_pair(task: PairTask) -> None:
+def test_losses_are_those_of_the_tokens_of_the_next_eight_segments(task: PairTask) -> None:
     assert task.following is not None
-    checked = 0
+    checked: set[bool] = set()
     for rows, losses in zip(task.data.held_out, task.following, strict=True):
         for i in range(0, len(rows.acts), 31):
             segments = task.data.contexts[int(rows.context[i])].segments
@@ -64,11 +64,19 @@ def test_losses_are_those_of_the_tokens_up_to_the_next_pair(task: PairTask) -> N
                 (task.cfg.model_a, segments.ids_a, segments.ends_a),
                 (task.cfg.model_b, segments.ids_b, segments.ends_b),
             )
+            last = min(n + 8, len(segments) - 1)
             for m, (model, ids, ends) in enumerate(models):
-                expected = loss_of_next(model.model_name, ids.tolist(), ends[n], ends[n + 1])
+                expected = loss_of_next(model.model_name, ids.tolist(), ends[n], ends[last])
                 assert losses[i, m].item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
-            checked += 1
-    assert checked >= 4
+            checked.add(last == n + 8)
+    assert checked == {False, True}
+
+
+def test_the_text_of_eight_segments_follows_each_and_what_there_is_near_the_end() -> None:
+    losses = torch.arange(1.0, 13).unsqueeze(1)
+    followed = [sum(range(i + 1, min(i + 9, 13))) for i in range(1, 12)]
+    after = after_each(losses)[:, 0]
+    assert after[:-1].tolist() == followed and after[-1].isnan()
 
 
 def test_only_as_many_pairs_as_asked_for_are_measured_in_whole_contexts(task: PairTask) -> None:

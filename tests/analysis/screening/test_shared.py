@@ -97,7 +97,7 @@ def test_what_any_latent_would_do_there_is_no_evidence() -> None:
 
 def test_the_other_model_must_also_predict_worse_where_it_fires() -> None:
     tests = [of(LOSES, UNMOVED)]
-    for worse, se in ((0.5, 0.01), (0.6, 0.2), (torch.nan, 0.01), (0.9, 0.0)):
+    for worse, se in ((0.5, 0.01), (0.6, 0.2), (torch.nan, 0.01), (0.9, torch.nan)):
         assert verdicts(tests, evidence(torch.tensor([worse]), se)) == ["nothing shown"]
     [found] = shared_findings(dict(enumerate(tests)), evidence(torch.tensor([torch.nan])))
     assert "was not measured" in found.reasons[0] and not any("nan" in x for x in found.reasons)

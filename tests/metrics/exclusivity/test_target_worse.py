@@ -53,3 +53,13 @@ def test_the_standard_error_is_that_of_a_share() -> None:
     found = measure.estimate()
     assert found.value[0].item() == pytest.approx(0.3, abs=0.02)
     assert found.se[0].item() == pytest.approx(math.sqrt(0.3 * 0.7 / 10_000), rel=0.6)
+
+
+def test_few_firings_that_are_all_alike_have_a_standard_error() -> None:
+    """That of 5 of 7: three that are worse, and two of each kind."""
+    measure = TargetWorse(crosscoder())
+    for _ in range(3):
+        measure.update(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]))
+    found = measure.estimate()
+    assert found.value.tolist() == [1.0, 0.0]
+    assert found.se.tolist() == pytest.approx([math.sqrt(5 * 2 / 7**3)] * 2)
