@@ -196,6 +196,9 @@ class ScreenOptions(Judging):
     keep_shared: int = 4
     """Between unrelated models: number of shared latents to ablate in both models, of those after which the model
     in which they are weaker predicts worse. As many others are ablated for comparison; 0 ablates none."""
+    divergence_pairs: int = 1000
+    """Held-out pairs on which it is measured how much of the divergence between the models' predictions goes with
+    the changes that the first latents make; as many more rank the latents by gradient. 0 skips this."""
     texts: int = 8
     """Texts on which each latent is tested, 3 to 10. The judge never sees them when it describes
     the latent."""
@@ -216,7 +219,7 @@ class ScreenOptions(Judging):
 
     def __post_init__(self) -> None:
         require(self, ("keep", "fit_pairs"), "at least 1")
-        require(self, ("keep_shared",), "at least 0")
+        require(self, ("keep_shared", "divergence_pairs"), "at least 0")
         require(self, ("controls",), "at least 2")
         require(self, ("texts",), f"at least {MIN_TEXTS} and at most {N_TOP // 2}")
         check_seed(self.seed)

@@ -55,16 +55,18 @@ class PairData:
 
     def affine_maps(self, d_a: int) -> AffineMaps:
         """Affine maps between the two models, fitted on training pairs."""
-        return fit_affine_maps(PairMoments.of(r.acts for r in self._to_fit()), d_a)
+        return fit_affine_maps(self.moments(), d_a)
 
     def one_basis(self, d_a: int) -> bool:
         """Whether the two models share a basis; see `have_one_basis`."""
-        return have_one_basis(PairMoments.of(r.acts for r in self._to_fit()), d_a)
+        return have_one_basis(self.moments(), d_a)
 
-    def _to_fit(self) -> Sequence[PairedRows]:
+    def moments(self) -> PairMoments:
+        """Moments of training pairs, of some tens of thousands at most."""
         n_pairs = sum(len(rows.acts) for rows in self.training)
         # Evenly spaced over the text, since its beginning covers only a few documents.
-        return self.training[:: max(1, round(n_pairs / MAX_FIT_PAIRS))]
+        some = self.training[:: max(1, round(n_pairs / MAX_FIT_PAIRS))]
+        return PairMoments.of(rows.acts for rows in some)
 
     def deciles(self, pair: ModelPair) -> list[Deciles]:
         """Token-frequency decile of each model's token, for each batch of held-out rows."""

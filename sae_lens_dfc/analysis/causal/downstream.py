@@ -177,11 +177,13 @@ def _parts(pair: ModelPair, rows: PairedRows) -> Iterator[tuple[PairedRows, Bool
         yield rows_in(rows, contexts)
 
 
-def contexts_at_once(pair: ModelPair, contexts: Sequence[Context]) -> Iterator[Sequence[Context]]:
-    """Split into as many contexts at a time as `MAX_LOGITS` allows."""
+def contexts_at_once(
+    pair: ModelPair, contexts: Sequence[Context], max_logits: int = MAX_LOGITS
+) -> Iterator[Sequence[Context]]:
+    """Split into as many contexts at a time as `max_logits` allows."""
     d_vocab = max(int(model.model.cfg.d_vocab) for model in (pair.a, pair.b))
     n_positions = max((context.segments.n_tokens for context in contexts), default=1)
-    size = max(1, MAX_LOGITS // (n_positions * d_vocab))
+    size = max(1, max_logits // (n_positions * d_vocab))
     for start in range(0, len(contexts), size):
         yield contexts[start : start + size]
 

@@ -77,3 +77,5 @@ class Screening:
     findings: list[Finding]
     shared: list[Finding] = field(default_factory=list)
     """Shared latents that were ablated in both models."""
+    divergence: dict[str, float] = field(default_factory=dict)
+    """Divergence explained by the first latents, by metric; empty if it was not measured."""

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from sae_lens_dfc.analysis.causal.divergence import BITS, BY_GRADIENT, BY_SIZE, SIZES
+from sae_lens_dfc.analysis.causal.divergence import PREFIX as DIVERGENCE_PREFIX
 from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, named_groups
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
 from sae_lens_dfc.metrics.exclusivity.beyond_null import NULLS
@@ -51,6 +53,18 @@ def _of_candidates(key: str, title: str) -> list[Row]:
     ]
 
 
+CHANGES = {
+    **{f"{BY_SIZE}/{n}": f"first {n} latents by size" for n in SIZES},
+    **{f"{BY_GRADIENT}/{n}": f"first {n} latents by gradient" for n in SIZES},
+    **{f"random/{n}": f"{n} random directions" for n in SIZES},
+    **{f"components/{n}": f"{n} directions of the difference" for n in SIZES},
+    "latents": "all latents",
+    "mean": "mean difference",
+    "everything": "whole difference",
+}
+"""What is changed in a model, by the suffix of its metric of divergence explained."""
+
+
 KNOWS_MORE = MeasureGroup(
     "Which model knows more",
     "Rise of a model's next-token loss, in nats per token, when it continues from the other model's activations, mapped by an affine map. 0: it loses nothing; with its mean activation a model keeps nothing. A model knows more if its rise is the larger and the other's untouched loss on the same text is more than 1.25 times its own: of two models that know a text equally well, the wider one has the larger rise.",
@@ -59,6 +73,18 @@ KNOWS_MORE = MeasureGroup(
         ("mapped_loss/b_minus_a", "Rise of B's loss minus A's"),
         ("mapped_loss/b_over_a", "B's untouched loss on this text over A's"),
         *_of_each("mapped_loss/rise_of_mean/{m}", "Rise of {M}'s loss, given its mean"),
+    ],
+)
+DIVERGENCE = MeasureGroup(
+    "Divergence explained",
+    "Share of the divergence between the two models' next-token predictions (Jensen-Shannon) that goes when what the first n latents write in one model alone is taken out of it. 1: the models then predict the same. Random directions of the same size are the null; the n directions that hold most of the difference of activations, and the mean difference, need no crosscoder; the whole difference is the most that can be had at this layer.",
+    [
+        (BITS, "Divergence of the predictions, bits"),
+        *(
+            (f"{DIVERGENCE_PREFIX}{m}/{change}", f"In {m.upper()}: {title}")
+            for m in "ab"
+            for change, title in CHANGES.items()
+        ),
     ],
 )
 GROUPS = [
@@ -105,6 +131,7 @@ GROUPS = [
             *_of_each("kl/{m}/without_exclusive", "KL without the exclusive latents, {M}, nats"),
         ],
     ),
+    DIVERGENCE,
     MeasureGroup(
         "Partitions and sparsity",
         "Number of latents, active latents per pair (L0), and share of latents that never fire (dead).",
@@ -222,6 +249,23 @@ def measures_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[s
         for key, title in group.rows
     ]
     return ["measure", *(title for _, title in columns)], rows
+
+
+def divergence_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of divergence explained, with a column for each model.
+
+    >>> divergence_table({"divergence/bits": 0.1, "divergence/b/mean": 0.25})
+    (['changed', 'in A', 'in B'], [['nothing: bits', '0.100', '0.100'], ['mean difference', '', '0.250']])
+    """
+    bits = cell(metrics, BITS)
+    rows = [
+        [title, *(cell(metrics, f"{DIVERGENCE_PREFIX}{m}/{change}") for m in "ab")]
+        for change, title in CHANGES.items()
+    ]
+    return ["changed", "in A", "in B"], [
+        ["nothing: bits", bits, bits],
+        *(row for row in rows if any(row[1:])),
+    ]
 
 
 def cell(metrics: Mapping[str, float], key: str) -> str:

@@ -24,10 +24,12 @@ from sae_lens_dfc.analysis.report.results import (
     drop_nonfinite,
     write_results,
 )
+from sae_lens_dfc.analysis.report.tables import divergence_table
 from sae_lens_dfc.analysis.saved_run.held_out import evidence_of, opened_run, own_config
 from sae_lens_dfc.analysis.screening.candidates import candidates, differences_made
 from sae_lens_dfc.analysis.screening.causal_tests import Sizes, Subject, causal_tests, subject_of
 from sae_lens_dfc.analysis.screening.describe import Asked, explained, what_it_costs
+from sae_lens_dfc.analysis.screening.explained_divergence import explained_divergence
 from sae_lens_dfc.analysis.screening.shared_tests import (
     SharedChoice,
     SharedSizes,
@@ -96,6 +98,9 @@ def screen_run(options: ScreenOptions) -> None:
     if found.shared:
         in_both = text_table([*head, *SHARED_EFFECTS], [_line(one)[:-1] for one in found.shared])
         print_result(f"\nShared latents, ablated in both models:\n\n{in_both}")
+    if found.divergence:
+        explained_table = text_table(*divergence_table(found.divergence))
+        print_result(f"\nDivergence of the predictions explained:\n\n{explained_table}")
     print_result(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
 
 
@@ -143,10 +148,15 @@ def screen(options: ScreenOptions) -> Screening:
         results = _tested(on, first.latents, options, progress)
         found = findings(on.crosscoder, first.latents, results, said, evidence, on.one_basis)
         shared = _shared(on, evidence, in_both, options, progress)
+        divergence = progress.done(
+            "divergence",
+            partial(explained_divergence, on, made, options.divergence_pairs, options.seed),
+        )
         screening = Screening(
             [*first.stages, verdict_stage(found)],
             ranked(found, OF_ONE_BASIS if on.one_basis else OF_TWO_BASES),
             ranked(shared, OF_SHARED),
+            divergence,
         )
         _write(screened, screening, stored, options)
         progress.forget()
@@ -229,7 +239,7 @@ def _write(
     screened: Screened, screening: Screening, stored: Mapping[str, float], options: ScreenOptions
 ) -> None:
     on, evaluation = screened.subject, screened.evaluation
-    metrics = {**stored, **evaluation.metrics}
+    metrics = {**stored, **evaluation.metrics, **screening.divergence}
     measured = Measured.on(on.crosscoder, evaluation._replace(metrics=metrics), on.data)
     page = report_data(measured, on.data, on.pair, screened.cfg)
     page = replace(page, metrics=drop_nonfinite(metrics), screening=screening)

@@ -118,7 +118,6 @@ def _predicted(model: HookedModel, ids: Tensor, mask: Tensor) -> Tensor:
         )
 
 
-@torch.no_grad()
 def logits_from(
     model: HookedModel,
     ids: Int[Tensor, "batch pos"],

@@ -168,7 +168,18 @@ def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folde
     return train_tiny(folder, llama_folder, gpt2_folder, "--eval-pairs", "1500")
 
 
-FEW = ("--keep", "4", "--keep-shared", "2", "--texts", "4", "--controls", "2")
+FEW = [
+    "--keep",
+    "4",
+    "--keep-shared",
+    "2",
+    "--divergence-pairs",
+    "100",
+    "--texts",
+    "4",
+    "--controls",
+    "2",
+]
 
 
 @pytest.mark.slow
@@ -221,8 +232,12 @@ def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
     assert 2 <= len(shared) <= 4 and {one["partition"] for one in shared} == {"shared"}
     assert [one["rank"] for one in shared] == list(range(1, len(shared) + 1))
     assert any(len(one["effects"]) == 3 for one in shared)
+    explained = stored["divergence"]
+    assert 0 < explained["divergence/bits"] < 1
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert {name: metrics[name] for name in explained} == explained
     page = (output / "report.html").read_text()
-    assert "Shared latents, ablated in both models" in page
+    assert "Shared latents, ablated in both models" in page and "Divergence explained" in page
     assert f"#latent-{found[0]['latent']}" in page and found[0]["verdict"] in page
 
 
