@@ -21,13 +21,8 @@ from benchmarks.certain.parallel_text import ENGLISH
 from benchmarks.certain.score import score
 from benchmarks.provenance import provenance
 from benchmarks.resume import with_missing
-from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, knows_more_by_group
-from sae_lens_dfc.analysis.evaluation.measure import (
-    CausalOptions,
-    evidence_in,
-    measure,
-    train_crosscoder,
-)
+from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, knows_more_by_group, mapped_loss
+from sae_lens_dfc.analysis.evaluation.measure import evidence_in, measure, train_crosscoder
 from sae_lens_dfc.analysis.evaluation.nulls import PairTask
 from sae_lens_dfc.analysis.screening.causal_tests import subject_of
 from sae_lens_dfc.crosscoders.architectures.dfc import DFCTrainingCrosscoderConfig
@@ -63,7 +58,8 @@ class Settings:
     max_unique_pairs: int = 60_000
     steps: int = 600
     eval_pairs: int = 40_000
-    downstream_pairs: int = 4_000
+    loss_pairs: int = 4_000
+    """Held-out pairs for the loss with the other's map in place."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,10 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
     collecting = time.monotonic()
     crosscoder = train_crosscoder(task)
     trained = time.monotonic()
-    found = measure(crosscoder, task, CausalOptions(sizes.downstream_pairs))
+    found = measure(crosscoder, task)
+    texts = task.data.held_out_with_text(sizes.loss_pairs)
+    affine_maps = task.data.affine_maps(crosscoder.cfg.d_a)
+    metrics = found.metrics | mapped_loss(task.pair, texts, affine_maps)
     measured = time.monotonic()
     shares, evidence = firings_by_group(crosscoder, task.data), evidence_in(found)
     on = subject_of(crosscoder, task.pair, task.data)
@@ -179,16 +178,16 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
         "used": are_used,
         "in_both": are_in_both,
         "known_to": {side: list(languages) for side, languages in case.known_to.items()},
-        "knows_more": knows_more_by_group(found.metrics),
-        "rises": {name: value for name, value in found.metrics.items() if name.startswith(PREFIX)},
+        "knows_more": knows_more_by_group(metrics),
+        "rises": {name: value for name, value in metrics.items() if name.startswith(PREFIX)},
         "metrics": {
-            name: found.metrics[name]
+            name: metrics[name]
             for name in (
                 *(f"explained_variance/{m}" for m in "ab"),
                 *(f"known/{group}" for group in (A_EXCLUSIVE, B_EXCLUSIVE, "shared")),
                 *(f"alignment/coverage_{m}" for m in "ab"),
             )
-            if name in found.metrics
+            if name in metrics
         },
         "seconds": {
             "models": round(built - started, 1),

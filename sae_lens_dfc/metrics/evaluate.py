@@ -54,7 +54,7 @@ def evaluate(
     affine_maps: AffineMaps | None = None,
     probes: Probes | None = None,
     contexts: Sequence[Int[Tensor, " _"]] | None = None,
-    following: Sequence[Float[Tensor, "_ 2"]] | None = None,
+    following: Sequence[Float[Tensor, "_ windows 2"]] | None = None,
     deciles: Sequence[Deciles] | None = None,
 ) -> Evaluation:
     """Evaluate a saved crosscoder on held-out raw activations.
@@ -193,7 +193,7 @@ class _Exclusivity:
             self.known.estimates(),
             scaling,
             self.transfer.compute(),
-            None if self.target_worse is None else self.target_worse.estimate(),
+            None if self.target_worse is None else self.target_worse.estimates(),
         )
 
     def metrics(self) -> dict[str, float]:

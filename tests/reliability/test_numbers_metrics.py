@@ -128,7 +128,7 @@ def measured(of: Crosscoder, acts: Tensor, mapped: bool = True) -> Evaluation:
         return evaluate(of, acts.split(4))
     probes = fit_probes(of, [make_acts(200, D_A + D_B)], PROBES)
     # Both models predict what follows equally well.
-    following = [torch.ones(len(batch), 2) for batch in acts.split(4)]
+    following = [torch.ones(len(batch), 2, 2) for batch in acts.split(4)]
     return evaluate(of, acts.split(4), ordinary_map(), probes, following=following)
 
 

@@ -16,16 +16,17 @@ from sae_lens_dfc.data.pair import ModelPair, padded
 from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.models.hooked_model import HookedModel
 
-N_SEGMENTS = 8
-"""Number of segments over which the losses are summed. On one segment, a token or two, two models of
-the same text differ by a quarter half of the time; on eight they seldom do."""
+WINDOWS = (1, 8)
+"""Numbers of segments over which the losses are summed. On one segment, a token or two, two models
+of the same text differ by a quarter half of the time; on eight they seldom do."""
 
 
 def following_losses(
     pair: ModelPair, data: PairData, n_pairs: int | None = None
-) -> list[Float[Tensor, "_ 2"]]:
-    """Losses of both models, in nats, on the text after each held-out row: the next eight segments
-    of its context, or as many as follow. A segment is the text from one pair to the next.
+) -> list[Float[Tensor, "_ windows 2"]]:
+    """Losses of both models, in nats, on the text after each held-out row: on the next segment of
+    its context, and on the next eight or as many as follow. A segment is the text from one pair to
+    the next.
 
     Args:
         pair: The two models, whole: not with `drop_unused_layers`.
@@ -34,8 +35,8 @@ def following_losses(
             none measures all.
 
     Returns:
-        For each batch of held-out rows, A's loss and B's; NaN of rows that are not measured or end
-            their context.
+        For each batch of held-out rows, A's loss and B's on each of these windows; NaN of rows that
+            are not measured or end their context.
 
     Raises:
         ValueError: A model was loaded without its upper layers.
@@ -53,8 +54,8 @@ def following_losses(
 @torch.no_grad()
 def _of_rows(
     pair: ModelPair, rows: PairedRows, contexts: Sequence[Context]
-) -> Float[Tensor, "n 2"]:
-    found = torch.full((len(rows.acts), 2), torch.nan)
+) -> Float[Tensor, "n windows 2"]:
+    found = torch.full((len(rows.acts), len(WINDOWS), 2), torch.nan)
     for part in contexts_at_once(pair, contexts):
         of_models = [_of_segments(model, m, part) for m, model in pair.models.items()]
         for context, a, b in zip(part, *of_models, strict=True):
@@ -63,17 +64,18 @@ def _of_rows(
     return found
 
 
-def after_each(losses: Float[Tensor, "segments m"]) -> Float[Tensor, "segments m"]:
-    """Sum of the losses of the eight segments after each, or of as many as follow; NaN after the
-    last one.
+def after_each(losses: Float[Tensor, "segments m"]) -> Float[Tensor, "segments windows m"]:
+    """Sums of the losses of the segments after each, the next one and the next eight, or as many as
+    follow; NaN after the last one.
 
-    >>> after_each(torch.tensor([[9.0], [2.0], [1.0]]))[:, 0]
+    >>> after_each(torch.tensor([[9.0], [2.0], [1.0]]))[:, 1, 0]
     tensor([3., 1., nan])
     """
     n = len(losses)
     upto = torch.cat([losses.new_zeros(1, losses.shape[1]), losses]).double().cumsum(dim=0)
     first = torch.arange(1, n + 1)
-    after = upto[(first + N_SEGMENTS).clamp(max=n)] - upto[first]
+    windows = [upto[(first + size).clamp(max=n)] - upto[first] for size in WINDOWS]
+    after = torch.stack(windows, dim=1)
     after[-1] = torch.nan
     return after.to(losses)
 

@@ -30,7 +30,7 @@ class PairTask(NamedTuple):
     data: PairData
     order_b: Order | None = None
     """For shuffled pairs: the row whose B side each row of A gets."""
-    following: list[Float[Tensor, "_ 2"]] | None = None
+    following: list[Float[Tensor, "_ windows 2"]] | None = None
     """For each batch of held-out rows, both models' losses on the text after each row; none if they
     were not measured, or if the pairs are shuffled."""
     unshuffled: PairData | None = None
@@ -95,7 +95,7 @@ def _self_null(case: PairTask) -> PairTask:
     training = [twice(rows) for rows in _drained(case.data.training)]
     held_out = [twice(rows) for rows in case.data.held_out]
     data = PairData(training, held_out, contexts, {})
-    following = case.following and [losses[:, [0, 0]] for losses in case.following]
+    following = case.following and [losses[..., [0, 0]] for losses in case.following]
     return case._replace(
         cfg=_of_one(case, case.cfg.model_a),
         pair=ModelPair(case.pair.a, case.pair.a),
@@ -132,7 +132,9 @@ def _seed_null(case: PairTask, seed_model: ModelConfig) -> PairTask:
     task = PairTask(cfg, pair, data)
     if case.following is None:
         return task
-    return task.with_losses(sum(int((~x.isnan()).any(dim=1).sum()) for x in case.following))
+    return task.with_losses(
+        sum(int((~x.isnan()).flatten(start_dim=1).any(dim=1).sum()) for x in case.following)
+    )
 
 
 def _of_one(case: PairTask, model_b: ModelConfig) -> CrosscoderRunnerConfig:

@@ -19,6 +19,7 @@ from sae_lens_dfc.metrics.exclusivity.decoders import (
     two_sided_latents,
 )
 from sae_lens_dfc.metrics.exclusivity.latent_scaling import owned_by_a
+from sae_lens_dfc.metrics.exclusivity.target_worse import NAMES
 from sae_lens_dfc.stats.jackknife import N_BLOCKS, Estimate
 from sae_lens_dfc.stats.matching_pursuit import explained_by_few
 from sae_lens_dfc.stats.significance import benjamini_hochberg
@@ -78,6 +79,9 @@ class LatentEvidence(NamedTuple):
     """Share of its firings after which its target predicts worse than its source; see
     `TargetWorse`. NaN if not measured."""
     target_worse_se: Float[Tensor, " d_sae"]
+    next_worse: Float[Tensor, " d_sae"]
+    """The same share, on the text up to the next pair alone."""
+    next_worse_se: Float[Tensor, " d_sae"]
     nu_error: Float[Tensor, " d_sae"]
     nu_error_se: Float[Tensor, " d_sae"]
     nu_reconstruction: Float[Tensor, " d_sae"]
@@ -119,7 +123,7 @@ def latent_evidence(
     known: Mapping[str, Estimate],
     scaling: Mapping[str, Mapping[str, Estimate]],
     transfer: dict[str, Float[Tensor, " d_sae"]],
-    target_worse: Estimate | None = None,
+    worse: Mapping[str, Estimate] | None = None,
 ) -> LatentEvidence:
     """Collect the evidence for each latent and decide which are exclusive.
 
@@ -146,7 +150,7 @@ def latent_evidence(
         known: `ShareKnown.estimates()`.
         scaling: `LatentScaling.estimates()`, for each mapping of directions.
         transfer: `Transfer.compute()`.
-        target_worse: `TargetWorse.estimate()`.
+        worse: `TargetWorse.estimates()`.
     """
     is_candidate, is_two_sided = candidate_latents(crosscoder), two_sided_latents(crosscoder)
     firings = transfer["firings"].long()
@@ -156,10 +160,11 @@ def latent_evidence(
         for name in ("nu_error", "nu_reconstruction")
     )
     p = p_below(known["known"], MAX_KNOWN)
-    if target_worse is None:
-        target_worse = Estimate(torch.full_like(p, torch.nan), torch.full_like(p, torch.nan), 0)
+    if worse is None:
+        unknown = Estimate(torch.full_like(p, torch.nan), torch.full_like(p, torch.nan), 0)
+        worse = dict.fromkeys(NAMES, unknown)
     else:
-        p = torch.maximum(p, p_above(target_worse, MIN_WORSE))
+        p = torch.maximum(p, p_above(worse["target_worse"], MIN_WORSE))
     judged = is_candidate & fires & (known["own_r2"].value >= MIN_OWN_R2)
     p[~judged] = torch.nan
     q = torch.full_like(p, torch.nan)
@@ -173,8 +178,10 @@ def latent_evidence(
         known=known["known"].value.float(),
         known_se=known["known"].se.float(),
         own_r2=known["own_r2"].value.float(),
-        target_worse=target_worse.value.float(),
-        target_worse_se=target_worse.se.float(),
+        target_worse=worse["target_worse"].value.float(),
+        target_worse_se=worse["target_worse"].se.float(),
+        next_worse=worse["next_worse"].value.float(),
+        next_worse_se=worse["next_worse"].se.float(),
         nu_error=error.value.float(),
         nu_error_se=error.se.float(),
         nu_reconstruction=reconstruction.value.float(),

@@ -13,6 +13,8 @@ from sae_lens_dfc.stats.jackknife import Estimate, Jackknife, Sums
 
 MIN_LOSS_RATIO = 1.25
 """Ratio of the target's loss to the source's above which the target predicts worse."""
+NAMES = ("next_worse", "target_worse")
+"""The shares, by the window of text: up to the next pair, and up to the eighth."""
 
 
 @dataclass
@@ -20,17 +22,18 @@ class TargetWorse:
     """Measures the share of each latent's firings after which its target predicts worse than its
     source: its loss on the text that follows is more than 1.25 times the source's.
 
-    That text is the same characters after the same characters for both models, the next eight pairs
-    of the context, so the two losses are comparable whatever the tokenizers.
+    That text is the same characters after the same characters for both models, so the two losses
+    are comparable whatever the tokenizers. It is taken twice: up to the next pair of the context,
+    and up to the eighth.
 
     >>> from sae_lens_dfc.crosscoders.inference import CrosscoderConfig
     >>> crosscoder = Crosscoder(CrosscoderConfig(d_in=2, d_sae=1, d_a=1, d_b=1, n_a_exclusive=1))
     >>> crosscoder.W_dec.data = torch.tensor([[1.0, 0.0]])
     >>> measure = TargetWorse(crosscoder)
     >>> losses_of_a_and_b = torch.tensor([[1.0, 9.0], [1.0, 3.0], [2.0, 2.0]])
-    >>> measure.update(torch.tensor([[0.0], [2.0], [2.0]]), losses_of_a_and_b)
-    >>> measure.estimate().value.item()
-    0.5
+    >>> measure.update(torch.tensor([[0.0], [2.0], [2.0]]), torch.stack([losses_of_a_and_b] * 2, dim=1))
+    >>> {name: share.value.item() for name, share in measure.estimates().items()}
+    {'next_worse': 0.5, 'target_worse': 0.5}
     """
 
     crosscoder: Crosscoder
@@ -41,37 +44,47 @@ class TargetWorse:
 
         def share(sums: Sums) -> dict[str, Tensor]:
             n = sums["firings"].where(sums["firings"] > 0, torch.nan)
-            return {"worse": torch.where(is_a, sums["b worse"], sums["a worse"]) / n}
+            return {
+                name: torch.where(is_a, sums[f"b {name}"], sums[f"a {name}"]) / n for name in NAMES
+            }
 
         self._share = Jackknife(share)
 
     @torch.no_grad()
     def update(
-        self, feature_acts: Float[Tensor, "batch d_sae"], following: Float[Tensor, "batch 2"]
+        self,
+        feature_acts: Float[Tensor, "batch d_sae"],
+        following: Float[Tensor, "batch windows 2"],
     ) -> None:
         """Add a batch of latent activations, and both models' losses on the text after each row;
-        rows of which a loss is NaN do not count."""
-        known = ~following.isnan().any(dim=1)
+        see `following_losses`. Rows of which a loss is NaN do not count."""
+        known = ~following.isnan().flatten(start_dim=1).any(dim=1)
         if not known.any():
             return
         fires = (feature_acts[known] > 0).double()
-        a, b = following[known].to(fires).T
-        worse = {"a worse": a > MIN_LOSS_RATIO * b, "b worse": b > MIN_LOSS_RATIO * a}
-        counts = {name: fires.T @ rows.double() for name, rows in worse.items()}
-        self._share.update(counts | {"firings": fires.sum(dim=0)})
+        counts = {"firings": fires.sum(dim=0)}
+        for name, losses in zip(NAMES, following[known].to(fires).unbind(dim=1), strict=True):
+            a, b = losses.T
+            counts[f"a {name}"] = fires.T @ (a > MIN_LOSS_RATIO * b).double()
+            counts[f"b {name}"] = fires.T @ (b > MIN_LOSS_RATIO * a).double()
+        self._share.update(counts)
 
-    def estimate(self) -> Estimate:
-        """The share of each latent's firings; NaN of one that does not fire.
+    def estimates(self) -> dict[str, Estimate]:
+        """The shares of each latent's firings: `next_worse` on the text up to the next pair, and
+        `target_worse` on that up to the eighth; NaN of a latent that does not fire.
 
-        Its standard error is at least that of a share of as many independent firings, with two of
+        Their standard error is at least that of a share of as many independent firings, with two of
         each kind added to them (Agresti & Coull 1998): of few firings that are all alike, the
         blocks' own would be 0.
 
         Raises:
             ValueError: No loss is known.
         """
-        share = self._share.estimates()["worse"]
         n = self._share.total["firings"]
-        smoothed = (share.value * n + 2) / (n + 4)
-        least = (smoothed * (1 - smoothed) / (n + 4)).sqrt()
-        return share._replace(se=torch.maximum(share.se, least))
+
+        def with_least_error(share: Estimate) -> Estimate:
+            smoothed = (share.value * n + 2) / (n + 4)
+            least = (smoothed * (1 - smoothed) / (n + 4)).sqrt()
+            return share._replace(se=torch.maximum(share.se, least))
+
+        return {name: with_least_error(x) for name, x in self._share.estimates().items()}

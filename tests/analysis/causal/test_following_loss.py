@@ -50,7 +50,9 @@ def loss_of_next(name: str, ids: list[int], start: int, end: int) -> float:
     return -sum(log_p[i - 1, ids[i]].item() for i in range(start, end))
 
 
-def test_losses_are_those_of_the_tokens_of_the_next_eight_segments(task: PairTask) -> None:
+def test_losses_are_those_of_the_tokens_of_the_next_segment_and_of_the_next_eight(
+    task: PairTask,
+) -> None:
     assert task.following is not None
     checked: set[bool] = set()
     for rows, losses in zip(task.data.held_out, task.following, strict=True):
@@ -66,8 +68,10 @@ def test_losses_are_those_of_the_tokens_of_the_next_eight_segments(task: PairTas
             )
             last = min(n + 8, len(segments) - 1)
             for m, (model, ids, ends) in enumerate(models):
-                expected = loss_of_next(model.model_name, ids.tolist(), ends[n], ends[last])
-                assert losses[i, m].item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+                for window, end in enumerate((ends[n + 1], ends[last])):
+                    expected = loss_of_next(model.model_name, ids.tolist(), ends[n], end)
+                    found = losses[i, window, m].item()
+                    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
             checked.add(last == n + 8)
     assert checked == {False, True}
 
@@ -75,14 +79,15 @@ def test_losses_are_those_of_the_tokens_of_the_next_eight_segments(task: PairTas
 def test_the_text_of_eight_segments_follows_each_and_what_there_is_near_the_end() -> None:
     losses = torch.arange(1.0, 13).unsqueeze(1)
     followed = [sum(range(i + 1, min(i + 9, 13))) for i in range(1, 12)]
-    after = after_each(losses)[:, 0]
-    assert after[:-1].tolist() == followed and after[-1].isnan()
+    after = after_each(losses)[..., 0]
+    assert after[:-1, 0].tolist() == list(range(2, 13))
+    assert after[:-1, 1].tolist() == followed and after[-1].isnan().all()
 
 
 def test_only_as_many_pairs_as_asked_for_are_measured_in_whole_contexts(task: PairTask) -> None:
     some = torch.cat(following_losses(task.pair, task.data, 200))
     every = torch.cat(following_losses(task.pair, task.data))
-    measured = ~some.isnan().any(dim=1)
+    measured = ~some.flatten(start_dim=1).isnan().any(dim=1)
     assert 100 < measured.sum() < 400
     torch.testing.assert_close(some[measured], every[measured])
 
@@ -93,8 +98,8 @@ def test_the_null_of_one_model_has_its_losses_twice_and_shuffled_pairs_have_none
     twice = null_case("self", task).following
     assert twice is not None and task.following is not None
     for losses, own in zip(twice, task.following, strict=True):
-        assert_equal(losses[:, 0], losses[:, 1])
-        assert_equal(losses[:, 0], own[:, 0])
+        assert_equal(losses[..., 0], losses[..., 1])
+        assert_equal(losses[..., 0], own[..., 0])
     assert null_case("shuffle", task).following is None
 
 

@@ -41,6 +41,8 @@ def evidence(worse: Tensor, se: float = 0.01) -> LatentEvidence:
             "firings": torch.full((n,), 100),
             "target_worse": worse,
             "target_worse_se": torch.full((n,), se),
+            "next_worse": worse,
+            "next_worse_se": torch.full((n,), se),
         }
     )
 
@@ -124,6 +126,10 @@ def test_those_are_chosen_after_which_the_target_surely_predicts_worse() -> None
     choice = shared_choice(every, 2, SharedSizes(controls=3))
     assert choice.chosen == [2, 6] and choice.others == [0, 8]
     assert len(choice.controls) == 3
+    # Those first after which the very next text shows it best.
+    next_worse = torch.where(worse == 0.8, 0.7, 0.6)
+    in_order = shared_choice(every._replace(next_worse=next_worse), 3, SharedSizes())
+    assert in_order.chosen == [0, 2, 6]
     assert not set(choice.controls) & {*choice.chosen, *choice.others}
     # One in a hundred is this far above a half by chance.
     doubtful = evidence(torch.cat([torch.tensor([0.528]), torch.full((99,), 0.3)]))

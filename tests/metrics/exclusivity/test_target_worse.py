@@ -17,29 +17,34 @@ def crosscoder() -> Crosscoder:
     return made
 
 
+def twice(losses: torch.Tensor) -> torch.Tensor:
+    """The same losses up to the next pair and up to the eighth."""
+    return torch.stack([losses, losses], dim=1)
+
+
 def test_each_models_latents_count_the_other_models_losses() -> None:
     measure = TargetWorse(crosscoder())
     feature_acts = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 0.5], [0.0, 9.0]])
     # A's loss, B's loss: B is worse, B is worse, A is worse, neither by a quarter, A is worse.
     following = torch.tensor([[1.0, 2.0], [1.0, 1.3], [2.0, 1.0], [1.0, 1.2], [4.0, 1.0]])
-    measure.update(feature_acts, following)
-    assert measure.estimate().value.tolist() == pytest.approx([2 / 4, 2 / 4])
+    measure.update(feature_acts, twice(following))
+    assert measure.estimates()["target_worse"].value.tolist() == pytest.approx([2 / 4, 2 / 4])
 
 
 def test_rows_without_a_loss_do_not_count() -> None:
     measure = TargetWorse(crosscoder())
     following = torch.tensor([[1.0, 2.0], [math.nan, 1.0], [math.nan, math.nan]])
-    measure.update(torch.ones(3, 2), following)
-    measure.update(torch.ones(1, 2), following[2:])
-    found = measure.estimate()
+    measure.update(torch.ones(3, 2), twice(following))
+    measure.update(torch.ones(1, 2), twice(following[2:]))
+    found = measure.estimates()["target_worse"]
     assert found.value.tolist() == [1.0, 0.0]
     assert found.degrees == 0
 
 
 def test_a_latent_that_does_not_fire_has_no_share() -> None:
     measure = TargetWorse(crosscoder())
-    measure.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
-    assert measure.estimate().value.isnan().tolist() == [False, True]
+    measure.update(torch.tensor([[1.0, 0.0]]), twice(torch.tensor([[1.0, 2.0]])))
+    assert measure.estimates()["target_worse"].value.isnan().tolist() == [False, True]
 
 
 def test_the_standard_error_is_that_of_a_share() -> None:
@@ -49,8 +54,8 @@ def test_the_standard_error_is_that_of_a_share() -> None:
     for _ in range(50):
         worse = torch.rand(200, generator=generator) < 0.3
         following = torch.stack([torch.ones(200), 1 + worse.float()], dim=1)
-        measure.update(torch.ones(200, 2), following)
-    found = measure.estimate()
+        measure.update(torch.ones(200, 2), twice(following))
+    found = measure.estimates()["target_worse"]
     assert found.value[0].item() == pytest.approx(0.3, abs=0.02)
     assert found.se[0].item() == pytest.approx(math.sqrt(0.3 * 0.7 / 10_000), rel=0.6)
 
@@ -59,7 +64,16 @@ def test_few_firings_that_are_all_alike_have_a_standard_error() -> None:
     """That of 5 of 7: three that are worse, and two of each kind."""
     measure = TargetWorse(crosscoder())
     for _ in range(3):
-        measure.update(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]))
-    found = measure.estimate()
+        measure.update(torch.ones(1, 2), twice(torch.tensor([[1.0, 2.0]])))
+    found = measure.estimates()["target_worse"]
     assert found.value.tolist() == [1.0, 0.0]
     assert found.se.tolist() == pytest.approx([math.sqrt(5 * 2 / 7**3)] * 2)
+
+
+def test_the_text_up_to_the_next_pair_and_that_up_to_the_eighth_are_counted_apart() -> None:
+    measure = TargetWorse(crosscoder())
+    next_pair, ahead = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 4.0]])
+    measure.update(torch.ones(1, 2), torch.stack([next_pair, ahead], dim=1))
+    found = measure.estimates()
+    assert found["next_worse"].value.tolist() == [1.0, 0.0]
+    assert found["target_worse"].value.tolist() == [0.0, 0.0]
