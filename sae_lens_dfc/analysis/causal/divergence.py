@@ -1,31 +1,23 @@
 """Divergence explained: how much of the divergence between two models' predictions goes when the
-changes that latents make are made in one of them; and which latents this depends on, by gradient."""
+changes that latents make are made in one of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 
 from sae_lens_dfc.analysis.causal.activation_patching import drawn_directions
-from sae_lens_dfc.analysis.causal.downstream import check_whole, contexts_at_once
-from sae_lens_dfc.analysis.causal.shared_vocabulary import (
-    Outcomes,
-    common_outcomes,
-    jensen_shannon,
-    outcome_probabilities,
-)
-from sae_lens_dfc.analysis.steering.hooks import logits_from
-from sae_lens_dfc.analysis.steering.splicing import Edit, SplicedReading, reading_of, spliced
+from sae_lens_dfc.analysis.causal.common_predictions import PairedTexts, paired_texts
+from sae_lens_dfc.analysis.causal.shared_vocabulary import jensen_shannon
 from sae_lens_dfc.crosscoders.inference import Crosscoder
-from sae_lens_dfc.data.activations import PairedRows, rows_in
+from sae_lens_dfc.data.activations import PairedRows
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.exclusivity.decoders import both_decoder_differences
 from sae_lens_dfc.models.config import OTHER, ModelName
+from sae_lens_dfc.stats.activation_difference import activation_difference
 from sae_lens_dfc.stats.affine_maps import AffineMaps
 from sae_lens_dfc.stats.jackknife import SE, Jackknife, Sums
 from sae_lens_dfc.stats.moments import PairMoments
@@ -38,88 +30,6 @@ SIZES = (1, 5, 20)
 """Numbers of latents whose changes are made together."""
 N_RANDOM = 3
 """Draws of the random directions; their mean is reported."""
-# Probabilities in float64 of so many rows and outcomes are held at a time.
-MAX_LOGITS = 2**24
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The difference between two models' activations, in the basis of one of them: what has to be
-    added to that model's activation to make it the other's, or what an affine map makes of the
-    other's."""
-
-    matrix: Float[Tensor, "d_in d_m"]
-    bias: Float[Tensor, " d_m"]
-    mean: Float[Tensor, " d_m"]
-    """Mean difference over the fitted pairs."""
-    components: Float[Tensor, "d_m n"]
-    """The orthonormal directions that hold most of it, the one with most first."""
-
-    def of(self, acts: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_m"]:
-        return acts @ self.matrix + self.bias
-
-
-def difference_in(
-    m: ModelName, moments: PairMoments, d_a: int, affine_maps: AffineMaps | None
-) -> Difference:
-    """The difference in the basis of model m.
-
-    Args:
-        m: `a` or `b`.
-        moments: Moments of training pairs.
-        d_a: Width of model A.
-        affine_maps: Affine maps between the models; none if both share one basis.
-    """
-    d_b = len(moments.mean) - d_a
-    own = torch.eye(d_a if m == "a" else d_b)
-    if affine_maps is None:
-        other, bias = own, torch.zeros(len(own))
-    elif m == "a":
-        other = affine_maps.b_to_a.cpu()
-        bias = affine_maps.mean_a.cpu() - affine_maps.mean_b.cpu() @ other
-    else:
-        other = affine_maps.a_to_b.cpu()
-        bias = affine_maps.mean_b.cpu() - affine_maps.mean_a.cpu() @ other
-    matrix = torch.cat([-own, other] if m == "a" else [other, -own])
-    exact = matrix.double()
-    mean = moments.mean @ exact + bias.double()
-    squares = exact.T @ moments.covariance @ exact + torch.outer(mean, mean)
-    components = torch.linalg.eigh(squares).eigenvectors.flip(1)[:, : max(SIZES)]
-    return Difference(matrix, bias, mean.float(), components.float())
-
-
-class _Part(NamedTuple):
-    """Some contexts, with both models' tokens and activations at the hook."""
-
-    rows: PairedRows
-    readings: Mapping[ModelName, SplicedReading]
-    acts: Mapping[ModelName, Tensor]
-
-
-def _parts(pair: ModelPair, batches: Iterable[PairedRows], what: str) -> Iterator[_Part]:
-    check_whole(pair)
-    for rows in tqdm(list(batches), what, leave=False):
-        for contexts in contexts_at_once(pair, rows.contexts, MAX_LOGITS):
-            part, _ = rows_in(rows, contexts)
-            readings: dict[ModelName, SplicedReading] = {}
-            acts: dict[ModelName, Tensor] = {}
-            for m, model in pair.models.items():
-                readings[m] = reading_of(model, m, part)
-                with torch.no_grad():
-                    acts[m] = model.activations(readings[m].ids, readings[m].mask).float()
-            yield _Part(part, readings, acts)
-
-
-def _probabilities(
-    pair: ModelPair, part: _Part, m: ModelName, of_model: Outcomes, change: Tensor | None
-) -> Float[Tensor, "n outcomes"]:
-    """Model m's next-token probabilities at each row, with `change` added to its activations."""
-    reading, acts = part.readings[m], part.acts[m]
-    if change is not None:
-        acts = spliced(reading, Edit(change, adds=True))(acts)
-    where = reading.context, reading.position
-    found = logits_from(pair.models[m], reading.ids, reading.mask, acts, *where)
-    return outcome_probabilities(found, of_model)
 
 
 @dataclass(frozen=True)
@@ -177,10 +87,10 @@ def divergence_explained(
     """
     rows = list(batches)
     d_a, models = on.crosscoder.cfg.d_a, on.crosscoder.partition.models
-    differences = {m: difference_in(m, on.moments, d_a, on.affine_maps) for m in models}
+    differences = {m: activation_difference(m, on.moments, d_a, on.affine_maps) for m in models}
 
-    def whole(m: ModelName, part: _Part) -> dict[str, Tensor]:
-        return {"everything": differences[m].of(part.rows.acts.float())}
+    def whole(m: ModelName, part: PairedTexts) -> dict[str, Tensor]:
+        return {"everything": differences[m].of(part.rows.acts)}
 
     found = _measured(on.pair, rows, tuple(models), whole)
     usable: list[ModelName] = [m for m in models if _is_above_0(found, f"{PREFIX}{m}/everything")]
@@ -195,9 +105,9 @@ def divergence_explained(
         for m, own_dims in models.items()
     }
 
-    def changes(m: ModelName, part: _Part) -> dict[str, Tensor]:
+    def changes(m: ModelName, part: PairedTexts) -> dict[str, Tensor]:
         feature_acts = on.crosscoder.encode(part.rows.acts.to(on.crosscoder.device)).float()
-        of_rows = differences[m].of(part.rows.acts.float())
+        of_rows = differences[m].of(part.rows.acts)
         return {
             **_of_latents(feature_acts, own[m], orders, random[m]),
             **_of_components(of_rows, differences[m].components),
@@ -215,18 +125,17 @@ def _measured(
     pair: ModelPair,
     rows: Sequence[PairedRows],
     models: Sequence[ModelName],
-    changes: Callable[[ModelName, _Part], Mapping[str, Tensor]],
+    changes: Callable[[ModelName, PairedTexts], Mapping[str, Tensor]],
 ) -> dict[str, float]:
     """The divergence, and the share of it that goes with each change of each of some models."""
-    outcomes = dict(zip(("a", "b"), common_outcomes(pair.a, pair.b), strict=True))
     metric = Jackknife(_shares)
-    for part in _parts(pair, rows, "Divergence explained"):
-        before = {m: _probabilities(pair, part, m, outcomes[m], None) for m in pair.models}
+    for part in paired_texts(pair, rows, "Divergence explained"):
+        before = {m: part.predictions(m) for m in pair.models}
         n = torch.tensor(len(part.rows.acts), dtype=torch.double)
         sums = {"n": n, "bits": jensen_shannon(before["a"], before["b"]).sum().cpu()}
         for m in models:
             for name, change in changes(m, part).items():
-                after = _probabilities(pair, part, m, outcomes[m], change)
+                after = part.predictions(m, change)
                 sums[f"{m}/{name}"] = jensen_shannon(after, before[OTHER[m]]).sum().cpu()
         metric.update(sums)
     return metric.compute()
@@ -265,46 +174,3 @@ def _shares(sums: Sums) -> dict[str, float]:
             shares.setdefault(f"{PREFIX}{common}", []).append((1 - after / sums["bits"]).item())
     means = {name: sum(of_draws) / len(of_draws) for name, of_draws in shares.items()}
     return {BITS: (sums["bits"] / sums["n"]).item(), **means}
-
-
-def attribution(on: Explaining, batches: Iterable[PairedRows]) -> Float[Tensor, " d_sae"]:
-    """By how many bits per pair the divergence would fall, to first order, if what each latent
-    writes in one model and not in the other were taken away there; the mean over changing A and
-    changing B. One backward pass ranks all latents (attribution patching, arXiv 2310.10348).
-
-    Args:
-        on: The crosscoder, its models, and the map between them.
-        batches: Rows with their contexts.
-
-    Raises:
-        ValueError: A model was loaded without its upper layers.
-    """
-    crosscoder, pair = on.crosscoder, on.pair
-    own = dict(zip(pair.models, both_decoder_differences(crosscoder, on.affine_maps), strict=True))
-    outcomes = dict(zip(pair.models, common_outcomes(pair.a, pair.b), strict=True))
-    total, n = torch.zeros(crosscoder.cfg.d_sae, device=crosscoder.device), 0
-    for part in _parts(pair, batches, "Attribution"):
-        with torch.no_grad():
-            feature_acts = crosscoder.encode(part.rows.acts.to(crosscoder.device)).float()
-            before = {m: _probabilities(pair, part, m, outcomes[m], None) for m in pair.models}
-        for m in pair.models:
-            gradient = _gradient(pair, part, m, outcomes[m], before[OTHER[m]]).to(feature_acts)
-            total += ((gradient @ own[m].float().T) * feature_acts).sum(dim=0) / 2
-        n += len(part.rows.acts)
-    return total / max(1, n)
-
-
-def _gradient(
-    pair: ModelPair, part: _Part, m: ModelName, of_model: Outcomes, other: Tensor
-) -> Float[Tensor, "n d_m"]:
-    """Gradient of the summed divergence with respect to the model's activation at each row."""
-    change = part.acts[m].new_zeros(len(part.rows.acts), part.acts[m].shape[-1])
-    change.requires_grad_()
-    with torch.enable_grad():
-        own = _probabilities(pair, part, m, of_model, change)
-    with torch.no_grad():
-        # The derivative of Jensen-Shannon's divergence in bits; 0 times infinity where p is 0.
-        mean = (own + other) / 2
-        slope = ((own / mean).log2() / 2).where(own > 0, 0.0)
-    [gradient] = torch.autograd.grad(own, change, slope)
-    return gradient

@@ -5,12 +5,12 @@ import logging
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lens_dfc.analysis.causal.attribution import attribution
 from sae_lens_dfc.analysis.causal.divergence import (
     BY_GRADIENT,
     BY_SIZE,
     SIZES,
     Explaining,
-    attribution,
     divergence_explained,
 )
 from sae_lens_dfc.analysis.screening.causal_tests import Subject
@@ -41,7 +41,7 @@ def explained_divergence(
         )
         return {}
     explaining = Explaining(on.crosscoder, on.pair, on.data.moments(), on.affine_maps)
-    by_gradient = attribution(explaining, texts[::2]).cpu()
+    by_gradient = attribution(on.crosscoder, on.pair, texts[::2], on.affine_maps).cpu()
     orders = {
         name: value.argsort(descending=True)[: max(SIZES)].tolist()
         for name, value in {BY_SIZE: made, BY_GRADIENT: by_gradient}.items()
