@@ -1,6 +1,7 @@
 """Tests latents causally: those called exclusive in their own model, and shared ones in both."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,22 +18,33 @@ from sae_lens_dfc.analysis.screening.verdicts import EXCLUSIVE_USED, findings
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE
 from sae_lens_dfc.metrics.exclusivity.evidence import LatentEvidence, ranking
 
-N_TESTED = 8
-"""Latents of each side that are tested, those with the most evidence."""
-N_SHARED = 16
-"""Shared latents that are ablated in both models: those after which the target predicts worse, and
-as many others."""
 SIZES = Sizes(with_samples=False)
-SHARED_SIZES = SharedSizes(texts=64, controls=6)
-"""The models are small."""
 Languages = Mapping[str, Float[Tensor, " d_sae"]]
 """Share of each latent's firings by language, from `firings_by_group`."""
 KnownTo = Mapping[str, Sequence[str]]
 """The languages that only one side's model knows, by side."""
 
 
+@dataclass(frozen=True)
+class CausalSizes:
+    """How much is tested causally."""
+
+    n_tested: int = 8
+    """Called latents of each side that are tested, those with the most evidence."""
+    n_shared: int = 16
+    """Shared latents that are ablated in both models because the target predicts worse after them,
+    and as many others."""
+    shared_texts: int = 64
+    """Texts for each of these."""
+    shared_controls: int = 6
+
+
 def used(
-    on: Subject, evidence: LatentEvidence, shares: Languages, known_to: KnownTo
+    on: Subject,
+    evidence: LatentEvidence,
+    shares: Languages,
+    known_to: KnownTo,
+    sizes: CausalSizes,
 ) -> dict[str, dict[str, int]]:
     """For each side, of the first latents that are called: how many are `tested`, are `used`
     (verdict `exclusive and used`), and are `right`, used and of the side's language.
@@ -42,11 +54,12 @@ def used(
         evidence: Evidence for each latent.
         shares: Share of each latent's firings by language.
         known_to: The languages that only this side's model knows.
+        sizes: How much is tested.
     """
     order = [int(i) for i in ranking(evidence) if evidence.is_exclusive[i]]
     sides = {
-        A_EXCLUSIVE: [i for i in order if evidence.is_a[i]][:N_TESTED],
-        B_EXCLUSIVE: [i for i in order if not evidence.is_a[i]][:N_TESTED],
+        A_EXCLUSIVE: [i for i in order if evidence.is_a[i]][: sizes.n_tested],
+        B_EXCLUSIVE: [i for i in order if not evidence.is_a[i]][: sizes.n_tested],
     }
     latents = [i for of_side in sides.values() for i in of_side]
     if not latents:
@@ -66,17 +79,22 @@ def used(
 
 
 def in_both(
-    on: Subject, evidence: LatentEvidence, shares: Languages, known_to: KnownTo
+    on: Subject,
+    evidence: LatentEvidence,
+    shares: Languages,
+    known_to: KnownTo,
+    sizes: CausalSizes,
 ) -> dict[str, dict[str, int]]:
     """For each side, of the shared latents that are ablated in both models: how many are tested
     because the target predicts worse after them (`worse`, and `worse_right` of the side's
     language), how many of all are used differently (`different`, `different_right`), and, of the
     `others`, how many are used alike (`alike`). Arguments as for `used`."""
     # As in a screening, models of one basis are compared by their decoders.
-    keep = 0 if on.one_basis else N_SHARED
-    choice = shared_choice(evidence, keep, SHARED_SIZES)
+    keep = 0 if on.one_basis else sizes.n_shared
+    of_shared = SharedSizes(sizes.shared_texts, sizes.shared_controls)
+    choice = shared_choice(evidence, keep, of_shared)
     results = {
-        i: tested_in_both(on, bool(evidence.is_a[i]), i, choice.controls, SHARED_SIZES)
+        i: tested_in_both(on, bool(evidence.is_a[i]), i, choice.controls, of_shared)
         for i in (*choice.chosen, *choice.others)
     }
     found = shared_findings(results, evidence)

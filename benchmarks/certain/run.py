@@ -16,7 +16,7 @@ from benchmarks.certain.cases import (
     Pair,
     made,
 )
-from benchmarks.certain.causal import in_both, used
+from benchmarks.certain.causal import CausalSizes, in_both, used
 from benchmarks.certain.parallel_text import ENGLISH
 from benchmarks.certain.score import score
 from benchmarks.provenance import provenance
@@ -60,6 +60,7 @@ class Settings:
     eval_pairs: int = 40_000
     loss_pairs: int = 4_000
     """Held-out pairs for the loss with the other's map in place."""
+    causal: CausalSizes = CausalSizes()
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ class Preset:
     half: Half = "report"
     settings: Settings = Settings()
     of_real_models: Settings = Settings(
-        d_sae=2048, k=32, max_unique_pairs=36_000, steps=400, eval_pairs=12_000
+        d_sae=2048,
+        k=32,
+        max_unique_pairs=36_000,
+        steps=400,
+        eval_pairs=12_000,
+        causal=CausalSizes(n_tested=4, n_shared=4, shared_texts=32, shared_controls=4),
     )
     """Settings of `language-real`, whose models take a hundred times as long to read."""
 
@@ -166,8 +172,8 @@ def row(run: Run, preset: Preset) -> dict[str, Any]:
     measured = time.monotonic()
     shares, evidence = firings_by_group(crosscoder, task.data), evidence_in(found)
     on = subject_of(crosscoder, task.pair, task.data)
-    are_used = used(on, evidence, shares, case.known_to)
-    are_in_both = in_both(on, evidence, shares, case.known_to)
+    are_used = used(on, evidence, shares, case.known_to, sizes.causal)
+    are_in_both = in_both(on, evidence, shares, case.known_to, sizes.causal)
     tested = time.monotonic()
     return {
         "certain_case": run.pair.case,

@@ -149,19 +149,19 @@ def test_of_each_side_the_first_called_latents_are_tested_in_their_own_model(
         used = Way(EffectView("", 0.3, 0, 1, {}), 0.001, len(asked) % 3 == 1)
         return CausalTest("b", 8, 0.4, used, used, used, off_topic=None, samples=[])
 
-    monkeypatch.setattr(causal, "N_TESTED", 3)
+    sizes = causal.CausalSizes(n_tested=3, n_shared=4)
     monkeypatch.setattr(causal, "causal_tests", lambda *_args: result)
     every = measured._replace(is_exclusive=torch.ones_like(measured.is_a), firings=firings)
     shares = {"Portuguese": torch.ones(SIZES.d_sae)}
     on = subject_of(crosscoder, task.pair, task.data)
-    found = causal.used(on, every, shares, {"b_exclusive": ["Portuguese"]})
+    found = causal.used(on, every, shares, {"b_exclusive": ["Portuguese"]}, sizes)
     assert measured.is_a[asked].tolist() == [True] * 3 + [False] * 3
     assert found == {
         "a_exclusive": {"tested": 2, "used": 1, "right": 0},
         "b_exclusive": {"tested": 2, "used": 1, "right": 1},
     }
     none = every._replace(is_exclusive=torch.zeros_like(measured.is_a))
-    nothing = causal.used(on, none, shares, {})
+    nothing = causal.used(on, none, shares, {}, sizes)
     assert [sum(counts.values()) for counts in nothing.values()] == [0, 0]
     assert len(asked) == 6
 
@@ -175,7 +175,6 @@ def test_of_each_side_the_first_called_latents_are_tested_in_their_own_model(
         return SharedTest("b", 20, shown, shown, shown, p, 0.5, 0.001)
 
     used = Way(EffectView("", 0.3, 0, 1, {}), 0.001, True)
-    monkeypatch.setattr(causal, "N_SHARED", 4)
     monkeypatch.setattr(causal, "tested_in_both", of_shared)
     half = torch.arange(SIZES.d_sae) < SIZES.d_sae // 2
     worse = every._replace(
@@ -183,7 +182,7 @@ def test_of_each_side_the_first_called_latents_are_tested_in_their_own_model(
         target_worse=torch.where(half, 0.9, 0.1),
         target_worse_se=torch.full_like(measured.known, 0.01),
     )
-    counts = causal.in_both(on, worse, shares, {"b_exclusive": ["Portuguese"]})
+    counts = causal.in_both(on, worse, shares, {"b_exclusive": ["Portuguese"]}, sizes)
     total = {name: sum(own[name] for own in counts.values()) for name in counts["b_exclusive"]}
     assert len(in_both) == 8 and total["worse"] == total["others"] == 4
     # Every second shows a difference, and is used differently if the target predicts worse.
