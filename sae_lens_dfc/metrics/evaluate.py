@@ -118,7 +118,7 @@ def evaluate(
         if exclusivity is not None:
             exclusivity.update(batch, feature_acts, rebuilt, context)
             if after is not None:
-                exclusivity.update_losses(feature_acts, after)
+                exclusivity.update_losses(feature_acts, after, context)
     metrics: dict[str, float] = {
         **variance.compute(),
         **by_row.compute(),
@@ -180,10 +180,12 @@ class _Exclusivity:
         self.transfer.calibrate(acts, feature_acts)
         self.held_out.update(acts)
 
-    def update_losses(self, feature_acts: Tensor, following: Tensor) -> None:
+    def update_losses(
+        self, feature_acts: Tensor, following: Tensor, context: Tensor | None
+    ) -> None:
         if self.target_worse is None:
             self.target_worse = TargetWorse(self.crosscoder)
-        self.target_worse.update(feature_acts, following)
+        self.target_worse.update(feature_acts, following, context)
 
     def evidence(self) -> LatentEvidence:
         scaling = {name: s.estimates() for name, s in self.scaling.items()}

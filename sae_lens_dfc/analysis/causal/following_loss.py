@@ -17,8 +17,9 @@ from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.models.hooked_model import HookedModel
 
 WINDOWS = (1, 8)
-"""Numbers of segments over which the losses are summed. On one segment, a token or two, two models
-of the same text differ by a quarter half of the time; on eight they seldom do."""
+"""Numbers of segments over which the losses are summed. On one segment, a token or two, the losses of
+two models of the same text differ by more than a quarter at nearly half of the positions; on eight
+they seldom do."""
 
 
 def following_losses(

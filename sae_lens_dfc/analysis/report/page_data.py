@@ -36,7 +36,7 @@ EVIDENCE = {
     ),
     "target_worse": (
         "Firings after which {target} predicts worse",
-        f"Share of its firings after which {{target}}'s loss on the text that follows is more than {MIN_LOSS_RATIO} times {{source}}'s. Above 0.5: {{target}} lacks what it is followed by.",
+        f"Share of its firings after which {{target}}'s loss on the text that follows, up to the eighth pair, is more than {MIN_LOSS_RATIO} times {{source}}'s. Above 0.5: {{target}} lacks what it is followed by.",
     ),
     "own_r2": (
         "Activation predicted from {source} (R²)",

@@ -4,7 +4,7 @@ fires."""
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder
@@ -13,6 +13,8 @@ from sae_lens_dfc.stats.jackknife import Estimate, Jackknife, Sums
 
 MIN_LOSS_RATIO = 1.25
 """Ratio of the target's loss to the source's above which the target predicts worse."""
+MIN_CONTEXTS = 15
+"""Minimum contexts in which a latent fires to know the standard error of its share."""
 NAMES = ("next_worse", "target_worse")
 """The shares, by the window of text: up to the next pair, and up to the eighth."""
 
@@ -55,14 +57,22 @@ class TargetWorse:
         self,
         feature_acts: Float[Tensor, "batch d_sae"],
         following: Float[Tensor, "batch windows 2"],
+        context: Int[Tensor, " batch"] | None = None,
     ) -> None:
         """Add a batch of latent activations, and both models' losses on the text after each row;
-        see `following_losses`. Rows of which a loss is NaN do not count."""
+        see `following_losses`. Rows of which a loss is NaN do not count.
+
+        Args:
+            feature_acts: Latent activations.
+            following: Losses of A and B.
+            context: Number of the context of each row; none takes the batch as one context.
+        """
         known = ~following.isnan().flatten(start_dim=1).any(dim=1)
         if not known.any():
             return
         fires = (feature_acts[known] > 0).double()
-        counts = {"firings": fires.sum(dim=0)}
+        number = None if context is None else context[known].unique(return_inverse=True)[1]
+        counts = {"firings": fires.sum(dim=0), "contexts": _contexts(fires, number)}
         for name, losses in zip(NAMES, following[known].to(fires).unbind(dim=1), strict=True):
             a, b = losses.T
             counts[f"a {name}"] = fires.T @ (a > MIN_LOSS_RATIO * b).double()
@@ -73,18 +83,30 @@ class TargetWorse:
         """The shares of each latent's firings: `next_worse` on the text up to the next pair, and
         `target_worse` on that up to the eighth; NaN of a latent that does not fire.
 
-        Their standard error is at least that of a share of as many independent firings, with two of
-        each kind added to them (Agresti & Coull 1998): of few firings that are all alike, the
-        blocks' own would be 0.
+        Their standard error is at least that of a share of independent firings, one for each
+        context in which the latent fires, with two of each kind added to them (Agresti & Coull
+        1998): of firings that are all alike, the blocks' own would be 0. It is unknown (NaN) of a
+        latent that fires in fewer than 15 contexts.
 
         Raises:
             ValueError: No loss is known.
         """
-        n = self._share.total["firings"]
+        n = self._share.total["contexts"]
 
         def with_least_error(share: Estimate) -> Estimate:
             smoothed = (share.value * n + 2) / (n + 4)
             least = (smoothed * (1 - smoothed) / (n + 4)).sqrt()
+            least = least.where(n >= MIN_CONTEXTS, torch.nan)
             return share._replace(se=torch.maximum(share.se, least))
 
         return {name: with_least_error(x) for name, x in self._share.estimates().items()}
+
+
+def _contexts(
+    fires: Float[Tensor, "batch d_sae"], number: Int[Tensor, " batch"] | None
+) -> Float[Tensor, " d_sae"]:
+    """In how many of the numbered contexts each latent fires."""
+    if number is None:
+        return (fires.sum(dim=0) > 0).double()
+    firings = fires.new_zeros(int(number.max()) + 1, fires.shape[1])
+    return (firings.index_add(0, number.to(fires.device), fires) > 0).double().sum(dim=0)

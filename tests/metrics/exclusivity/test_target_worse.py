@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
+from sae_lens_dfc.metrics.exclusivity.evidence import p_above
 from sae_lens_dfc.metrics.exclusivity.target_worse import TargetWorse
 
 
@@ -54,20 +55,33 @@ def test_the_standard_error_is_that_of_a_share() -> None:
     for _ in range(50):
         worse = torch.rand(200, generator=generator) < 0.3
         following = torch.stack([torch.ones(200), 1 + worse.float()], dim=1)
-        measure.update(torch.ones(200, 2), twice(following))
+        measure.update(torch.ones(200, 2), twice(following), torch.arange(200))
     found = measure.estimates()["target_worse"]
     assert found.value[0].item() == pytest.approx(0.3, abs=0.02)
     assert found.se[0].item() == pytest.approx(math.sqrt(0.3 * 0.7 / 10_000), rel=0.6)
 
 
-def test_few_firings_that_are_all_alike_have_a_standard_error() -> None:
-    """That of 5 of 7: three that are worse, and two of each kind."""
+def test_firings_that_are_all_alike_count_once_for_each_context() -> None:
+    """The standard error is that of 17 of 19: 15 contexts that are worse, and two of each kind."""
     measure = TargetWorse(crosscoder())
-    for _ in range(3):
-        measure.update(torch.ones(1, 2), twice(torch.tensor([[1.0, 2.0]])))
+    for batch in range(5):
+        contexts = 3 * batch + torch.arange(3).repeat_interleave(10)
+        measure.update(torch.ones(30, 2), twice(torch.tensor([[1.0, 2.0]] * 30)), contexts)
     found = measure.estimates()["target_worse"]
     assert found.value.tolist() == [1.0, 0.0]
-    assert found.se.tolist() == pytest.approx([math.sqrt(5 * 2 / 7**3)] * 2)
+    assert found.se.tolist() == pytest.approx([math.sqrt(17 * 2 / 19**3)] * 2)
+    # Fifteen coins that all fall alike are no rarer than the p-value says.
+    [p, _] = p_above(found._replace(degrees=9), 0.5).tolist()
+    assert 0.5**15 / 2 < p < 10 * 0.5**15
+
+
+def test_of_a_latent_that_fires_in_few_contexts_the_error_is_unknown() -> None:
+    measure = TargetWorse(crosscoder())
+    for _ in range(14):
+        measure.update(torch.ones(50, 2), twice(torch.tensor([[1.0, 2.0]] * 50)))
+    found = measure.estimates()["target_worse"]
+    assert found.value.tolist() == [1.0, 0.0] and found.se.isnan().all()
+    assert p_above(found, 0.5).tolist() == [1.0, 1.0]
 
 
 def test_the_text_up_to_the_next_pair_and_that_up_to_the_eighth_are_counted_apart() -> None:
