@@ -197,8 +197,8 @@ class ScreenOptions(Judging):
     """Between unrelated models: number of shared latents to ablate in both models, of those after which the model
     in which they are weaker predicts worse. As many others are ablated for comparison; 0 ablates none."""
     divergence_pairs: int = 1000
-    """Held-out pairs on which it is measured how much of the divergence between the models' predictions goes with
-    the changes that the first latents make; as many more rank the latents by gradient. 0 skips this."""
+    """Number of held-out pairs on which to measure how much of the divergence between the models' predictions the
+    first latents explain; as many others rank the latents by gradient. 0 skips this."""
     texts: int = 8
     """Texts on which each latent is tested, 3 to 10. The judge never sees them when it describes
     the latent."""

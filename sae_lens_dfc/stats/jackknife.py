@@ -123,6 +123,15 @@ def _tensor(x: float | Tensor) -> Tensor:
     return torch.as_tensor(x, dtype=torch.double)
 
 
+def added(sums: Sums, more: Sums) -> dict[str, Tensor]:
+    """The sums of two parts of a batch together.
+
+    >>> added({}, {"n": torch.tensor(1)}) == added({"n": torch.tensor(0)}, {"n": torch.tensor(1)})
+    True
+    """
+    return {name: x + sums[name] if name in sums else x for name, x in more.items()}
+
+
 def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
     """The mean of independent values, and its standard error under its name with `/se` if there are
     at least two.

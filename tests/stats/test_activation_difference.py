@@ -16,11 +16,17 @@ def test_with_maps_the_difference_is_what_the_other_model_is_mapped_to() -> None
     )
     acts = torch.randn(50, 5)
     moments = PairMoments.of([acts])
-    in_b = activation_difference("b", moments, 2, maps)
-    in_a = activation_difference("a", moments, 2, maps)
+    in_b = activation_difference("b", 2, 3, maps)
+    in_a = activation_difference("a", 2, 3, maps)
     torch.testing.assert_close(in_b.of(acts), maps.to_b(acts[:, :2]) - acts[:, 2:])
     torch.testing.assert_close(in_a.of(acts), maps.to_a(acts[:, 2:]) - acts[:, :2])
-    torch.testing.assert_close(in_b.mean, in_b.of(acts).mean(dim=0))
-    _, _, directions = torch.linalg.svd(in_b.of(acts), full_matrices=False)
-    cosines = (directions * in_b.components.T).sum(dim=1).abs()
-    torch.testing.assert_close(cosines, torch.ones(3))
+    torch.testing.assert_close(in_b.mean(moments), in_b.of(acts).mean(dim=0))
+
+
+def test_components_hold_most_of_the_mean_square() -> None:
+    acts = torch.randn(50, 6) + torch.tensor([0.0, 0, 0, 0, 0, 3])
+    difference = activation_difference("a", 3, 3, None)
+    components = difference.components(PairMoments.of([acts]), 2)
+    _, _, directions = torch.linalg.svd(acts[:, 3:] - acts[:, :3], full_matrices=False)
+    cosines = (directions[:2] * components.T).sum(dim=1).abs()
+    torch.testing.assert_close(cosines, torch.ones(2))

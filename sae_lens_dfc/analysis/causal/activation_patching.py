@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from sae_lens_dfc.analysis.causal.shared_vocabulary import (
     Outcomes,
+    check_no_nan,
     common_outcomes,
     jensen_shannon,
     outcome_probabilities,
@@ -200,11 +201,7 @@ def verify(
             acts = spliced(reading, Edit(change, adds=True))(acts)
         found = logits_at_end(pair.models[m], reading.ids, reading.mask, acts)
         common = outcome_probabilities(found, of_models[m]).cpu()
-        if common.isnan().any():
-            raise ValueError(
-                f"Model {m.upper()}'s next-token probabilities are NaN{'' if direction is None else ' when it is changed'}: its "
-                "activations overflow. Load it in bfloat16 or float32."
-            )
+        check_no_nan(m, common, direction is not None)
         return _NextToken(common, found.float().softmax(dim=-1).cpu() if m == own.source else None)
 
     untouched = {m: next_token(m, None) for m in pair.models}

@@ -16,7 +16,7 @@ from sae_lens_dfc.data.activations import PairedRows, rows_in
 from sae_lens_dfc.data.pair import ModelPair
 from sae_lens_dfc.metrics.exclusivity.target_worse import MIN_LOSS_RATIO
 from sae_lens_dfc.stats.affine_maps import AffineMaps
-from sae_lens_dfc.stats.jackknife import SE, Jackknife, Sums
+from sae_lens_dfc.stats.jackknife import SE, Jackknife, Sums, added
 
 MAPPED = "/mapped"
 PREFIX = "mapped_loss/"
@@ -74,8 +74,8 @@ def mapped_loss(
         for name, of_group in _by_group(rows).items():
             sums: dict[str, Tensor] = {}
             for part in spliced_sums(pair, of_group, _edits(of_group, affine_maps)):
-                sums = _added(sums, part)
-            total = _added(total, sums)
+                sums = added(sums, part)
+            total = added(total, sums)
             groups.setdefault(f"{name}/", Jackknife(_measures)).update(sums)
         if total:
             whole.update(total)
@@ -84,10 +84,6 @@ def mapped_loss(
         for group, metric in {"": whole, **(groups if len(groups) > 1 else {})}.items()
         for name, value in metric.compute().items()
     }
-
-
-def _added(sums: Sums, more: Sums) -> dict[str, Tensor]:
-    return {name: x + sums[name] if name in sums else x for name, x in more.items()}
 
 
 def _by_group(rows: PairedRows) -> dict[str, PairedRows]:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_dfc.analysis.steering.generate import stop_ids
+from sae_lens_dfc.models.config import ModelName
 from sae_lens_dfc.models.hooked_model import HookedModel
 from sae_lens_dfc.models.logit_lens import n_tokens
 
@@ -100,6 +101,19 @@ def outcome_probabilities(
     probabilities = empty.index_add(-1, where, known)
     probabilities[..., -1] = (1 - known.sum(dim=-1)).clamp(min=0)
     return probabilities
+
+
+def check_no_nan(m: ModelName, probabilities: Tensor, is_changed: bool) -> None:
+    """Check a model's next-token probabilities.
+
+    Raises:
+        ValueError: One is NaN.
+    """
+    if probabilities.isnan().any():
+        raise ValueError(
+            f"Model {m.upper()}'s next-token probabilities are NaN{' when it is changed' if is_changed else ''}: its "
+            "activations overflow. Load it in bfloat16 or float32."
+        )
 
 
 def jensen_shannon(

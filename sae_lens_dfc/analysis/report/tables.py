@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sae_lens_dfc.analysis.causal.divergence import BITS, BY_GRADIENT, BY_SIZE, SIZES
+from sae_lens_dfc.analysis.causal.divergence import BITS, PAIRS, SIZES
 from sae_lens_dfc.analysis.causal.divergence import PREFIX as DIVERGENCE_PREFIX
 from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, named_groups
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
@@ -53,16 +53,21 @@ def _of_candidates(key: str, title: str) -> list[Row]:
     ]
 
 
+_ORDERS = {"by_evidence": "in the order of the screening", "by_gradient": "by gradient"}
 CHANGES = {
-    **{f"{BY_SIZE}/{n}": f"first {n} latents by size" for n in SIZES},
-    **{f"{BY_GRADIENT}/{n}": f"first {n} latents by gradient" for n in SIZES},
-    **{f"random/{n}": f"{n} random directions" for n in SIZES},
-    **{f"components/{n}": f"{n} directions of the difference" for n in SIZES},
+    **{f"{order}/{n}": f"{n} latents, {said}" for order, said in _ORDERS.items() for n in SIZES},
+    **{
+        f"random_{order}/{n}": f"{n} random directions for latents {said}"
+        for order, said in _ORDERS.items()
+        for n in SIZES
+    },
+    **{f"components/{n}": f"{n} main directions of the difference" for n in SIZES},
     "latents": "all latents",
+    "latents_and_bias": "all latents and the bias",
     "mean": "mean difference",
-    "everything": "whole difference",
+    "full_difference": "full difference",
 }
-"""What is changed in a model, by the suffix of its metric of divergence explained."""
+"""What is removed in a model, by the suffix of its metric of divergence explained."""
 
 
 KNOWS_MORE = MeasureGroup(
@@ -77,9 +82,10 @@ KNOWS_MORE = MeasureGroup(
 )
 DIVERGENCE = MeasureGroup(
     "Divergence explained",
-    "Share of the divergence between the two models' next-token predictions (Jensen-Shannon) that goes when what the first n latents write in one model alone is taken out of it. 1: the models then predict the same. Random directions of the same size are the null; the n directions that hold most of the difference of activations, and the mean difference, need no crosscoder; the whole difference is the most that can be had at this layer.",
+    "Share of the divergence between the two models' next-token predictions (Jensen-Shannon) that is removed when latents' parts of the models' difference are removed in one model: taken out where that model alone writes them, added where the other alone does. 1: the models then predict the same. Random directions of the same size are the null. The main directions of the activations' difference, and its mean, need no crosscoder. The full difference is the other model's activation at every pair.",
     [
         (BITS, "Divergence of the predictions, bits"),
+        (PAIRS, "Pairs at which it is measured"),
         *(
             (f"{DIVERGENCE_PREFIX}{m}/{change}", f"In {m.upper()}: {title}")
             for m in "ab"
@@ -255,15 +261,15 @@ def divergence_table(metrics: Mapping[str, float]) -> tuple[list[str], list[list
     """Head and rows of the table of divergence explained, with a column for each model.
 
     >>> divergence_table({"divergence/bits": 0.1, "divergence/b/mean": 0.25})
-    (['changed', 'in A', 'in B'], [['nothing: bits', '0.100', '0.100'], ['mean difference', '', '0.250']])
+    (['removed', 'in A', 'in B'], [['nothing (bits)', '0.100', '0.100'], ['mean difference', '', '0.250']])
     """
     bits = cell(metrics, BITS)
     rows = [
         [title, *(cell(metrics, f"{DIVERGENCE_PREFIX}{m}/{change}") for m in "ab")]
         for change, title in CHANGES.items()
     ]
-    return ["changed", "in A", "in B"], [
-        ["nothing: bits", bits, bits],
+    return ["removed", "in A", "in B"], [
+        ["nothing (bits)", bits, bits],
         *(row for row in rows if any(row[1:])),
     ]
 

@@ -35,6 +35,8 @@ class Candidates(NamedTuple):
 
     latents: list[int]
     stages: list[StageCount]
+    order: list[int]
+    """All latents that could be a difference, those to test first."""
 
 
 @torch.no_grad()
@@ -101,7 +103,7 @@ def candidates(
             {"have less evidence": max(0, len(latents) - keep)},
         ),
     ]
-    return Candidates(latents[:keep], stages)
+    return Candidates(latents[:keep], stages, latents)
 
 
 def stage(name: str, intake: int, dropped: Mapping[str, int]) -> StageCount:

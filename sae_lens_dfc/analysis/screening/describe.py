@@ -72,7 +72,7 @@ def explained(
         left = [i for i in kept if is_kept(said[i])]
         stages.append(stage(name, len(kept), {why: len(kept) - len(left)}))
         kept = left
-    return Candidates(kept, [*first.stages, *stages]), said
+    return first._replace(latents=kept, stages=[*first.stages, *stages]), said
 
 
 def _rules(flagged_only: bool) -> Iterator[tuple[str, str, Any]]:

@@ -1,33 +1,34 @@
-"""Explains a run's divergence between the models' predictions by its first latents, in two orders."""
+"""Explains the divergence between a run's two models by its first latents, in two orders."""
 
 import logging
+from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_dfc.analysis.causal.attribution import attribution
-from sae_lens_dfc.analysis.causal.divergence import (
-    BY_GRADIENT,
-    BY_SIZE,
-    SIZES,
-    Explaining,
-    divergence_explained,
-)
+from sae_lens_dfc.analysis.causal.common_predictions import ModelDifference
+from sae_lens_dfc.analysis.causal.divergence import SIZES, Orders, divergence_explained
+from sae_lens_dfc.analysis.report.results import drop_nonfinite
 from sae_lens_dfc.analysis.screening.causal_tests import Subject
+from sae_lens_dfc.models.config import ModelName
 
 logger = logging.getLogger(__name__)
 
+BY_EVIDENCE, BY_GRADIENT = "by_evidence", "by_gradient"
+"""Orders of latents: that in which a screening tests them, and that of `attribution`."""
+
 
 def explained_divergence(
-    on: Subject, made: Float[Tensor, " d_sae"], n_pairs: int, seed: int
+    on: Subject, order: Sequence[int], n_pairs: int, seed: int
 ) -> dict[str, float]:
-    """How much of the divergence the first latents explain, ordered by the size of the difference
-    that they make, and by gradient. The gradient is taken on other text, so that it selects nothing
-    on the text that it is judged by.
+    """How much of the divergence the first latents explain, in the order in which the screening
+    tests them and in that of the gradient. The gradient is taken on other text, so that it selects
+    nothing on the text that it is judged by.
 
     Args:
         on: The crosscoder with its whole models and held-out text.
-        made: Size of the difference that each latent makes; see `differences_made`.
+        order: The latents that could be a difference, those to test first.
         n_pairs: About how many pairs to measure it on, and as many for the gradient; 0 measures
             nothing.
         seed: Seed of the random directions.
@@ -40,10 +41,19 @@ def explained_divergence(
             "The divergence between the models' predictions is not explained: the held-out text is one batch, and the gradient needs text of its own"
         )
         return {}
-    explaining = Explaining(on.crosscoder, on.pair, on.data.moments(), on.affine_maps)
-    by_gradient = attribution(on.crosscoder, on.pair, texts[::2], on.affine_maps).cpu()
-    orders = {
-        name: value.argsort(descending=True)[: max(SIZES)].tolist()
-        for name, value in {BY_SIZE: made, BY_GRADIENT: by_gradient}.items()
+    own: dict[ModelName, Tensor] = {"a": on.own[0], "b": on.own[1]}
+    difference = ModelDifference(on.crosscoder, on.pair, own, on.affine_maps)
+    slopes = attribution(difference, texts[::2])
+    orders: Orders = {
+        BY_EVIDENCE: dict.fromkeys(slopes, order[: max(SIZES)]),
+        BY_GRADIENT: {m: _steepest(slope, order) for m, slope in slopes.items()},
     }
-    return divergence_explained(explaining, texts[1::2], orders, seed)
+    found = divergence_explained(difference, texts[1::2], orders, on.data.moments(), seed)
+    return drop_nonfinite(found)
+
+
+def _steepest(slope: Float[Tensor, " d_sae"], among: Sequence[int]) -> list[int]:
+    """The latents by which the divergence falls most."""
+    of_each = slope[list(among)].cpu()
+    order = of_each.argsort(descending=True)[: max(SIZES)]
+    return [among[i] for i in order.tolist() if of_each[i] > 0]

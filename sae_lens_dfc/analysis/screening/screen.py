@@ -100,7 +100,9 @@ def screen_run(options: ScreenOptions) -> None:
         print_result(f"\nShared latents, ablated in both models:\n\n{in_both}")
     if found.divergence:
         explained_table = text_table(*divergence_table(found.divergence))
-        print_result(f"\nDivergence of the predictions explained:\n\n{explained_table}")
+        print_result(
+            f"\nShare of the divergence between the models' predictions that is removed:\n\n{explained_table}"
+        )
     print_result(f"\nReport: {Path(options.output) / REPORT_FILENAME}")
 
 
@@ -148,9 +150,10 @@ def screen(options: ScreenOptions) -> Screening:
         results = _tested(on, first.latents, options, progress)
         found = findings(on.crosscoder, first.latents, results, said, evidence, on.one_basis)
         shared = _shared(on, evidence, in_both, options, progress)
+        n_pairs = options.divergence_pairs
         divergence = progress.done(
-            "divergence",
-            partial(explained_divergence, on, made, options.divergence_pairs, options.seed),
+            f"divergence on {n_pairs} pairs",
+            partial(explained_divergence, on, first.order, n_pairs, options.seed),
         )
         screening = Screening(
             [*first.stages, verdict_stage(found)],
@@ -226,9 +229,9 @@ def _shared(
 
 
 def _settings(options: ScreenOptions) -> dict[str, Any]:
-    """Everything that determines a test's result: the options except the output, and the
-    weights."""
-    left_out = {"output", "overwrite", "json", "device"}
+    """Everything that determines a test's result: the options except the output and the pairs for
+    the divergence, whose result has their number in its name, and the weights."""
+    left_out = {"output", "overwrite", "json", "device", "divergence_pairs"}
     weights = sorted(Path(options.run).glob("*.safetensors"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
     given = {name: value for name, value in vars(options).items() if name not in left_out}

@@ -144,6 +144,7 @@ def logits_from(
         return _predicted(model, ids, mask)[:, 0]
 
 
+@torch.no_grad()
 def logits_at_end(
     model: HookedModel,
     ids: Int[Tensor, "batch pos"],

@@ -1,18 +1,17 @@
 """Divergence explained, on a pair whose difference is one latent's: a model, and it with a direction
 added to its activations at every paired position."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from sae_lens_dfc.analysis.causal import common_predictions
 from sae_lens_dfc.analysis.causal.attribution import attribution
-from sae_lens_dfc.analysis.causal.divergence import (
-    SIZES,
-    Explaining,
-    divergence_explained,
-)
+from sae_lens_dfc.analysis.causal.common_predictions import ModelDifference, paired_texts
+from sae_lens_dfc.analysis.causal.divergence import SIZES, Orders, divergence_explained
 from sae_lens_dfc.analysis.causal.shared_vocabulary import (
     common_outcomes,
     jensen_shannon,
@@ -22,6 +21,7 @@ from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.data.activations import PairedRows, paired_activations
 from sae_lens_dfc.data.contexts import Context, ContextBatch, PairCounts
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.metrics.exclusivity.decoders import both_decoder_differences
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.loading import load_model
 from sae_lens_dfc.stats.affine_maps import AffineMaps
@@ -82,46 +82,101 @@ def moments(rows: list[PairedRows]) -> PairMoments:
 
 
 @pytest.fixture(scope="module")
-def on(crosscoder: Crosscoder, twins: ModelPair, moments: PairMoments) -> Explaining:
-    return Explaining(crosscoder, twins, moments, None)
+def on(crosscoder: Crosscoder, twins: ModelPair) -> ModelDifference:
+    return difference_of(crosscoder, twins)
+
+
+def difference_of(
+    crosscoder: Crosscoder, pair: ModelPair, affine_maps: AffineMaps | None = None
+) -> ModelDifference:
+    of_a, of_b = both_decoder_differences(crosscoder, affine_maps)
+    return ModelDifference(crosscoder, pair, {"a": of_a, "b": of_b}, affine_maps)
+
+
+def for_both(**orders: list[int]) -> Orders:
+    return {name: {"a": order, "b": order} for name, order in orders.items()}
 
 
 def test_what_makes_the_difference_explains_all_of_it_and_random_directions_do_not(
-    on: Explaining, rows: list[PairedRows]
+    on: ModelDifference, rows: list[PairedRows], moments: PairMoments
 ) -> None:
-    orders = {"first": [N_LATENTS - 1, *range(N_LATENTS - 1)], "last": list(range(N_LATENTS))}
-    found = divergence_explained(on, rows, orders)
+    orders = for_both(first=[N_LATENTS - 1, *range(N_LATENTS - 1)], last=list(range(N_LATENTS)))
+    found = divergence_explained(on, rows, orders, moments)
     assert found["divergence/bits"] > 5e-4
+    assert found["divergence/pairs"] == sum(len(one.acts) for one in rows)
     for m in ("a", "b"):
-        whole = ["mean", "everything", "latents"]
+        whole = ["mean", "full_difference", "latents", "latents_and_bias"]
         whole += [f"{kind}/{n}" for kind in ("first", "components") for n in SIZES]
         for name in whole:
             assert found[f"divergence/{m}/{name}"] == pytest.approx(1, abs=1e-2), name
             assert found[f"divergence/{m}/{name}/se"] < 1e-2
-        assert all(found[f"divergence/{m}/random/{n}"] < 0.8 for n in SIZES)
+        assert all(found[f"divergence/{m}/random_first/{n}"] < 0.5 for n in SIZES)
         # Latents that both models have alike.
-        assert [found[f"divergence/{m}/last/{n}"] for n in SIZES] == pytest.approx([0, 0, 0])
+        nothing = [
+            found[f"divergence/{m}/{kind}/{n}"] for kind in ("last", "random_last") for n in SIZES
+        ]
+        assert nothing == pytest.approx([0] * len(nothing))
 
 
-def test_where_the_whole_difference_explains_nothing_nothing_else_is_measured(
-    on: Explaining, rows: list[PairedRows]
+def test_where_the_full_difference_explains_nothing_nothing_else_is_measured(
+    on: ModelDifference, rows: list[PairedRows], moments: PairMoments
 ) -> None:
     d = on.crosscoder.cfg.d_a
-    mean = on.moments.mean.float()
+    mean = moments.mean.float()
     wrong = AffineMaps(mean[:d] + 3, mean[d:] - 3, torch.zeros(d, d), torch.zeros(d, d))
-    found = divergence_explained(replace(on, affine_maps=wrong), rows, {"any": [0]})
-    assert found["divergence/b/everything"] < 0
+    found = divergence_explained(
+        difference_of(on.crosscoder, on.pair, wrong), rows, for_both(any=[0]), moments
+    )
+    assert found["divergence/b/full_difference"] < 0
     assert {name.removesuffix("/se") for name in found} == {
         "divergence/bits",
-        "divergence/a/everything",
-        "divergence/b/everything",
+        "divergence/pairs",
+        "divergence/a/full_difference",
+        "divergence/b/full_difference",
     }
 
 
-def test_the_divergence_is_that_of_the_models_own_predictions(
-    on: Explaining, rows: list[PairedRows]
+def test_with_a_map_that_holds_the_difference_is_what_the_map_makes_of_the_other_model(
+    on: ModelDifference, rows: list[PairedRows], moments: PairMoments
 ) -> None:
-    found = divergence_explained(on, rows, {"any": [0]})
+    """The map adds the direction, so that mapped activations are the other model's."""
+    d = on.crosscoder.cfg.d_a
+    mean = moments.mean.float()
+    exact = AffineMaps(mean[:d], mean[d:], torch.eye(d), torch.eye(d))
+    found = divergence_explained(
+        difference_of(on.crosscoder, on.pair, exact), rows, for_both(one=[N_LATENTS - 1]), moments
+    )
+    # What B's map to A makes of B is A's activation, without the difference of their means.
+    assert found["divergence/b/full_difference"] == pytest.approx(0, abs=1e-3)
+    assert "divergence/b/mean" not in found
+
+
+def test_two_equal_models_have_no_divergence_to_explain(
+    on: ModelDifference, rows: list[PairedRows], moments: PairMoments
+) -> None:
+    same = replace(on, pair=ModelPair(on.pair.a, on.pair.a))
+    found = divergence_explained(same, rows, for_both(any=[0]), moments)
+    assert found["divergence/bits"] == 0
+    assert math.isnan(found["divergence/a/full_difference"])
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_few_rows_of_a_large_vocabulary_stand_for_all(
+    on: ModelDifference, rows: list[PairedRows], n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d_vocab = int(on.pair.a.model.cfg.d_vocab)
+    outcomes = dict(zip(on.pair.models, common_outcomes(on.pair.a, on.pair.b), strict=True))
+    [whole] = paired_texts(on.pair, rows[0], outcomes)
+    monkeypatch.setattr(common_predictions, "MAX_LOGITS", n * d_vocab)
+    [part] = paired_texts(on.pair, rows[0], outcomes)
+    assert len(part.compared) == n < len(whole.compared)
+    torch.testing.assert_close(part.predictions("b"), whole.predictions("b")[part.compared])
+
+
+def test_the_divergence_is_that_of_the_models_own_predictions(
+    on: ModelDifference, rows: list[PairedRows], moments: PairMoments
+) -> None:
+    found = divergence_explained(on, rows, for_both(any=[0]), moments)
     per_pair: list[Tensor] = []
     outcomes = common_outcomes(on.pair.a, on.pair.b)
     for one in rows:
@@ -137,18 +192,17 @@ def test_the_divergence_is_that_of_the_models_own_predictions(
     assert found["divergence/bits"] == pytest.approx(torch.cat(per_pair).mean().item(), rel=1e-3)
 
 
-def test_attribution_is_the_slope_of_the_divergence(on: Explaining, rows: list[PairedRows]) -> None:
-    found = attribution(on.crosscoder, on.pair, rows, None)
-    assert found[:-1].abs().max() == 0
+def test_attribution_is_the_slope_of_the_divergence(
+    on: ModelDifference, rows: list[PairedRows], moments: PairMoments
+) -> None:
+    found = attribution(on, rows)
     # A hundredth of the change explains a hundredth of the slope.
     part = Crosscoder(on.crosscoder.cfg)
     part.load_state_dict(on.crosscoder.state_dict())
     part.W_dec.data[-1] *= 0.01
-    of_part = replace(on, crosscoder=part)
-    explained = divergence_explained(of_part, rows, {"one": [N_LATENTS - 1]})
-    of_both = [explained[f"divergence/{m}/one/1"] for m in ("a", "b")]
-    slope = 100 * explained["divergence/bits"] * sum(of_both) / 2
-    assert found[-1].item() == pytest.approx(slope, rel=0.05)
-    assert attribution(part, on.pair, rows, None)[-1].item() == pytest.approx(
-        found[-1].item() / 100, rel=1e-3
-    )
+    of_part = difference_of(part, on.pair)
+    explained = divergence_explained(of_part, rows, for_both(one=[N_LATENTS - 1]), moments)
+    for m, slope in found.items():
+        assert slope[:-1].abs().max() == 0
+        expected = 100 * explained["divergence/bits"] * explained[f"divergence/{m}/one/1"]
+        assert slope[-1].item() == pytest.approx(expected, rel=0.05)
