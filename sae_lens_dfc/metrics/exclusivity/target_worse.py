@@ -83,23 +83,19 @@ class TargetWorse:
         """The shares of each latent's firings: `next_worse` on the text up to the next pair, and
         `target_worse` on that up to the eighth; NaN of a latent that does not fire.
 
-        Their standard error is at least that of a share of independent firings, one for each
-        context in which the latent fires, with two of each kind added to them (Agresti & Coull
-        1998): of firings that are all alike, the blocks' own would be 0. It is unknown (NaN) of a
-        latent that fires in fewer than 15 contexts.
+        Their standard error is at least that of a latent of whose contexts all are alike, with two
+        of each kind added to them (Agresti & Coull 1998): the blocks' own would be 0. It is unknown
+        (NaN) of a latent that fires in fewer than 15 contexts.
 
         Raises:
             ValueError: No loss is known.
         """
         n = self._share.total["contexts"]
-
-        def with_least_error(share: Estimate) -> Estimate:
-            smoothed = (share.value * n + 2) / (n + 4)
-            least = (smoothed * (1 - smoothed) / (n + 4)).sqrt()
-            least = least.where(n >= MIN_CONTEXTS, torch.nan)
-            return share._replace(se=torch.maximum(share.se, least))
-
-        return {name: with_least_error(x) for name, x in self._share.estimates().items()}
+        least = (2 * (n + 2) / (n + 4).pow(3)).sqrt().where(n >= MIN_CONTEXTS, torch.nan)
+        return {
+            name: share._replace(se=torch.maximum(share.se, least))
+            for name, share in self._share.estimates().items()
+        }
 
 
 def _contexts(
