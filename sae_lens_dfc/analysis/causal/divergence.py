@@ -26,6 +26,8 @@ from sae_lens_dfc.stats.moments import PairMoments
 
 PREFIX = "divergence/"
 BITS, PAIRS = f"{PREFIX}bits", f"{PREFIX}pairs"
+BY_EVIDENCE, BY_GRADIENT = "by_evidence", "by_gradient"
+"""Orders of latents: that in which a screening tests them, and that of `attribution`."""
 SIZES = (1, 5, 20)
 """Numbers of latents whose parts are removed together."""
 N_RANDOM = 2

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sae_lens_dfc.analysis.causal.divergence import BITS, PAIRS, SIZES
+from sae_lens_dfc.analysis.causal.divergence import BITS, BY_EVIDENCE, BY_GRADIENT, PAIRS, SIZES
 from sae_lens_dfc.analysis.causal.divergence import PREFIX as DIVERGENCE_PREFIX
 from sae_lens_dfc.analysis.causal.mapped_loss import PREFIX, named_groups
 from sae_lens_dfc.crosscoders.groups import A_EXCLUSIVE, B_EXCLUSIVE, SHARED
@@ -53,7 +53,7 @@ def _of_candidates(key: str, title: str) -> list[Row]:
     ]
 
 
-_ORDERS = {"by_evidence": "in the order of the screening", "by_gradient": "by gradient"}
+_ORDERS = {BY_EVIDENCE: "in the order of the screening", BY_GRADIENT: "by gradient"}
 CHANGES = {
     **{f"{order}/{n}": f"{n} latents, {said}" for order, said in _ORDERS.items() for n in SIZES},
     **{

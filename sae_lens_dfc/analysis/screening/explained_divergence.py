@@ -8,15 +8,18 @@ from torch import Tensor
 
 from sae_lens_dfc.analysis.causal.attribution import attribution
 from sae_lens_dfc.analysis.causal.common_predictions import ModelDifference
-from sae_lens_dfc.analysis.causal.divergence import SIZES, Orders, divergence_explained
+from sae_lens_dfc.analysis.causal.divergence import (
+    BY_EVIDENCE,
+    BY_GRADIENT,
+    SIZES,
+    Orders,
+    divergence_explained,
+)
 from sae_lens_dfc.analysis.report.results import drop_nonfinite
 from sae_lens_dfc.analysis.screening.causal_tests import Subject
 from sae_lens_dfc.models.config import ModelName
 
 logger = logging.getLogger(__name__)
-
-BY_EVIDENCE, BY_GRADIENT = "by_evidence", "by_gradient"
-"""Orders of latents: that in which a screening tests them, and that of `attribution`."""
 
 
 def explained_divergence(

@@ -83,9 +83,9 @@ class TargetWorse:
         """The shares of each latent's firings: `next_worse` on the text up to the next pair, and
         `target_worse` on that up to the eighth; NaN of a latent that does not fire.
 
-        Their standard error is at least that of a latent of whose contexts all are alike, with two
-        of each kind added to them (Agresti & Coull 1998): the blocks' own would be 0. It is unknown
-        (NaN) of a latent that fires in fewer than 15 contexts.
+        Firings that are all alike would have a standard error of 0. It is therefore at least that
+        of as many equal observations as there are contexts, with two of each kind added (Agresti &
+        Coull 1998). It is unknown (NaN) of a latent that fires in fewer than 15 contexts.
 
         Raises:
             ValueError: No loss is known.

@@ -242,12 +242,17 @@ def test_a_screening_writes_its_report_and_goes_on_where_it_stopped(
 
 
 @pytest.mark.slow
-def test_without_samples_the_verdicts_are_the_same(run: Path, tmp_path: Path) -> None:
+def test_without_samples_and_divergence_the_verdicts_are_the_same(
+    run: Path, tmp_path: Path
+) -> None:
     found: list[list[dict[str, Any]]] = []
-    for name, flags in (("with", []), ("without", ["--no-samples"])):
+    for name, flags in (("with", []), ("without", ["--no-samples", "--divergence-pairs", "0"])):
         output = tmp_path / name
         assert main(["screen", str(run), "--output", str(output), *FEW, *flags]) == 0
-        found.append(json.loads((output / "screening.json").read_text())["findings"])
+        written = json.loads((output / "screening.json").read_text())
+        found.append(written["findings"])
+        assert bool(written["divergence"]) == (name == "with")
+        assert ("Divergence explained" in (output / "report.html").read_text()) == (name == "with")
     shown, silent = found
     assert any(one["samples"] for one in shown)
     assert silent == [{**one, "samples": []} for one in shown]
