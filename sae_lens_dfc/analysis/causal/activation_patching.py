@@ -18,7 +18,7 @@ from sae_lens_dfc.analysis.causal.shared_vocabulary import (
 )
 from sae_lens_dfc.analysis.steering.hooks import logits_at_end
 from sae_lens_dfc.analysis.steering.latent_acts import latent_acts
-from sae_lens_dfc.analysis.steering.splicing import Edit, SplicedReading, reading_of, spliced
+from sae_lens_dfc.analysis.steering.splicing import Edit, SplicedReading, readings_of, spliced
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.data.activations import PairedRows, paired_activations, rows_in
 from sae_lens_dfc.data.alignment.segments import Segments
@@ -124,12 +124,7 @@ def texts_of(
 def _texts(pair: ModelPair, rows: PairedRows, feature_acts: Tensor, numbers: Set[int]) -> Texts:
     """Restrict the rows to the contexts with these numbers, and run both models on them."""
     rows, here = rows_in(rows, [c for c in rows.contexts if c.number in numbers])
-    readings: dict[ModelName, SplicedReading] = {}
-    acts: dict[ModelName, Tensor] = {}
-    if rows.contexts:
-        for m, model in pair.models.items():
-            readings[m] = reading_of(model, m, rows)
-            acts[m] = model.activations(readings[m].ids, readings[m].mask).float()
+    readings, acts = readings_of(pair, rows) if rows.contexts else ({}, {})
     return Texts(rows, feature_acts[here], readings, acts)
 
 

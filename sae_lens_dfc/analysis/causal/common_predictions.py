@@ -16,7 +16,7 @@ from sae_lens_dfc.analysis.causal.shared_vocabulary import (
     outcome_probabilities,
 )
 from sae_lens_dfc.analysis.steering.hooks import logits_from
-from sae_lens_dfc.analysis.steering.splicing import Edit, SplicedReading, reading_of, spliced
+from sae_lens_dfc.analysis.steering.splicing import Edit, SplicedReading, readings_of, spliced
 from sae_lens_dfc.crosscoders.inference import Crosscoder
 from sae_lens_dfc.data.activations import PairedRows, rows_in
 from sae_lens_dfc.data.pair import ModelPair
@@ -85,10 +85,4 @@ def paired_texts(
         part, _ = rows_in(rows, contexts)
         n = len(part.acts)
         compared = torch.linspace(0, n - 1, min(n, max(1, at_once))).long()
-        readings: dict[ModelName, SplicedReading] = {}
-        acts: dict[ModelName, Tensor] = {}
-        for m, model in pair.models.items():
-            readings[m] = reading_of(model, m, part)
-            with torch.no_grad():
-                acts[m] = model.activations(readings[m].ids, readings[m].mask).float()
-        yield PairedTexts(pair, outcomes, part, compared, readings, acts)
+        yield PairedTexts(pair, outcomes, part, compared, *readings_of(pair, part))

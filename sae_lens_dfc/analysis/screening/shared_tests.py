@@ -17,12 +17,10 @@ from sae_lens_dfc.analysis.screening.shared_verdicts import (
 from sae_lens_dfc.metrics.exclusivity.evidence import (
     MAX_FALSE_DISCOVERIES,
     MIN_FIRINGS,
-    MIN_WORSE,
     LatentEvidence,
-    p_above,
+    p_worse,
     q_target_worse,
 )
-from sae_lens_dfc.stats.jackknife import N_BLOCKS, Estimate
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,7 @@ def shared_choice(evidence: LatentEvidence, keep: int, sizes: SharedSizes) -> Sh
     could = (~evidence.is_candidate & (evidence.firings >= MIN_FIRINGS)).cpu()
     q = q_target_worse(evidence).cpu()
     # An ablation is measured on the text up to the next pair.
-    next_worse = Estimate(evidence.next_worse, evidence.next_worse_se, N_BLOCKS - 1)
-    order = p_above(next_worse, MIN_WORSE).cpu().argsort(stable=True)
+    order = p_worse(evidence.next_worse, evidence.next_worse_se).cpu().argsort(stable=True)
     chosen = [int(i) for i in order if could[i] and q[i] <= MAX_FALSE_DISCOVERIES][:keep]
     could[chosen] = False
     rest = could.nonzero()[:, 0]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sae_lens_dfc.analysis.steering.hooks import Change, changed, logits
 from sae_lens_dfc.data.activations import PairedRows
-from sae_lens_dfc.data.pair import padded
+from sae_lens_dfc.data.pair import ModelPair, padded
+from sae_lens_dfc.models.config import ModelName
 from sae_lens_dfc.models.hooked_model import HookedModel
 
 UNTOUCHED = "/untouched"
@@ -59,6 +60,23 @@ def reading_of(model: HookedModel, m: str, rows: PairedRows) -> SplicedReading:
     before = torch.tensor([0, *map(len, last)]).cumsum(0)[context]
     position = torch.from_numpy(np.concatenate(last))[before + rows.segment]
     return SplicedReading(ids, mask, torch.tensor(n_start), context, position)
+
+
+def readings_of(
+    pair: ModelPair, rows: PairedRows
+) -> tuple[dict[ModelName, SplicedReading], dict[ModelName, Tensor]]:
+    """The contexts of `rows` as each model reads them, and its activations at its hook.
+
+    Raises:
+        ValueError: A context is longer than a model can read.
+    """
+    readings: dict[ModelName, SplicedReading] = {}
+    acts: dict[ModelName, Tensor] = {}
+    for m, model in pair.models.items():
+        readings[m] = reading_of(model, m, rows)
+        with torch.no_grad():
+            acts[m] = model.activations(readings[m].ids, readings[m].mask).float()
+    return readings, acts
 
 
 def predicting(reading: SplicedReading) -> Bool[Tensor, "batch pos"]:

@@ -331,12 +331,17 @@ def p_above(estimate: Estimate, limit: float) -> Float[Tensor, "*shape"]:
     return p_below(estimate._replace(value=-estimate.value), -limit)
 
 
+def p_worse(share: Float[Tensor, " d_sae"], se: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+    """The p-value of the hypothesis that the target predicts worse after at most half of a latent's
+    firings, of a share of `LatentEvidence` and its standard error."""
+    return p_above(Estimate(share, se, N_BLOCKS - 1), MIN_WORSE)
+
+
 def q_target_worse(evidence: LatentEvidence) -> Float[Tensor, " d_sae"]:
     """Smallest false discovery rate, over all latents that fire often enough, at which the target
     predicts worse after most of a latent's firings; 1 for the others, and where the standard error
     is unknown."""
-    estimate = Estimate(evidence.target_worse, evidence.target_worse_se, N_BLOCKS - 1)
-    p = p_above(estimate, MIN_WORSE)
+    p = p_worse(evidence.target_worse, evidence.target_worse_se)
     fires = evidence.firings >= MIN_FIRINGS
     q = torch.ones_like(p)
     q[fires] = benjamini_hochberg(p[fires]).to(q)

@@ -17,10 +17,13 @@ from sae_lens_dfc.analysis.causal.shared_vocabulary import (
     jensen_shannon,
     outcome_probabilities,
 )
+from sae_lens_dfc.analysis.screening.causal_tests import Subject, subject_of
+from sae_lens_dfc.analysis.screening.explained_divergence import explained_divergence
 from sae_lens_dfc.crosscoders.inference import Crosscoder, CrosscoderConfig
 from sae_lens_dfc.data.activations import PairedRows, paired_activations
 from sae_lens_dfc.data.contexts import Context, ContextBatch, PairCounts
 from sae_lens_dfc.data.pair import ModelPair
+from sae_lens_dfc.metrics.evaluation_data import PairData
 from sae_lens_dfc.metrics.exclusivity.decoders import both_decoder_differences
 from sae_lens_dfc.models.config import ModelConfig
 from sae_lens_dfc.models.loading import load_model
@@ -206,3 +209,33 @@ def test_attribution_is_the_slope_of_the_divergence(
         assert slope[:-1].abs().max() == 0
         expected = 100 * explained["divergence/bits"] * explained[f"divergence/{m}/one/1"]
         assert slope[-1].item() == pytest.approx(expected, rel=0.05)
+
+
+# --- in a screening ---
+
+
+def subject(on: ModelDifference, rows: list[PairedRows]) -> Subject:
+    contexts = [context for one in rows for context in one.contexts]
+    return subject_of(on.crosscoder, on.pair, PairData(rows, rows, contexts, {}))
+
+
+def test_a_screening_explains_the_divergence_by_the_latent_that_makes_it(
+    on: ModelDifference, rows: list[PairedRows]
+) -> None:
+    first = [N_LATENTS - 1, *range(N_LATENTS - 1)]
+    found = explained_divergence(subject(on, rows), first, 1000, seed=0)
+    last = explained_divergence(subject(on, rows), first[::-1], 1000, seed=0)
+    for m in ("a", "b"):
+        assert found[f"divergence/{m}/by_evidence/1"] == pytest.approx(1, abs=1e-2)
+        assert last[f"divergence/{m}/by_evidence/20"] == pytest.approx(0, abs=1e-6)
+        # The gradient finds it in whichever place it stands.
+        assert last[f"divergence/{m}/by_gradient/1"] == pytest.approx(1, abs=1e-2)
+
+
+def test_nothing_is_explained_without_pairs_or_without_text_for_the_gradient(
+    on: ModelDifference, rows: list[PairedRows], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert explained_divergence(subject(on, rows), [0], 0, seed=0) == {}
+    assert caplog.text == ""
+    assert explained_divergence(subject(on, rows[:1]), [0], 1000, seed=0) == {}
+    assert "the held-out text is one batch" in caplog.text

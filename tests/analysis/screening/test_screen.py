@@ -168,18 +168,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, gpt2_folde
     return train_tiny(folder, llama_folder, gpt2_folder, "--eval-pairs", "1500")
 
 
-FEW = [
-    "--keep",
-    "4",
-    "--keep-shared",
-    "2",
-    "--divergence-pairs",
-    "100",
-    "--texts",
-    "4",
-    "--controls",
-    "2",
-]
+FEW = ("--keep=4", "--keep-shared=2", "--divergence-pairs=100", "--texts=4", "--controls=2")
 
 
 @pytest.mark.slow
