@@ -18,8 +18,7 @@ from sae_lens_dfc.models.hooked_model import HookedModel
 
 WINDOWS = (1, 8)
 """Numbers of segments over which the losses are summed. On one segment, a token or two, the losses of
-two models of the same text differ by more than a quarter at nearly half of the positions; on eight
-they seldom do."""
+two models of the same text often differ by more than a quarter; on eight they seldom do."""
 
 
 def following_losses(
